@@ -1,0 +1,466 @@
+"""One epoch, one evaluation, and the loop over tasks.
+
+The engine is given a model, a stream of tasks and loaders; it imports neither models nor data sets and
+knows no scenario. Every evaluation gives two accuracies: batch-wise, where the images of a vote group
+share the prompts that most of them choose (as published), and instance-wise, each image alone.
+
+Shapes: B images, C classes, K prompts chosen, M pool size.
+
+Source: Wang et al., CVPR 2022, equation 5 and section 5; the order of events as in l2p-pytorch.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metrics
+import utils
+
+#: The two ways of choosing prompts for test images.
+SELECTIONS = ("batch", "instance")
+
+logger = logging.getLogger(__name__)
+
+
+class TestSet(Protocol):
+    """Images of one task (or domain), evaluated together."""
+
+    index: int
+    name: str
+    classes: Sequence[int]
+
+
+class Task(Protocol):
+    """One task of the stream: what may be predicted in training, what to evaluate after it."""
+
+    index: int
+    name: str
+    classes: Sequence[int]
+    test_sets: Sequence[TestSet]
+
+
+class Scheduler(Protocol):
+    """A timm learning rate scheduler."""
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Sets the learning rate of an epoch (0-based)."""
+
+
+TrainLoader = Any  #: Batches of one task; `batch_sampler` has `set_epoch`, `global_batch_size`.
+MakeOptimizer = Callable[[], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What holds for the whole run.
+
+    Attributes:
+        device: Where to compute.
+        epochs: Epochs of each task.
+        vote_group_size: Images that vote for prompts together.
+        all_classes: Classes of the whole stream; test images may be given any of them.
+        train_mask: Whether training may predict the task's own classes only.
+        task_inc: Whether evaluation may predict the test set's own classes only.
+        pull_coeff: Weight of the pull term; 0 leaves it out.
+        smoothing: Label smoothing, spread over the classes that may be predicted.
+        clip_grad: Largest norm of the gradient; None: no clipping.
+        reinit_optimizer: Whether each task starts with a fresh optimizer.
+        shared_prompt_pool: Whether a task's prompts start from those of the task before.
+        shared_prompt_key: The same for the keys.
+        print_freq: Steps between two progress lines.
+    """
+
+    device: torch.device
+    epochs: int
+    vote_group_size: int
+    all_classes: tuple[int, ...]
+    train_mask: bool = True
+    task_inc: bool = False
+    pull_coeff: float = 0.1
+    smoothing: float = 0.0
+    clip_grad: float | None = 1.0
+    reinit_optimizer: bool = True
+    shared_prompt_pool: bool = False
+    shared_prompt_key: bool = False
+    print_freq: int = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of one test set gave.
+
+    Attributes:
+        index: Row of the test set in the accuracy matrix.
+        stats: `Acc@1`, `Acc@5` (percent) and `Loss` for each of `SELECTIONS`.
+        usage: How often each prompt served a test image, for each of `SELECTIONS`; empty without
+            a pool.
+        mean_similarity: Mean cosine similarity of the images to the keys they choose alone.
+    """
+
+    index: int
+    stats: dict[str, dict[str, float]]
+    usage: dict[str, list[int]] = field(default_factory=dict)
+    mean_similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What is known after a task.
+
+    Attributes:
+        task: 0-based number of the task.
+        train_stats: Averages over the last epoch: `Lr`, `Loss`, `Acc@1`, `Acc@5`.
+        evaluations: One for each test set.
+        train_seconds: Wall time of training.
+        eval_seconds: Wall time of evaluation.
+    """
+
+    task: int
+    train_stats: dict[str, float]
+    evaluations: list[Evaluation]
+    train_seconds: float
+    eval_seconds: float
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is no number any more; the model still holds the values before that step."""
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: TrainLoader,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    epoch: int,
+    options: EngineOptions,
+) -> dict[str, float]:
+    """Trains one epoch of one task.
+
+    Args:
+        model: As `vision_transformer.PromptedVisionTransformer`.
+        loader: Batches of (images, targets) of this process.
+        optimizer: Over the trainable parameters.
+        task: The task, for its class mask and prompt mask.
+        epoch: 0-based epoch inside the task.
+        options: See there.
+
+    Returns:
+        Averages over the epoch: `Lr`, `Loss` (mean over batches, pull term included), `Acc@1` and
+        `Acc@5` (percent, among the classes that may be predicted).
+
+    Raises:
+        NonFiniteLossError: Naming task, epoch, step and value, before the step changes anything.
+    """
+    model.train()
+    allowed = _mask(task.classes, model, options) if options.train_mask else None
+    width = len(str(options.epochs))
+    header = f"Train: Epoch[{epoch + 1:{width}d}/{options.epochs}]"
+    progress = utils.Progress(header, options.print_freq)
+    loader.batch_sampler.set_epoch(epoch)
+    for step, (images, targets) in progress.over(loader, len(loader)):
+        size = loader.batch_sampler.global_batch_size(step)
+        optimizer.zero_grad()
+        batch = (images.to(options.device), targets.to(options.device))
+        values = _forward_backward(model, batch, task.index, allowed, size, options)
+        loss, correct1, correct5 = utils.sum_over_processes(values).tolist()
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"loss is {loss} in task {task.index + 1}, epoch {epoch + 1}, step {step + 1}: "
+                "lower --lr, or set --clip-grad"
+            )
+        utils.sum_gradients(model.parameters())
+        if options.clip_grad is not None:
+            nn.utils.clip_grad_norm_(_trained(model), options.clip_grad)
+        optimizer.step()
+        progress.update({"Lr": optimizer.param_groups[0]["lr"], "Loss": loss})
+        progress.update(
+            {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
+        )
+    averages = progress.averages()
+    logger.info("Averaged stats: %s", "  ".join(f"{k}: {v:.4f}" for k, v in averages.items()))
+    return averages
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Iterable[Any], test_set: TestSet, options: EngineOptions
+) -> Evaluation:
+    """Evaluates one test set, batch-wise and instance-wise in one pass.
+
+    Images whose own prompts are those of the vote need no second forward pass.
+
+    Args:
+        model: As `vision_transformer.PromptedVisionTransformer`.
+        loader: Batches of (images, targets), each of whole vote groups of this process's share.
+        test_set: What is evaluated.
+        options: See there.
+
+    Returns:
+        Accuracies over all images of all processes; `Loss` is the mean over vote groups of the
+        group's mean cross-entropy, so it depends neither on the batch nor on the processes.
+    """
+    model.eval()
+    classes = test_set.classes if options.task_inc else options.all_classes
+    allowed = _mask(classes, model, options)
+    totals = {name: torch.zeros(4, dtype=torch.float64) for name in SELECTIONS}
+    usage = _Usage(model)
+    num_images = torch.zeros((), dtype=torch.float64)
+    progress = utils.Progress(f"Test: [Task {test_set.index + 1}]", options.print_freq)
+    for _, (images, targets) in progress.over(loader, _length(loader)):
+        images, targets = images.to(options.device), targets.to(options.device)
+        out = model(images, vote_group_size=options.vote_group_size)
+        logits = {"batch": out["logits"], "instance": _instance_logits(model, images, out)}
+        for name in SELECTIONS:
+            scores = _restrict(logits[name], allowed)
+            totals[name] += _test_sums(scores, targets, options.vote_group_size).cpu()
+        usage.add(out)
+        num_images += len(targets)
+        shown = totals["batch"].tolist()
+        progress.update({"Acc@1": 100 * shown[2] / num_images.item()})
+    return _evaluation(test_set, totals, num_images, usage, options)
+
+
+def evaluate_till_now(
+    model: nn.Module,
+    test_loader: Callable[[TestSet], Iterable[Any]],
+    task: Task,
+    matrices: dict[str, metrics.Matrix],
+    options: EngineOptions,
+) -> list[Evaluation]:
+    """Evaluates every test set of a task and enters the accuracies in the matrices.
+
+    Args:
+        model: As `vision_transformer.PromptedVisionTransformer`.
+        test_loader: Gives the batches of a test set.
+        task: The task that was learned last.
+        matrices: Accuracy matrix for each of `SELECTIONS`; column `task.index` is filled.
+        options: See there.
+
+    Returns:
+        One evaluation for each test set, in order.
+    """
+    evaluations = []
+    for test_set in task.test_sets:
+        result = evaluate(model, test_loader(test_set), test_set, options)
+        for name in SELECTIONS:
+            matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
+        line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**result.stats["batch"])
+        logger.info("%s  (instance-wise %.3f)", line, result.stats["instance"]["Acc@1"])
+        evaluations.append(result)
+    labels = {"batch": "Average accuracy", "instance": "Instance-wise accuracy"}
+    for name in SELECTIONS:
+        means = average_stats(evaluations, name)
+        line = f"[{labels[name]} till task{task.index + 1}]"
+        line += "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
+        lost = metrics.forgetting(matrices[name], task.index)
+        backward = metrics.backward_transfer(matrices[name], task.index)
+        if lost is not None and backward is not None:
+            line += f"\tForgetting: {lost:.4f}\tBackward: {backward:.4f}"
+        logger.info(line)
+    return evaluations
+
+
+def train_and_evaluate(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    train_loader: Callable[[Task], TrainLoader],
+    test_loader: Callable[[TestSet], Iterable[Any]],
+    make_optimizer: MakeOptimizer,
+    make_scheduler: MakeScheduler,
+    matrices: dict[str, metrics.Matrix],
+    options: EngineOptions,
+    on_task_end: Callable[[TaskReport], None] = lambda report: None,
+) -> None:
+    """Learns the tasks one after the other and evaluates after each.
+
+    Args:
+        model: As `vision_transformer.PromptedVisionTransformer`.
+        tasks: The stream.
+        train_loader: Gives the training batches of a task.
+        test_loader: Gives the batches of a test set.
+        make_optimizer: Makes an optimizer over the model's trainable parameters.
+        make_scheduler: Makes the learning rate schedule of one task, or None.
+        matrices: Accuracy matrix for each of `SELECTIONS`, filled column by column.
+        options: See there.
+        on_task_end: Called after each task (checkpoints, results).
+
+    Raises:
+        NonFiniteLossError: See `train_one_epoch`.
+    """
+    optimizer = make_optimizer()
+    for task in tasks:
+        start = time.monotonic()
+        _inherit(model, task.index, options)
+        if task.index > 0 and options.reinit_optimizer:
+            optimizer = make_optimizer()
+        scheduler = make_scheduler(optimizer)
+        loader = train_loader(task)
+        for epoch in range(options.epochs):
+            train_stats = train_one_epoch(model, loader, optimizer, task, epoch, options)
+            if scheduler is not None:
+                scheduler.step(epoch + 1, metric=train_stats["Acc@1"])
+        trained = time.monotonic()
+        evaluations = evaluate_till_now(model, test_loader, task, matrices, options)
+        evaluated = time.monotonic()
+        on_task_end(
+            TaskReport(task.index, train_stats, evaluations, trained - start, evaluated - trained)
+        )
+
+
+def average_stats(evaluations: Sequence[Evaluation], selection: str) -> dict[str, float]:
+    """Unweighted mean over test sets of `Acc@1`, `Acc@5` and `Loss`."""
+    keys = ("Acc@1", "Acc@5", "Loss")
+    return {k: sum(e.stats[selection][k] for e in evaluations) / len(evaluations) for k in keys}
+
+
+def masked_cross_entropy(
+    logits: Tensor, targets: Tensor, allowed: Tensor | None, smoothing: float
+) -> Tensor:
+    """Mean cross-entropy over the classes that may be predicted.
+
+    Args:
+        logits: (B, C).
+        targets: Class ids, (B,).
+        allowed: Which classes may be predicted, bool (C,); None: all.
+        smoothing: Part of the target that is spread over the allowed classes.
+    """
+    log_prob = F.log_softmax(_restrict(logits, allowed), dim=1)  # (B, C)
+    loss = F.nll_loss(log_prob, targets)
+    if smoothing == 0:
+        return loss
+    spread = log_prob.mean() if allowed is None else log_prob[:, allowed].mean()
+    return (1 - smoothing) * loss - smoothing * spread
+
+
+def _forward_backward(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    task_id: int,
+    allowed: Tensor | None,
+    global_size: int,
+    options: EngineOptions,
+) -> Tensor:
+    """This process's part of a step: loss, correct@1 and correct@5 (3,), and its gradients."""
+    images, targets = batch
+    if len(images) == 0:
+        return torch.zeros(3, device=options.device)
+    out = model(images, task_id=task_id, vote_group_size=options.vote_group_size)
+    loss = masked_cross_entropy(out["logits"], targets, allowed, options.smoothing)
+    if options.pull_coeff and "reduce_sim" in out:
+        loss = loss - options.pull_coeff * out["reduce_sim"]
+    loss = loss * (len(images) / global_size)
+    loss.backward()
+    with torch.no_grad():
+        correct = _correct(_restrict(out["logits"], allowed), targets)
+    return torch.cat([loss.detach()[None], correct.sum(dim=0).to(loss.dtype)])
+
+
+def _correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is the first, and among the first five, bool (B, 2)."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+    hits = best == targets[:, None]
+    return torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
+
+
+def _test_sums(logits: Tensor, targets: Tensor, group_size: int) -> Tensor:
+    """Sum of the vote groups' mean losses, their number, correct@1 and correct@5, (4,)."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    means = torch.stack([group.mean() for group in losses.split(group_size)])
+    sums = torch.stack([means.sum(), means.new_tensor(float(len(means)))]).double()
+    return torch.cat([sums, _correct(logits, targets).sum(dim=0).double()])
+
+
+def _instance_logits(model: nn.Module, images: Tensor, out: dict[str, Tensor]) -> Tensor:
+    """Logits with each image's own prompts; only images that the vote overruled are computed."""
+    if "prompt_idx" not in out:
+        return out["logits"]
+    served, own = out["prompt_idx"], out["own_prompt_idx"]
+    if not model.prompt_order_matters:
+        served, own = served.sort(dim=1).values, own.sort(dim=1).values
+    overruled = (served != own).any(dim=1)  # (B,)
+    if not overruled.any():
+        return out["logits"]
+    logits = out["logits"].clone()
+    again = model(images[overruled], query=out["query"][overruled], vote_group_size=1)
+    logits[overruled] = again["logits"]
+    return logits
+
+
+class _Usage:
+    """Counts which prompts served the test images, and how near their keys were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.size = 0 if model.prompt is None else model.prompt.size
+        self.counts = {name: torch.zeros(self.size, dtype=torch.float64) for name in SELECTIONS}
+        self.similarity = torch.zeros(2, dtype=torch.float64)  # sum, number
+
+    def add(self, out: dict[str, Tensor]) -> None:
+        if not self.size:
+            return
+        for name, key in zip(SELECTIONS, ("prompt_idx", "own_prompt_idx"), strict=True):
+            self.counts[name] += torch.bincount(out[key].flatten(), minlength=self.size).cpu()
+        own = out["similarity"].gather(1, out["own_prompt_idx"]).double()  # (B, K)
+        self.similarity += torch.stack([own.sum(), own.new_tensor(float(own.numel()))]).cpu()
+
+
+def _evaluation(
+    test_set: TestSet,
+    totals: dict[str, Tensor],
+    num_images: Tensor,
+    usage: _Usage,
+    options: EngineOptions,
+) -> Evaluation:
+    stats = {}
+    total_images = utils.sum_over_processes(_on(num_images, options)).item()
+    for name in SELECTIONS:
+        loss, groups, *correct = utils.sum_over_processes(_on(totals[name], options)).tolist()
+        top1, top5 = (100 * c / total_images for c in correct)
+        stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
+    if not usage.size:
+        return Evaluation(test_set.index, stats)
+    counts = {
+        name: [int(c) for c in utils.sum_over_processes(_on(usage.counts[name], options))]
+        for name in SELECTIONS
+    }
+    total, number = utils.sum_over_processes(_on(usage.similarity, options)).tolist()
+    return Evaluation(test_set.index, stats, counts, total / number)
+
+
+def _inherit(model: nn.Module, task_id: int, options: EngineOptions) -> None:
+    if model.prompt is None:
+        return
+    wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
+    if model.prompt.inherit(task_id, **wanted):
+        logger.info("Task %d starts from the prompts of task %d", task_id + 1, task_id)
+
+
+def _mask(classes: Sequence[int], model: nn.Module, options: EngineOptions) -> Tensor:
+    """Which classes may be predicted, bool (C,)."""
+    mask = torch.zeros(model.num_classes, dtype=torch.bool)
+    mask[list(classes)] = True
+    return mask.to(options.device)
+
+
+def _restrict(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits with -inf for the classes that may not be predicted, (B, C)."""
+    return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _length(loader: Iterable[Any]) -> int:
+    return len(loader)  # type: ignore[arg-type]
+
+
+def _on(values: Tensor, options: EngineOptions) -> Tensor:
+    return values.to(options.device)

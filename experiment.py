@@ -1,0 +1,181 @@
+"""Assembles what a run consists of: tasks, model, loaders, from the settings."""
+
+import argparse
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.data import DataLoader
+
+import backbone
+import continual_dataloader as data
+import datasets
+import metrics
+import settings
+from backbone import BackboneIdentity
+from engine import SELECTIONS, EngineOptions
+from results import RunRecord
+from utils import Processes
+from vision_transformer import PromptedVisionTransformer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that training and evaluation need.
+
+    Attributes:
+        stream: The tasks.
+        model: The prompted model, on its device.
+        identity: Which backbone it has.
+        options: What the engine optimises and evaluates.
+        train_loader: Gives the training batches of a task.
+        test_loader: Gives the batches of a test set.
+        record: Collects the results.
+    """
+
+    stream: data.TaskStream
+    model: PromptedVisionTransformer
+    identity: BackboneIdentity
+    options: EngineOptions
+    train_loader: Callable[[data.Task], DataLoader]
+    test_loader: Callable[[data.TestSet], DataLoader]
+    record: RunRecord
+
+
+def assemble(
+    args: argparse.Namespace,
+    processes: Processes,
+    *,
+    class_order: list[list[int]] | None = None,
+    weights_follow: bool = False,
+) -> Experiment:
+    """Loads data and weights and puts the parts together.
+
+    Args:
+        args: Validated settings.
+        processes: This process among all of the run.
+        class_order: Class ids of each task; None: as the settings say.
+        weights_follow: Whether all weights come from a checkpoint later, so that the pretrained
+            ones are not needed.
+
+    Raises:
+        DataError: If the data are missing or damaged.
+        WeightsError: If weights are missing, damaged or do not fit.
+    """
+    seed_everything(args.seed)
+    stream = build_stream(args, class_order)
+    vit = settings.build_backbone(args, pretrained=not weights_follow)
+    identity = identify(args, vit)
+    model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
+    loading = settings.loader_options(args, processes)
+    num_test_sets = max(t.index for task in stream.tasks for t in task.test_sets) + 1
+    record = RunRecord(
+        config=settings.resolved(args),
+        backbone=identity.as_dict(),
+        class_order=stream.class_order,
+        matrices={s: metrics.empty_matrix(num_test_sets, stream.num_tasks) for s in SELECTIONS},
+    )
+    return Experiment(
+        stream=stream,
+        model=model,
+        identity=identity,
+        options=settings.engine_options(args, processes.device, stream.classes),
+        train_loader=partial(data.build_train_loader, options=loading),
+        test_loader=partial(data.build_test_loader, options=loading),
+        record=record,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator that initial values are drawn from, alike in all processes."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def identify(args: argparse.Namespace, vit: VisionTransformer) -> BackboneIdentity:
+    """The identity of the backbone that the settings name."""
+    return backbone.identify(vit, args.model, settings.backbone_source(args))
+
+
+def build_stream(
+    args: argparse.Namespace, class_order: list[list[int]] | None = None
+) -> data.TaskStream:
+    """The tasks that the settings describe.
+
+    Raises:
+        DataError: If the data are missing or damaged.
+        ValueError: If the file of `--class_order` does not fit.
+    """
+    train, test = datasets.load_source(args.dataset, Path(args.data_path))
+    num_classes = len(train.classes)
+    if class_order is not None:
+        order = [c for classes in class_order for c in classes]
+    elif args.class_order is not None:
+        order = data.read_class_order(Path(args.class_order), train.classes)
+    else:
+        order = data.class_order(num_classes, args.seed, args.shuffle)
+    transforms = settings.transform_options(args)
+    return data.build_class_incremental(
+        train,
+        test,
+        order=order,
+        num_tasks=args.num_tasks,
+        classes_per_task=data.check_split(num_classes, args.num_tasks, args.classes_per_task),
+        train_transform=data.build_transform(True, transforms),
+        test_transform=data.build_transform(False, transforms),
+        seed=args.seed,
+    )
+
+
+def describe(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
+    """Logs in a few lines what is about to happen."""
+    if backbone.resolve_name(args.model) != args.model:
+        logger.info(
+            "--model %s means %s: the weights that the original used",
+            args.model,
+            backbone.resolve_name(args.model),
+        )
+    tasks = run.stream.tasks
+    logger.info(
+        "Data: %s, %d tasks of %d classes, %d training images; class order %s",
+        args.dataset,
+        len(tasks),
+        len(tasks[0].classes),
+        sum(len(task.data) for task in tasks),
+        _short([c for classes in run.stream.class_order for c in classes]),
+    )
+    logger.info("Backbone: %s, weights %s, sha256 %.12s", *run.identity.as_dict().values())
+    trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
+    logger.info(
+        "Model: %d prompts of %d tokens, head %s; number of params: %d",
+        0 if run.model.prompt is None else run.model.prompt.size,
+        0 if run.model.prompt is None else run.model.prompt.length,
+        args.head_type,
+        sum(trained),
+    )
+    logger.info(
+        "Training: %s, learning rate %g (--lr %g, scaled %s), batch %d x %d processes on %s, "
+        "votes of %d",
+        args.opt,
+        settings.learning_rate(args, processes.world_size),
+        args.lr,
+        args.lr_scale,
+        args.batch_size,
+        processes.world_size,
+        processes.device,
+        settings.vote_group_size(args),
+    )
+
+
+def _short(values: list[int], limit: int = 20) -> str:
+    shown = " ".join(map(str, values[:limit]))
+    return shown + (" ..." if len(values) > limit else "")

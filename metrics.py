@@ -1,0 +1,87 @@
+"""Accuracy matrices and what the field reads from them.
+
+R[i, t] is the accuracy on test set i after training task t, in percent; not-a-number where it was not
+evaluated. T tasks.
+
+Source: Lopez-Paz and Ranzato 2017 (backward transfer); Chaudhry et al. 2018 (forgetting); the class
+incremental literature (average incremental accuracy); l2p-pytorch (its own reading of forgetting).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def empty_matrix(num_test_sets: int, num_tasks: int) -> Matrix:
+    """A matrix in which nothing is evaluated yet."""
+    return np.full((num_test_sets, num_tasks), np.nan)
+
+
+def average_accuracy(matrix: Matrix, task: int) -> float:
+    """Mean over the test sets evaluated after a task, unweighted by their sizes, in percent."""
+    return float(np.nanmean(matrix[:, task]))
+
+
+def forgetting(matrix: Matrix, task: int) -> float | None:
+    """Mean loss of accuracy on earlier tasks, as l2p-pytorch and the official release compute it.
+
+    The best accuracy is taken up to and including this task, so the result is never negative.
+    None after the first task.
+    """
+    return _mean_drop(matrix, task, matrix[:task, : task + 1])
+
+
+def forgetting_literature(matrix: Matrix, task: int) -> float | None:
+    """The same with the best accuracy before this task, as defined in the literature."""
+    return _mean_drop(matrix, task, matrix[:task, :task])
+
+
+def backward_transfer(matrix: Matrix, task: int) -> float | None:
+    """Mean change on earlier tasks since each was learned; None after the first task."""
+    if task == 0:
+        return None
+    return _finite(np.mean(matrix[:task, task] - np.diag(matrix)[:task]))
+
+
+def learning_accuracy(matrix: Matrix, task: int) -> float | None:
+    """Mean accuracy on each task right after it was learned."""
+    return _finite(np.mean(np.diag(matrix)[: task + 1]))
+
+
+def average_incremental_accuracy(matrix: Matrix, task: int) -> float | None:
+    """Mean over tasks 0..task of the average accuracy at that time."""
+    return _finite(np.mean([np.nanmean(column) for column in matrix[:, : task + 1].T]))
+
+
+def summarize(matrix: Matrix, task: int) -> dict[str, float | None]:
+    """All numbers after a task, under the names of `results.json`, in percent; None: undefined."""
+    return {
+        "average_accuracy": average_accuracy(matrix, task),
+        "forgetting": forgetting(matrix, task),
+        "forgetting_literature": forgetting_literature(matrix, task),
+        "backward_transfer": backward_transfer(matrix, task),
+        "learning_accuracy": learning_accuracy(matrix, task),
+        "average_incremental_accuracy": average_incremental_accuracy(matrix, task),
+    }
+
+
+def to_lists(matrix: Matrix) -> list[list[float | None]]:
+    """Rows of plain numbers; None where not evaluated."""
+    return [[_finite(value) for value in row] for row in matrix]
+
+
+def from_lists(rows: list[list[float | None]]) -> Matrix:
+    """The inverse of `to_lists`."""
+    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float64)
+
+
+def _mean_drop(matrix: Matrix, task: int, history: Matrix) -> float | None:
+    """Mean over rows of (best of the row's history - value now); None if something is missing."""
+    if task == 0 or np.isnan(history).all(axis=1).any():
+        return None
+    return _finite(np.mean(np.nanmax(history, axis=1) - matrix[:task, task]))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

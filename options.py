@@ -1,0 +1,380 @@
+"""The command line: flags, configurations, and one message for everything that is wrong.
+
+    main.py [CONFIG ...] [--flags]
+
+A CONFIG is a file of configs/ (named without its ending) or a path to a .yaml file. They are merged
+from left to right; flags win over them; what nobody sets keeps the default of l2p-pytorch. A key of a
+configuration is a flag without its dashes and is read by the same rules.
+
+Every flag may be written with dashes or underscores. A yes/no flag may be written `--flag`,
+`--flag true`, `--flag=false` or `--no-flag`.
+"""
+
+import argparse
+import ast
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True}
+_WORDS |= {"false": False, "no": False, "off": False, "0": False}
+
+
+class UsageError(ValueError):
+    """Everything that is wrong with a command line, one problem a line."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_bool(text: str) -> bool:
+    """Reads a yes/no word strictly."""
+    try:
+        return _WORDS[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false") from None
+
+
+def parse_bool_or_path(text: str) -> bool | str:
+    """Reads a yes/no word, or else takes the text as a path."""
+    return _WORDS.get(text.lower(), text)
+
+
+def parse_float_or_none(text: str) -> float | None:
+    """Reads a number, or `none` for none."""
+    return None if text.lower() == "none" else float(text)
+
+
+def parse_key_value(text: str) -> tuple[str, Any]:
+    """Reads `name=value`; the value is a Python literal, or else a string."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+class _Flags:
+    """Adds flags to a parser, under both spellings, and keeps what they default to."""
+
+    def __init__(self) -> None:
+        self.parser = argparse.ArgumentParser(
+            prog="main.py",
+            usage="main.py [CONFIG ...] [--flags]",
+            description="Learning to Prompt (L2P): training and evaluation.",
+            epilog="Yes/no flags: --flag, --flag true, --flag false, --no-flag.",
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+        self.parser.add_argument(
+            "config",
+            nargs="*",
+            metavar="CONFIG",
+            help=f"configurations, merged left to right: {', '.join(config_names())}",
+        )
+        self.defaults: dict[str, Any] = {}
+        self.switches: set[str] = set()
+
+    def group(self, title: str) -> Callable[..., None]:
+        """A group of flags; call it with a flag's name, default and argparse's arguments."""
+        group = self.parser.add_argument_group(title)
+
+        def add(name: str, default: Any, text: str, **kwargs: Any) -> None:
+            spellings = list(dict.fromkeys([name, *_spellings(name)]))
+            if text != argparse.SUPPRESS:
+                text = f"{text} (default: {_shown(default)})".replace("%", "%%")
+            action = group.add_argument(
+                *spellings, default=argparse.SUPPRESS, help=text, **kwargs
+            )
+            self.defaults[action.dest] = list(default) if isinstance(default, tuple) else default
+            if kwargs.get("type") is parse_bool:
+                self.switches |= set(spellings)
+
+        return add
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Reads a command line into one namespace of resolved settings.
+
+    Args:
+        argv: The arguments without the program's name.
+
+    Returns:
+        Every setting by name, and `explicit`: the names that the command line itself sets.
+
+    Raises:
+        UsageError: With everything that is wrong.
+    """
+    flags = _build()
+    problems: list[str] = []
+    given = _parse(flags, argv, problems)
+    settings = dict(flags.defaults)
+    for name in given.pop("config", []):
+        try:
+            settings |= _parse(flags, _config_tokens(name), problems)
+        except ValueError as error:
+            problems.append(str(error))
+    settings |= given
+    if problems:
+        raise UsageError(problems)
+    settings["model_kwargs"] = dict(settings["model_kwargs"])
+    return argparse.Namespace(**settings, explicit=frozenset(given))
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that ship with the program."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a configuration that `parse_args` reads back to the same values."""
+    return yaml.safe_dump(settings, sort_keys=True, default_flow_style=None)
+
+
+def _build() -> _Flags:
+    flags = _Flags()
+    _add_run(flags.group("run"))
+    _add_data(flags.group("data"))
+    _add_tasks(flags.group("tasks"))
+    _add_model(flags.group("model"))
+    _add_prompts(flags.group("prompts"))
+    _add_optimizer(flags.group("optimizer and learning rate"))
+    _add_augmentation(flags.group("image transforms"))
+    _add_evaluation(flags.group("evaluation and speed"))
+    return flags
+
+
+def _add_run(add: Callable[..., None]) -> None:
+    add("--output_dir", "./output", "folder of results and checkpoints; empty: write nothing")
+    add("--seed", 42, "seed of class order, initial values and augmentation", type=int)
+    add("--device", "auto", "cuda, cuda:N, cpu, or auto: CUDA where there is one")
+    add("--dist_url", "env://", "where processes meet (a launcher's environment by default)")
+    add("--world_size", None, "processes of the run; checked against the launcher's", type=int)
+    add("--print_freq", 10, "steps between two progress lines in a log file or pipe", type=int)
+    add("--local-rank", None, argparse.SUPPRESS, type=int)
+
+
+def _add_data(add: Callable[..., None]) -> None:
+    add("--dataset", "CIFAR100", "CIFAR100, digits (ships with scikit-learn) or ImageFolder")
+    add(
+        "--data-path",
+        "/local_datasets/",
+        "folder that holds the data; ImageFolder: with train/<class>/* and val/ or test/",
+    )
+    add("--num_workers", 4, "processes that load images; 0: none beside the main one", type=int)
+    add("--pin-mem", True, "page-locked memory for faster copies to a GPU", type=parse_bool)
+
+
+def _add_tasks(add: Callable[..., None]) -> None:
+    add("--num_tasks", 10, "tasks that the classes are split into", type=int)
+    add("--classes_per_task", None, "classes of a task; none: all classes, evenly", type=int)
+    add("--shuffle", True, "shuffle the classes by --seed before the split", type=parse_bool)
+    add("--class_order", None, "file with the order of classes (ids or names; JSON or text)")
+    add("--train_mask", True, "training predicts the task's own classes only", type=parse_bool)
+    add("--task_inc", False, "evaluation is told the task of each image", type=parse_bool)
+
+
+def _add_model(add: Callable[..., None]) -> None:
+    add("--model", "vit_base_patch16_224", "any plain timm ViT, with or without a weights tag")
+    add("--model-kwargs", (), "arguments of timm's constructor, name=value", **_PAIRS)
+    add("--input-size", 224, "pixels a side; the patch size must divide it", type=int)
+    add(
+        "--pretrained",
+        True,
+        "weights: true (timm fetches them), false (random), or a local .npz, .safetensors, .pth "
+        "or .bin file",
+        type=parse_bool_or_path,
+    )
+    add("--drop", 0.0, "dropout of positions and projections, in training", type=float)
+    add("--drop-path", 0.0, "stochastic depth, in training", type=float)
+    add("--global_pool", "token", "final norm before (token) or after (avg) the head's mean")
+    add("--head_type", "prompt", "what the head reads: token, gap, prompt or token+prompt")
+    add("--head_init", "trunc_normal", "first values of the head: trunc_normal or zero")
+    add(
+        "--freeze",
+        ("blocks", "patch_embed", "cls_token", "norm", "pos_embed"),
+        "prefixes of the parameters that do not train; none given: everything trains",
+        nargs="*",
+    )
+
+
+def _add_prompts(add: Callable[..., None]) -> None:
+    add("--prompt_pool", True, "learn prompts; false: train head and whatever is not frozen", **_YN)
+    add("--size", 10, "prompts in the pool (M)", type=int)
+    add("--length", 5, "tokens of a prompt (L)", type=int)
+    add("--top_k", 5, "prompts chosen for an image (K)", type=int)
+    add("--initializer", "uniform", "first values of prompts: uniform, zero or official")
+    add("--prompt_key", True, "keys are learned; false: the mean of the prompt's tokens", **_YN)
+    add("--prompt_key_init", "uniform", "first values of keys: uniform, zero or official")
+    add("--use_prompt_mask", False, "train task t on the prompts [t*K, (t+1)*K) only", **_YN)
+    add("--shared_prompt_pool", False, "a task's prompts start from the last task's", **_YN)
+    add("--shared_prompt_key", False, "a task's keys start from the last task's", **_YN)
+    add("--batchwise_prompt", True, "a vote group shares its most frequent prompts", **_YN)
+    add("--vote_group_size", None, "images that vote together; none: --batch-size", type=int)
+    add("--embedding_key", "cls", "the query: cls, mean, max or mean_max")
+    add("--predefined_key", "", "refused: the original accepts it and does nothing with it")
+    add("--pull_constraint", True, "pull chosen keys towards the query", **_YN)
+    add("--pull_constraint_coeff", 0.1, "weight of that term", type=float)
+
+
+def _add_optimizer(add: Callable[..., None]) -> None:
+    add("--batch-size", 16, "images of a step, of each process", type=int)
+    add("--epochs", 5, "epochs of each task", type=int)
+    add("--opt", "adam", "any optimizer of timm")
+    add("--opt-eps", 1e-8, "epsilon of the optimizer", type=float)
+    add("--opt-betas", None, "betas of the optimizer", type=float, nargs="+")
+    add("--clip-grad", 1.0, "largest norm of the gradient; none: no limit", **_NUMBER)
+    add("--momentum", 0.9, "momentum of SGD", type=float)
+    add("--weight-decay", 0.0, "weight decay", type=float)
+    add("--reinit_optimizer", True, "a fresh optimizer for each task", **_YN)
+    add("--smoothing", 0.0, "label smoothing over the classes that may be predicted", type=float)
+    add("--lr", 0.03, "learning rate for a batch of 256", type=float)
+    add(
+        "--lr_scale",
+        "per-device",
+        "what --lr is multiplied by: none (1), per-device (batch-size / 256) or global "
+        "(batch-size * processes / 256)",
+    )
+    add(
+        "--unscale_lr",
+        None,
+        "the original's name: true is --lr_scale per-device, false is --lr_scale global",
+        type=parse_bool,
+    )
+    add("--sched", "constant", "schedule over the epochs of a task, begun anew for each task")
+    add("--lr-noise", None, "parts of the schedule between which noise is added", **_FLOATS)
+    add("--lr-noise-pct", 0.67, "limit of that noise, as a part of the rate", type=float)
+    add("--lr-noise-std", 1.0, "standard deviation of that noise", type=float)
+    add("--warmup-lr", 1e-6, "rate that the warm-up starts from", type=float)
+    add("--min-lr", 1e-5, "lowest rate of cyclic schedules", type=float)
+    add("--decay-epochs", 30.0, "epochs between two decays (step)", type=float)
+    add("--decay-milestones", (30, 60), "epochs of the decays (multistep)", type=int, nargs="+")
+    add("--warmup-epochs", 5, "epochs of warm-up, unless the schedule is constant", type=int)
+    add("--cooldown-epochs", 10, "epochs at the lowest rate behind a cyclic schedule", type=int)
+    add("--patience-epochs", 10, "epochs without gain before a decay (plateau)", type=int)
+    add("--decay-rate", 0.1, "factor of a decay", type=float)
+
+
+def _add_augmentation(add: Callable[..., None]) -> None:
+    add("--scale", (0.08, 1.0), "range of the random crop's area", type=float, nargs=2)
+    add("--ratio", (3 / 4, 4 / 3), "range of the random crop's width/height", type=float, nargs=2)
+    add("--hflip", 0.5, "probability of a horizontal flip", type=float)
+    add("--train-interpolation", "bilinear", "of the random crop: nearest, bilinear, bicubic, random")
+    add("--color-jitter", None, "strength of colour jitter", **_NUMBER)
+    add("--aa", None, "timm's augmentation policy, such as rand-m9-mstd0.5-inc1")
+    add("--reprob", 0.0, "probability of random erasing", type=float)
+    add("--remode", "pixel", "what an erased box is filled with: const, rand or pixel")
+    add("--recount", 1, "boxes erased", type=int)
+    add("--norm", "none", "pixels: none ([0, 1], the original), half ([-1, 1]) or imagenet")
+
+
+def _add_evaluation(add: Callable[..., None]) -> None:
+    add("--eval", False, "evaluate the task checkpoints of --output_dir", **_YN)
+    add("--checkpoint", None, "with --eval: this checkpoint alone")
+    add("--speed_test", False, "measure images/s, GMACs and memory before the run", **_YN)
+    add("--speed_test_only", False, "measure and stop", **_YN)
+
+
+_YN: dict[str, Any] = {"type": parse_bool, "metavar": "BOOL"}
+_NUMBER: dict[str, Any] = {"type": parse_float_or_none, "metavar": "NUMBER"}
+_FLOATS: dict[str, Any] = {"type": float, "nargs": "+"}
+_PAIRS: dict[str, Any] = {"type": parse_key_value, "nargs": "*", "metavar": "NAME=VALUE"}
+
+
+def _parse(flags: _Flags, tokens: list[str], problems: list[str]) -> dict[str, Any]:
+    """Settings that the tokens name; what argparse refuses goes to `problems`, all of it."""
+    tokens = _spell_out_switches(tokens, flags.switches)
+    while True:
+        try:
+            namespace, unknown = flags.parser.parse_known_intermixed_args(tokens)
+        except argparse.ArgumentError as error:
+            problems.append(str(error).removeprefix("argument "))
+            names = (error.argument_name or "").split("/")
+            tokens = _without(tokens, names)
+            continue
+        problems.extend(_unknown(flag, flags) for flag in unknown if flag.startswith("-"))
+        return vars(namespace)
+
+
+def _spell_out_switches(tokens: list[str], switches: set[str]) -> list[str]:
+    """Writes every yes/no flag as `--flag=true` or `--flag=false`."""
+    negations = {f"--no{dash}{s[2:]}": s for s in switches for dash in "-_"}
+    spelled: list[str] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if token in negations:
+            spelled.append(f"{negations[token]}=false")
+        elif token in switches:
+            value = rest.pop(0) if rest and rest[0].lower() in _WORDS else "true"
+            spelled.append(f"{token}={value}")
+        else:
+            spelled.append(token)
+    return spelled
+
+
+def _without(tokens: list[str], names: list[str]) -> list[str]:
+    """Tokens without a flag and its values."""
+    kept: list[str] = []
+    dropping = False
+    for token in tokens:
+        if token.startswith("--"):
+            dropping = token.split("=")[0] in names
+        if not dropping:
+            kept.append(token)
+    return kept
+
+
+def _unknown(token: str, flags: _Flags) -> str:
+    name = token.split("=")[0]
+    known = [s for action in flags.parser._actions for s in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {near[0]}?" if near else ": see main.py --help"
+    return f"{name} is no option{hint}"
+
+
+def _config_tokens(name: str) -> list[str]:
+    """A configuration as the tokens that would say the same on the command line."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{name!r} is neither a configuration nor the value of a flag: "
+            f"the configurations are {', '.join(config_names())}, or a path to a .yaml file"
+        )
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `name: value` lines")
+    return [token for key, value in content.items() for token in _tokens(str(key), value)]
+
+
+def _tokens(key: str, value: Any) -> list[str]:
+    flag = f"--{key}"
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [flag, *(f"{k}={v}" for k, v in value.items())]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
+    return "none" if default in (None, "") else str(default).lower()
+
+
+def _spellings(name: str) -> list[str]:
+    bare = name[2:]
+    return [f"--{bare.replace('_', '-')}", f"--{bare.replace('-', '_')}"]

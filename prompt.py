@@ -1,0 +1,207 @@
+"""The prompt pool of L2P: keys, matching, vote, gathered prompts, pull term.
+
+An image's query (one feature vector of the frozen transformer) is compared with the keys of the pool;
+the K best prompts are put in front of the image's own tokens. Everything here works on query vectors,
+so this file knows neither images nor transformers.
+
+Shapes: B images, D width, M pool size, L prompt length, K prompts chosen (top-k), P = K*L prompt tokens,
+V images in a vote group.
+
+Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, section 4.1, equations 2-5.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Distributions that prompts and keys can start from.
+#: `uniform` U(-1, 1) and `zero` as l2p-pytorch; `official` U[0, 0.01) as the JAX release.
+INITIALIZERS = ("uniform", "zero", "official")
+
+
+class Selection(NamedTuple):
+    """What the pool answers to a batch of queries.
+
+    Attributes:
+        tokens: Chosen prompts one behind the other, (B, P, D).
+        prompt_idx: Ids of the prompts that serve each image, (B, K).
+        own_prompt_idx: Ids that each image would choose alone, best first, (B, K).
+        similarity: Cosine similarity of queries and keys, (B, M), in [-1, 1].
+        reduce_sim: Pull term: similarity to the chosen keys, summed over K, mean over images, ().
+    """
+
+    tokens: Tensor
+    prompt_idx: Tensor
+    own_prompt_idx: Tensor
+    similarity: Tensor
+    reduce_sim: Tensor
+
+
+class Prompt(nn.Module):
+    """A pool of M prompts of L tokens, each found by its key.
+
+    Args:
+        size: M, the number of prompts.
+        length: L, the tokens of one prompt.
+        top_k: K, the prompts that serve an image.
+        embed_dim: D, the width of the transformer.
+        learnable_key: Whether keys are parameters of their own; otherwise the key of a prompt is
+            the mean of its tokens, computed anew (with gradient) in every forward pass.
+        prompt_init: Distribution of the prompts' first values, one of `INITIALIZERS`.
+        key_init: The same for the keys.
+        batchwise: Whether a vote group shares the prompts that most of its images choose.
+        use_mask: Whether training on task t uses exactly the prompts [t*K, (t+1)*K).
+
+    Raises:
+        ValueError: If `top_k` exceeds `size` or an initialiser is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        length: int,
+        top_k: int,
+        embed_dim: int,
+        learnable_key: bool = True,
+        prompt_init: str = "uniform",
+        key_init: str = "uniform",
+        batchwise: bool = True,
+        use_mask: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= size:
+            raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
+        self.size, self.length, self.top_k = size, length, top_k
+        self.batchwise, self.use_mask = batchwise, use_mask
+        self.prompt = nn.Parameter(_initial((size, length, embed_dim), prompt_init))  # (M, L, D)
+        self.prompt_key: nn.Parameter | None = None
+        if learnable_key:
+            self.prompt_key = nn.Parameter(_initial((size, embed_dim), key_init))  # (M, D)
+
+    @property
+    def num_tokens(self) -> int:
+        """P, the number of prompt tokens that an image receives."""
+        return self.top_k * self.length
+
+    def forward(
+        self, query: Tensor, *, task_id: int | None = None, vote_group_size: int | None = None
+    ) -> Selection:
+        """Chooses prompts for a batch of queries.
+
+        Args:
+            query: Query features, (B, D).
+            task_id: Task being trained, for the prompt mask; ignored in evaluation mode.
+            vote_group_size: V, consecutive images that vote together; None: the whole batch.
+
+        Returns:
+            The selection; gradients reach the keys through `reduce_sim` alone.
+        """
+        similarity = l2_normalize(query) @ l2_normalize(self._keys()).t()  # (B, M)
+        own_idx = top_k_lowest_id(similarity, self.top_k)  # (B, K)
+        idx = self._serve(own_idx, task_id, vote_group_size)
+        return Selection(
+            tokens=self.prompt[idx].flatten(1, 2),  # (B, P, D)
+            prompt_idx=idx,
+            own_prompt_idx=own_idx,
+            similarity=similarity,
+            reduce_sim=similarity.gather(1, idx).sum() / len(query),
+        )
+
+    def task_slots(self, task_id: int) -> slice:
+        """Ids of the prompts that the mask gives to a task.
+
+        Raises:
+            ValueError: If the pool is too small for that task.
+        """
+        slots = slice(task_id * self.top_k, (task_id + 1) * self.top_k)
+        if slots.stop > self.size:
+            raise ValueError(
+                f"the prompt mask gives prompts {slots.start}..{slots.stop - 1} to task "
+                f"{task_id + 1}, but the pool has {self.size}: enlarge the pool or lower top_k"
+            )
+        return slots
+
+    @torch.no_grad()
+    def inherit(self, task_id: int, *, prompts: bool, keys: bool) -> bool:
+        """Starts a task's prompts (or keys) from what the task before it learned.
+
+        Returns:
+            Whether anything was copied: not for the first task, nor when the pool has no slots left.
+
+        Source: `shared_prompt_pool` and `shared_prompt_key` of the official release.
+        """
+        if task_id == 0 or (task_id + 1) * self.top_k > self.size or not (prompts or keys):
+            return False
+        old, new = self.task_slots(task_id - 1), self.task_slots(task_id)
+        if prompts:
+            self.prompt[new] = self.prompt[old].clone()
+        if keys and self.prompt_key is not None:
+            self.prompt_key[new] = self.prompt_key[old].clone()
+        return True
+
+    def _keys(self) -> Tensor:
+        return self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
+
+    def _serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
+        """Ids that serve each image: masked, voted, or its own choice, (B, K)."""
+        if self.training and self.use_mask and task_id is not None:
+            slots = self.task_slots(task_id)
+            masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
+            return masked.expand(len(own_idx), -1)
+        if self.batchwise:
+            return vote(own_idx, self.size, vote_group_size or len(own_idx))
+        return own_idx
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Scales vectors along the last dimension to length 1.
+
+    The floor 1e-12 is on the squared length (the official release), not on the length as in
+    `torch.nn.functional.normalize`.
+    """
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True).clamp(min=1e-12))
+
+
+def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
+    """Ids of the k largest scores of each row, best first; ties go to the lowest id.
+
+    Args:
+        score: Any scores, (R, M).
+        k: How many ids per row.
+
+    Returns:
+        Ids, (R, k). `torch.topk` promises no order among ties, so a stable sort is used.
+    """
+    return score.argsort(dim=-1, descending=True, stable=True)[..., :k]
+
+
+def vote(own_idx: Tensor, size: int, group_size: int) -> Tensor:
+    """Replaces each image's choice by the most frequent ids of its vote group.
+
+    Args:
+        own_idx: Ids chosen by each image, (B, K).
+        size: M, the size of the pool.
+        group_size: V; images 0..V-1 form the first group, the last group may be smaller.
+
+    Returns:
+        Ids that serve each image, most votes first, ties to the lowest id, (B, K).
+    """
+    num_images, top_k = own_idx.shape
+    group = torch.arange(num_images, device=own_idx.device) // group_size  # (B,)
+    ballots = F.one_hot(own_idx, size).sum(dim=1)  # (B, M)
+    num_groups = -(-num_images // group_size)
+    counts = ballots.new_zeros(num_groups, size).index_add_(0, group, ballots)  # (B/V, M)
+    return top_k_lowest_id(counts, top_k)[group]  # (B, K)
+
+
+def _initial(shape: tuple[int, ...], initializer: str) -> Tensor:
+    if initializer == "uniform":
+        return torch.empty(shape).uniform_(-1, 1)
+    if initializer == "official":
+        return torch.empty(shape).uniform_(0, 0.01)
+    if initializer == "zero":
+        return torch.zeros(shape)
+    raise ValueError(f"initialiser {initializer!r} is not one of {', '.join(INITIALIZERS)}")

@@ -1,0 +1,159 @@
+"""What a run leaves behind beside its checkpoints: log_stats.txt, results.json, the final table."""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import metrics
+import utils
+from engine import SELECTIONS, TaskReport, average_stats
+
+_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+#: Lines of the table: name in `results.json`, name for people.
+_TABLE_METRICS = {
+    "average_accuracy": "average accuracy",
+    "forgetting": "forgetting",
+    "forgetting_literature": "forgetting (literature)",
+    "backward_transfer": "backward transfer",
+    "learning_accuracy": "learning accuracy",
+    "average_incremental_accuracy": "average incremental accuracy",
+}
+
+
+@dataclass
+class RunRecord:
+    """Collects what is known about a run and writes it after every task.
+
+    Attributes:
+        config: Resolved settings, plain values.
+        backbone: `name`, `source`, `sha256`.
+        class_order: Class ids of each task.
+        matrices: Accuracy matrix for each selection, percent.
+        reports: One for each finished task.
+    """
+
+    config: dict[str, Any]
+    backbone: dict[str, str]
+    class_order: list[list[int]]
+    matrices: dict[str, metrics.Matrix]
+    reports: list[TaskReport] = field(default_factory=list)
+
+    @property
+    def last_task(self) -> int:
+        """0-based number of the last finished task."""
+        return self.reports[-1].task
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {
+            **{name: self._selection(name) for name in SELECTIONS},
+            "class_order": self.class_order,
+            "backbone": self.backbone,
+            "prompt_usage": [usage for report in self.reports for usage in _usage(report)],
+            "timing": [
+                {
+                    "task": report.task + 1,
+                    "train_seconds": round(report.train_seconds, 3),
+                    "eval_seconds": round(report.eval_seconds, 3),
+                }
+                for report in self.reports
+            ],
+            "versions": versions(),
+            "seed": self.config.get("seed"),
+            "config": self.config,
+        }
+
+    def log_lines(self) -> str:
+        """The content of log_stats.txt: one JSON object for each task."""
+        return "".join(json.dumps(self._log_stats(report)) + "\n" for report in self.reports)
+
+    def write(self, output_dir: Path, name: str = "results") -> None:
+        """Writes `{name}.json` and, for a training run, log_stats.txt."""
+        utils.write_json(output_dir / f"{name}.json", self.as_dict())
+        if any(report.train_stats for report in self.reports):
+            utils.write_text(output_dir / "log_stats.txt", self.log_lines())
+
+    def table(self) -> str:
+        """Both accuracy matrices and all metrics as text, in percent."""
+        blocks = []
+        for name, title in (("batch", "batch-wise, as published"), ("instance", "instance-wise")):
+            blocks.append(f"Accuracy in percent, {title} (row: test set, column: after task)")
+            blocks.append(_format_matrix(self.matrices[name]))
+        summaries = {name: self._selection(name) for name in SELECTIONS}
+        blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
+        for key, label in _TABLE_METRICS.items():
+            batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
+            blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
+        return "\n".join(blocks)
+
+    def _selection(self, name: str) -> dict[str, Any]:
+        matrix = self.matrices[name]
+        numbers = metrics.summarize(matrix, self.last_task)
+        return {"accuracy_matrix": metrics.to_lists(matrix), **numbers}
+
+    def _log_stats(self, report: TaskReport) -> dict[str, Any]:
+        """One line of log_stats.txt; `test_*` is the last test set, as the original writes it."""
+        stats: dict[str, Any] = {f"train_{k}": v for k, v in report.train_stats.items()}
+        stats |= {f"test_{k}": v for k, v in report.evaluations[-1].stats["batch"].items()}
+        for name, prefix in zip(SELECTIONS, ("", "instance_"), strict=True):
+            means = average_stats(report.evaluations, name)
+            stats |= {f"{prefix}average_{k}": v for k, v in means.items()}
+            stats[f"{prefix}forgetting"] = metrics.forgetting(self.matrices[name], report.task)
+            backward = metrics.backward_transfer(self.matrices[name], report.task)
+            stats[f"{prefix}backward"] = backward
+        return {**stats, "task": report.task + 1, "epoch": self.config["epochs"] - 1}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers."""
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in _LIBRARIES}}
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Moves what an earlier run left in the folder into a folder of its own, so nothing is lost.
+
+    Returns:
+        The folder `previous/DATE`, or None if there was nothing.
+    """
+    names = ("checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png")
+    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    if not found:
+        return None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    folder = output_dir / "previous" / stamp
+    folder.mkdir(parents=True)
+    for path in found:
+        path.rename(folder / path.name)
+    return folder
+
+
+def _usage(report: TaskReport) -> list[dict[str, Any]]:
+    """How often each prompt served the images of each test set after a task."""
+    return [
+        {
+            "after_task": report.task + 1,
+            "test_set": evaluation.index,
+            **evaluation.usage,
+            "mean_similarity": evaluation.mean_similarity,
+        }
+        for evaluation in report.evaluations
+        if evaluation.usage
+    ]
+
+
+def _format_matrix(matrix: metrics.Matrix) -> str:
+    header = f"{'':12s}" + "".join(f"{t + 1:>7d}" for t in range(matrix.shape[1]))
+    rows = [
+        f"test set {i + 1:<3d}" + "".join(f"{_number(value):>7s}" for value in row)
+        for i, row in enumerate(metrics.to_lists(matrix))
+    ]
+    return "\n".join([header, *rows])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

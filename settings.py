@@ -1,0 +1,205 @@
+"""From the resolved settings of a run to what its parts are built from.
+
+Settings are read, never written: whatever is derived from them (learning rate, vote group, paths) is
+returned.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+import backbone
+from continual_dataloader import LoaderOptions, TransformOptions
+from engine import EngineOptions, Scheduler
+from prompt import Prompt
+from utils import Processes
+from vision_transformer import PromptedVisionTransformer
+
+#: Names in the namespace that describe a single command rather than the run.
+_TRANSIENT = ("explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank")
+
+
+def resolved(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that describe the run, as plain values for config.yaml and checkpoints."""
+    values = {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
+    return {**values, "vote_group_size": vote_group_size(args)}
+
+
+def vote_group_size(args: argparse.Namespace) -> int:
+    """Images that vote for prompts together: the batch of one process unless set."""
+    return args.vote_group_size or args.batch_size
+
+
+def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+    """The rate that the optimizer gets: `--lr` scaled by the batch.
+
+    Source: l2p-pytorch multiplies by the batch of one process / 256.
+    """
+    scale = args.lr_scale
+    if args.unscale_lr is not None:
+        scale = "per-device" if args.unscale_lr else "global"
+    if scale == "none":
+        return args.lr
+    batch = args.batch_size * (world_size if scale == "global" else 1)
+    return args.lr * batch / 256
+
+
+def weight_file(args: argparse.Namespace) -> Path | None:
+    """The local file of `--pretrained PATH`; shipped weights are found from any folder."""
+    if isinstance(args.pretrained, bool):
+        return None
+    path = Path(args.pretrained).expanduser()
+    beside_program = Path(__file__).resolve().parent / path
+    return beside_program if not path.exists() and beside_program.exists() else path
+
+
+def transform_options(args: argparse.Namespace) -> TransformOptions:
+    """How images are cropped, flipped, resized and normalised.
+
+    Raises:
+        ValueError: On values out of range.
+    """
+    return TransformOptions(
+        input_size=args.input_size,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
+        interpolation=args.train_interpolation,
+        aa=args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
+        norm=args.norm,
+    )
+
+
+def loader_options(args: argparse.Namespace, processes: Processes) -> LoaderOptions:
+    """How images are put into batches."""
+    return LoaderOptions(
+        batch_size=args.batch_size,
+        vote_group_size=vote_group_size(args),
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        seed=args.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+
+
+def engine_options(
+    args: argparse.Namespace, device: torch.device, all_classes: tuple[int, ...]
+) -> EngineOptions:
+    """What the engine optimises and evaluates."""
+    return EngineOptions(
+        device=device,
+        epochs=args.epochs,
+        vote_group_size=vote_group_size(args),
+        all_classes=all_classes,
+        train_mask=args.train_mask,
+        task_inc=args.task_inc,
+        pull_coeff=args.pull_constraint_coeff if args.pull_constraint else 0.0,
+        smoothing=args.smoothing,
+        clip_grad=args.clip_grad,
+        reinit_optimizer=args.reinit_optimizer,
+        shared_prompt_pool=args.shared_prompt_pool,
+        shared_prompt_key=args.shared_prompt_key,
+        print_freq=args.print_freq,
+    )
+
+
+def build_backbone(args: argparse.Namespace, pretrained: bool = False) -> VisionTransformer:
+    """The timm ViT that the settings name.
+
+    Args:
+        args: The settings.
+        pretrained: Whether to load the weights that the settings name, too.
+
+    Raises:
+        WeightsError: If it cannot be built, or its weights cannot be had.
+    """
+    vit = backbone.build_backbone(
+        args.model,
+        input_size=args.input_size,
+        model_kwargs=args.model_kwargs,
+        drop=args.drop,
+        drop_path=args.drop_path,
+        pretrained=pretrained and args.pretrained is True,
+    )
+    file = weight_file(args)
+    if pretrained and file is not None:
+        backbone.load_backbone_file(vit, file)
+    return vit
+
+
+def backbone_source(args: argparse.Namespace) -> str:
+    """Where the backbone's weights come from, in a word or a file's name."""
+    file = weight_file(args)
+    if file is not None:
+        return file.name
+    return "timm" if args.pretrained else "random"
+
+
+def build_model(
+    args: argparse.Namespace, vit: VisionTransformer, num_classes: int
+) -> PromptedVisionTransformer:
+    """The prompted model around a backbone.
+
+    Raises:
+        ValueError: If head, pool and frozen names contradict.
+    """
+    pool = None
+    freeze = list(args.freeze)
+    if args.prompt_pool:
+        pool = Prompt(
+            size=args.size,
+            length=args.length,
+            top_k=args.top_k,
+            embed_dim=vit.embed_dim,
+            learnable_key=args.prompt_key,
+            prompt_init=args.initializer,
+            key_init=args.prompt_key_init,
+            batchwise=args.batchwise_prompt,
+            use_mask=args.use_prompt_mask,
+        )
+        if args.prompt_key and not args.pull_constraint:
+            freeze.append("prompt.prompt_key")  # nothing else gives the keys a gradient
+    return PromptedVisionTransformer(
+        vit,
+        num_classes,
+        pool,
+        head_type=args.head_type,
+        global_pool=args.global_pool,
+        embedding_key=args.embedding_key,
+        head_init=args.head_init,
+        freeze=freeze,
+    )
+
+
+def make_optimizer(
+    args: argparse.Namespace, model: PromptedVisionTransformer, lr: float
+) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters; weight decay spares what timm spares."""
+    groups = partial(
+        param_groups_weight_decay,
+        weight_decay=args.weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+    )
+    kwargs = {**optimizer_kwargs(args), "lr": lr}
+    return create_optimizer_v2(model, param_group_fn=groups, **kwargs)
+
+
+def make_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> Scheduler | None:
+    """The learning rate schedule of one task; None: constant."""
+    if args.sched == "constant":
+        return None
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]

@@ -1,0 +1,162 @@
+"""`--speed_test`: throughput, multiply-accumulates, parameters and peak memory.
+
+Shapes: B images, S pixels a side, D width.
+"""
+
+import logging
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchprofile import profile_macs
+
+import utils
+from engine import EngineOptions, masked_cross_entropy
+from vision_transformer import PromptedVisionTransformer
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP, _REPETITIONS = 3, 10
+
+
+class _QueryPass(nn.Module):
+    """Images to queries."""
+
+    def __init__(self, model: PromptedVisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.query(images)
+
+
+class _ClassifyPass(nn.Module):
+    """Images and their queries to logits."""
+
+    def __init__(self, model: PromptedVisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, query: Tensor) -> Tensor:
+        return self.model(images, query=query)["logits"]
+
+
+def speed_test(
+    model: PromptedVisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    options: EngineOptions,
+    *,
+    batch_size: int,
+    input_size: int,
+    output_dir: Path | None,
+) -> None:
+    """Measures the model, logs the figures and appends them to `output_dir/speed_macs.txt`.
+
+    Weights and random generators are left as they were.
+
+    Args:
+        model: The model, on its device.
+        optimizer: Over its trainable parameters, with learning rate 0.
+        options: What a training step computes.
+        batch_size: B.
+        input_size: S.
+        output_dir: Folder of the file; None writes none.
+    """
+    with torch.random.fork_rng():
+        images = torch.rand(batch_size, 3, input_size, input_size, device=options.device)
+        targets = torch.randint(model.num_classes, (batch_size,), device=options.device)
+    lines = [
+        f"inference_speed: {_images_per_second(_inference(model, images), images):.2f} images/s",
+        f"training_speed: "
+        f"{_images_per_second(_step(model, optimizer, images, targets, options), images):.2f} "
+        "images/s",
+        *_macs(model, images[:1]),
+        f"params: {_count(model, trained=False):,} (trainable: {_count(model, trained=True):,})",
+        f"peak memory: {_peak_megabytes(options.device):.0f} MB",
+    ]
+    for line in lines:
+        logger.info(line)
+    if output_dir is not None and utils.is_main_process():
+        path = output_dir / "speed_macs.txt"
+        earlier = path.read_text() if path.exists() else ""
+        utils.write_text(path, earlier + "\n".join(lines) + "\n")
+
+
+def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, float]:
+    """Multiply-accumulates (10^9) of the passes over images: `query`, `prompted`, and their sum."""
+    model.eval()
+    query = torch.zeros(len(images), model.backbone.embed_dim, device=images.device)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # operators without multiplications, tracing
+        prompted = profile_macs(_ClassifyPass(model), (images, query)) / 1e9
+        asked = 0.0
+        if model.prompt is not None:
+            asked = profile_macs(_QueryPass(model), (images,)) / 1e9
+    return {"query": asked, "prompted": prompted, "total": asked + prompted}
+
+
+def _macs(model: PromptedVisionTransformer, image: Tensor) -> list[str]:
+    gmacs = count_gmacs(model, image)
+    split = f"query pass {gmacs['query']:.2f}, prompted pass {gmacs['prompted']:.2f}"
+    return [f"GMACs: {gmacs['total']:.2f} ({split})"]
+
+
+def _inference(model: PromptedVisionTransformer, images: Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def classify() -> None:
+        model.eval()
+        model(images)
+
+    return classify
+
+
+def _step(
+    model: PromptedVisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    options: EngineOptions,
+) -> Callable[[], None]:
+    def step() -> None:
+        model.train()
+        optimizer.zero_grad()
+        out = model(images, task_id=0, vote_group_size=options.vote_group_size)
+        loss = masked_cross_entropy(out["logits"], targets, None, options.smoothing)
+        if "reduce_sim" in out:
+            loss = loss - options.pull_coeff * out["reduce_sim"]
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _images_per_second(work: Callable[[], None], images: Tensor) -> float:
+    """Throughput at the median time of several repetitions, synchronised."""
+    times = []
+    with torch.random.fork_rng():
+        for repetition in range(_WARM_UP + _REPETITIONS):
+            start = time.perf_counter()
+            work()
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            if repetition >= _WARM_UP:
+                times.append(time.perf_counter() - start)
+    return len(images) / statistics.median(times)
+
+
+def _count(model: nn.Module, *, trained: bool) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _peak_megabytes(device: torch.device) -> float:
+    """Most memory so far in 2^20 bytes: of the GPU's tensors, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,213 @@
+"""Refuses contradictory settings, all at once and before anything is loaded."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm.optim
+import torch
+
+import checkpoints
+import continual_dataloader as data
+import datasets
+import prompt
+import settings
+import vision_transformer
+from backbone import WEIGHT_SUFFIXES
+from options import UsageError
+
+SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau")
+LR_SCALES = ("none", "per-device", "global")
+
+#: Flags with a fixed set of values.
+_CHOICES = {
+    "--head_type": vision_transformer.HEAD_TYPES,
+    "--global_pool": vision_transformer.GLOBAL_POOLS,
+    "--head_init": vision_transformer.HEAD_INITIALIZERS,
+    "--embedding_key": vision_transformer.EMBEDDING_KEYS,
+    "--initializer": prompt.INITIALIZERS,
+    "--prompt_key_init": prompt.INITIALIZERS,
+    "--sched": SCHEDULES,
+    "--lr_scale": LR_SCALES,
+}
+
+#: Flags that count something and need at least so many.
+_AT_LEAST = {
+    "--batch-size": 1,
+    "--epochs": 1,
+    "--size": 1,
+    "--length": 1,
+    "--top_k": 1,
+    "--num_tasks": 1,
+    "--print_freq": 1,
+    "--vote_group_size": 1,
+    "--num_workers": 0,
+    "--seed": 0,
+    "--warmup-epochs": 0,
+    "--cooldown-epochs": 0,
+}
+
+_POSITIVE = ("--lr", "--clip-grad", "--opt-eps")
+_SHARES = ("--drop", "--drop-path", "--smoothing")
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Checks settings against each other, the files they name, and the environment.
+
+    Raises:
+        UsageError: With everything that is wrong, one problem a line.
+    """
+    problems = [
+        *_values(args),
+        *_prompts(args),
+        *_optimizer(args),
+        *_transforms(args),
+        *_tasks(args),
+        *_model(args),
+        *_processes(args),
+        *_evaluation(args),
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
+def _value(args: argparse.Namespace, flag: str) -> object:
+    return getattr(args, flag[2:].replace("-", "_"))
+
+
+def _values(args: argparse.Namespace) -> Iterator[str]:
+    for flag, allowed in _CHOICES.items():
+        if (value := _value(args, flag)) not in allowed:
+            yield f"{flag} {value} is unknown: choose one of {', '.join(allowed)}"
+    for flag, least in _AT_LEAST.items():
+        value = _value(args, flag)
+        if isinstance(value, int) and value < least:
+            yield f"{flag} {value}: must be at least {least}"
+    for flag in _POSITIVE:
+        value = _value(args, flag)
+        if isinstance(value, float) and not (0 < value < math.inf):
+            hint = " (none: no limit)" if flag == "--clip-grad" else ""
+            yield f"{flag} {value}: must be positive{hint}"
+    for flag in _SHARES:
+        value = _value(args, flag)
+        if isinstance(value, float) and not 0 <= value < 1:
+            yield f"{flag} {value}: must be in [0, 1)"
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[str]:
+    if args.predefined_key:
+        yield (
+            "--predefined_key: the original accepts it and does nothing with it; "
+            "keys start from --prompt_key_init"
+        )
+    if not args.prompt_pool:
+        yield from _without_pool(args)
+        return
+    if args.top_k > args.size:
+        yield f"--top_k {args.top_k} exceeds --size {args.size}: lower --top_k or enlarge the pool"
+    needed = args.num_tasks * args.top_k
+    if args.use_prompt_mask and args.size < needed:
+        yield (
+            f"--use_prompt_mask gives each of {args.num_tasks} tasks its own {args.top_k} prompts: "
+            f"--size {args.size} is too small, use at least {needed}, or lower --top_k"
+        )
+    if args.shared_prompt_key and not args.prompt_key:
+        yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
+    votes = args.vote_group_size or args.batch_size
+    if 1 <= args.batch_size and 1 <= votes and args.batch_size % votes:
+        yield (
+            f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
+            "a vote group must lie in one batch"
+        )
+
+
+def _without_pool(args: argparse.Namespace) -> Iterator[str]:
+    if "prompt" in args.head_type:
+        yield (
+            f"--head_type {args.head_type} reads prompt tokens, but --prompt_pool is off: "
+            "use --head_type token or gap"
+        )
+    for flag in ("--use_prompt_mask", "--shared_prompt_pool", "--shared_prompt_key"):
+        if _value(args, flag):
+            yield f"{flag} needs the prompt pool: leave --prompt_pool on"
+
+
+def _optimizer(args: argparse.Namespace) -> Iterator[str]:
+    if args.opt.lower() not in timm.optim.list_optimizers():
+        known = ", ".join(timm.optim.list_optimizers())
+        yield f"--opt {args.opt} is unknown to timm: choose one of {known}"
+    if args.weight_decay < 0:
+        yield f"--weight-decay {args.weight_decay}: must not be negative"
+    if args.unscale_lr is not None and "lr_scale" in args.explicit:
+        yield "--unscale_lr and --lr_scale say the same thing: give one of them"
+
+
+def _transforms(args: argparse.Namespace) -> Iterator[str]:
+    try:
+        settings.transform_options(args)
+    except ValueError as error:
+        yield from str(error).split("; ")
+
+
+def _tasks(args: argparse.Namespace) -> Iterator[str]:
+    if args.class_order is not None and not Path(args.class_order).is_file():
+        yield f"--class_order {args.class_order}: there is no such file"
+    try:
+        spec = datasets.find_source(args.dataset)
+        path = Path(args.data_path).expanduser()
+        if spec.needs_data_path and not path.is_dir():
+            yield (
+                f"--data-path {path} does not exist: name the folder that holds {args.dataset} "
+                "(or an empty one, if the data set can be downloaded)"
+            )
+        else:
+            num_classes = datasets.count_classes(args.dataset, path)
+            data.check_split(num_classes, args.num_tasks, args.classes_per_task)
+    except ValueError as error:
+        yield str(error)
+
+
+def _model(args: argparse.Namespace) -> Iterator[str]:
+    file = settings.weight_file(args)
+    if file is not None and not file.is_file():
+        yield f"--pretrained {args.pretrained}: neither true, false, nor a file that exists"
+    elif file is not None and file.suffix not in WEIGHT_SUFFIXES:
+        yield f"--pretrained {file}: must end in {', '.join(WEIGHT_SUFFIXES)}"
+    if args.input_size < 1:
+        return
+    try:
+        with torch.device("meta"):
+            vit = settings.build_backbone(args)
+            # What the prompts get wrong has its own messages.
+            if not list(_prompts(args)) and not list(_values(args)):
+                settings.build_model(args, vit, num_classes=2)
+    except ValueError as error:
+        yield str(error)
+
+
+def _processes(args: argparse.Namespace) -> Iterator[str]:
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size is not None and args.world_size != launched:
+        yield (
+            f"--world_size {args.world_size}: the launcher started {launched} processes; "
+            f"use its own option, such as --nproc_per_node={args.world_size}"
+        )
+
+
+def _evaluation(args: argparse.Namespace) -> Iterator[str]:
+    if args.checkpoint is not None and not args.eval:
+        yield "--checkpoint names what --eval evaluates: give --eval too"
+    if not args.eval:
+        return
+    if args.checkpoint is not None:
+        if not Path(args.checkpoint).is_file():
+            yield f"--checkpoint {args.checkpoint}: there is no such file"
+    elif not args.output_dir:
+        yield "--eval needs --output_dir, the folder of the run, or --checkpoint"
+    elif not checkpoints.find(Path(args.output_dir)):
+        yield (
+            f"--eval finds no checkpoint in {Path(args.output_dir) / 'checkpoint'}: expected "
+            "task1_checkpoint.pth, task2_checkpoint.pth, ...; name the run's --output_dir"
+        )

@@ -1,0 +1,332 @@
+"""A frozen timm vision transformer that reads prompt tokens beside its image tokens.
+
+One unmodified timm ViT serves twice. Without prompts it gives the query, the class token after the
+final norm. With the prompts that the query selected it gives the features that the head classifies.
+The image is embedded once for both passes.
+
+Shapes: B images, S pixels a side, C classes, D width, N patches, P prompt tokens, K prompts chosen,
+M pool size. Order of the tokens: class, prompts, (registers,) patches.
+
+Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; token order, positions of
+the prompts and head types as in l2p-pytorch.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from prompt import Prompt
+
+HEAD_TYPES = ("prompt", "token", "gap", "token+prompt")
+GLOBAL_POOLS = ("token", "avg")
+EMBEDDING_KEYS = ("cls", "mean", "max", "mean_max")
+HEAD_INITIALIZERS = ("trunc_normal", "zero")
+
+#: What the original freezes: everything of the backbone.
+DEFAULT_FREEZE = ("blocks", "patch_embed", "cls_token", "norm", "pos_embed")
+
+#: Prefix tokens that count as class tokens when something is frozen by name.
+_CLASS_TOKEN_KIN = ("reg_token", "dist_token")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or do not fit the model."""
+
+
+class PromptedVisionTransformer(nn.Module):
+    """A timm ViT, a prompt pool and a linear head.
+
+    Args:
+        backbone: A timm ViT with a class token, built with `num_classes=0`.
+        num_classes: C, the outputs of the head.
+        prompt: The pool; None leaves prompts out (plain fine-tuning of what is not frozen).
+        head_type: What the head reads: mean of the prompt tokens, the class token, the mean of all
+            tokens (`gap`), or the mean of class and prompt tokens.
+        global_pool: `token` applies the backbone's final norm before that mean, `avg` leaves it out
+            and normalises the mean instead (timm's `fc_norm`, a trainable copy of the final norm).
+        embedding_key: What is compared with the keys: the class token after the final norm, or
+            mean, maximum, or maximum + 2 * mean of the embedded patches (before positions).
+        head_init: `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official release).
+        freeze: Prefixes of public parameter names that do not train.
+
+    Raises:
+        ValueError: If head type and pool contradict, the ViT has no class token, or a prefix of
+            `freeze` matches no parameter.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        num_classes: int,
+        prompt: Prompt | None = None,
+        *,
+        head_type: str = "prompt",
+        global_pool: str = "token",
+        embedding_key: str = "cls",
+        head_init: str = "trunc_normal",
+        freeze: Iterable[str] = DEFAULT_FREEZE,
+    ) -> None:
+        super().__init__()
+        _check_head(head_type, prompt)
+        if backbone.cls_token is None:
+            raise ValueError("the vision transformer has no class token, which L2P needs")
+        self.head_type, self.embedding_key = head_type, embedding_key
+        self.backbone = backbone
+        self.prompt = prompt
+        if prompt is not None:
+            # Position rows of the prompt tokens: copies of the class token's row.
+            self.pos_embed_prompt = nn.Parameter(
+                _class_position(backbone).repeat(1, prompt.num_tokens, 1)  # (1, P, D)
+            )
+        self.fc_norm = copy.deepcopy(backbone.norm) if global_pool == "avg" else None
+        self.head = nn.Linear(backbone.embed_dim, num_classes)
+        if head_init == "zero":
+            nn.init.zeros_(self.head.weight)
+        else:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self._freeze(tuple(freeze))
+        self.query_backbone = self._query_copy()
+
+    def forward(
+        self,
+        images: Tensor,
+        query: Tensor | None = None,
+        *,
+        task_id: int | None = None,
+        vote_group_size: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Classifies a batch.
+
+        Args:
+            images: Pixels in [0, 1] (or as the transform normalised them), (B, 3, S, S).
+            query: Queries computed earlier by `query`, (B, D); None computes them.
+            task_id: Task being trained, for the prompt mask; ignored in evaluation mode.
+            vote_group_size: Consecutive images that vote for prompts together; None: the batch.
+
+        Returns:
+            `logits` (B, C), `pre_logits` (B, D); with a pool also `query` (B, D), `similarity`
+            (B, M) in [-1, 1], `prompt_idx` and `own_prompt_idx` (B, K), `reduce_sim` ().
+        """
+        tokens = _embed(self.backbone, images)  # (B, 1+N, D)
+        if self.prompt is None:
+            return self._classify(tokens)
+        if query is None:
+            query = self._query(images, tokens if self.query_backbone is None else None)
+        chosen = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
+        prompts = self.backbone.pos_drop(chosen.tokens + self.pos_embed_prompt)  # (B, P, D)
+        prompts = self.backbone.norm_pre(prompts)
+        tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, 1+P+N, D)
+        return {
+            **self._classify(tokens),
+            "query": query,
+            "similarity": chosen.similarity,
+            "prompt_idx": chosen.prompt_idx,
+            "own_prompt_idx": chosen.own_prompt_idx,
+            "reduce_sim": chosen.reduce_sim,
+        }
+
+    def query(self, images: Tensor) -> Tensor:
+        """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
+        return self._query(images, None)
+
+    def train(self, mode: bool = True) -> "PromptedVisionTransformer":
+        """Sets the mode; the copy that gives the query always stays in evaluation mode."""
+        super().train(mode)
+        if self.query_backbone is not None:
+            self.query_backbone.eval()
+        return self
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """P, the prompt tokens of each image; 0 without a pool."""
+        return 0 if self.prompt is None else self.prompt.num_tokens
+
+    @property
+    def num_classes(self) -> int:
+        """C, the outputs of the head."""
+        return self.head.out_features
+
+    @property
+    def prompt_order_matters(self) -> bool:
+        """Whether the same prompts in another order would give another result.
+
+        Attention does not see the order of tokens, only their positions; the prompts' position rows
+        are equal until they train.
+        """
+        return self.prompt is not None and self.pos_embed_prompt.requires_grad
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that timm's optimizer factory leaves without weight decay, as the original does."""
+        names = ("pos_embed", "cls_token", "dist_token")
+        return {"pos_embed_prompt"} | {f"backbone.{name}" for name in names}
+
+    def public_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under the original's names (`blocks.0...`, `prompt.prompt`, `head.weight`)."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("query_backbone."):
+                yield name.removeprefix("backbone."), parameter
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: all but the frozen part of the backbone, on the CPU."""
+        return {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self.public_parameters()
+            if parameter.requires_grad or not self._is_backbone(name)
+        }
+
+    def load_trained_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Loads what `trained_state` gave.
+
+        Args:
+            state: Tensors by public name.
+            source: File that they come from, for messages.
+
+        Raises:
+            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded then.
+        """
+        copy_state(dict(self.public_parameters()), state, source, expected=self.trained_state())
+
+    def load_original_state(self, state: dict[str, Tensor], source: str) -> None:
+        """Loads the full `model` state dict of a checkpoint of l2p-pytorch.
+
+        Its `pos_embed` is widened: class row, P prompt rows, N patch rows.
+
+        Args:
+            state: The state dict.
+            source: File that it comes from, for messages.
+
+        Raises:
+            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded then.
+        """
+        state = dict(state)
+        position, num_prompts = state.get("pos_embed"), self.num_prompt_tokens
+        if position is not None and num_prompts:
+            state["pos_embed"] = torch.cat(
+                [position[:, :1], position[:, 1 + num_prompts :]], dim=1
+            )  # (1, 1+N, D)
+            state["pos_embed_prompt"] = position[:, 1 : 1 + num_prompts]  # (1, P, D)
+        copy_state(dict(self.public_parameters()), state, source)
+
+    def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
+        x = self.backbone.blocks(tokens)  # (B, 1+P+N, D)
+        if self.fc_norm is None:
+            x = self.backbone.norm(x)
+        pre_logits = self._read(x)  # (B, D)
+        pooled = pre_logits if self.fc_norm is None else self.fc_norm(pre_logits)
+        return {"logits": self.head(pooled), "pre_logits": pre_logits}
+
+    def _read(self, x: Tensor) -> Tensor:
+        """The tokens that the head reads, averaged, (B, D)."""
+        num_prompts = self.num_prompt_tokens
+        if self.head_type == "token":
+            return x[:, 0]
+        if self.head_type == "prompt":
+            return x[:, 1 : 1 + num_prompts].mean(dim=1)
+        if self.head_type == "token+prompt":
+            return x[:, : 1 + num_prompts].mean(dim=1)
+        return x.mean(dim=1)
+
+    @torch.no_grad()
+    def _query(self, images: Tensor, tokens: Tensor | None) -> Tensor:
+        """Queries from images, or from their tokens where those are at hand, (B, D)."""
+        vit = self.backbone if self.query_backbone is None else self.query_backbone
+        if self.embedding_key == "cls":
+            x = vit.blocks(_embed(vit, images) if tokens is None else tokens)
+            return vit.norm(x[:, 0])
+        patches = vit.patch_embed(images)
+        patches = patches.reshape(len(patches), -1, patches.shape[-1])  # (B, N, D)
+        if self.embedding_key == "mean":
+            return patches.mean(dim=1)
+        if self.embedding_key == "max":
+            return patches.amax(dim=1)
+        return patches.amax(dim=1) + 2 * patches.mean(dim=1)
+
+    def _freeze(self, prefixes: tuple[str, ...]) -> None:
+        names = [name for name, _ in self.public_parameters()]
+        unmatched = [p for p in prefixes if not any(_matches(name, p) for name in names)]
+        if unmatched:
+            starts = sorted({name.split(".")[0] for name in names})
+            raise ValueError(
+                f"--freeze {' '.join(unmatched)} matches no parameter: "
+                f"names start with {', '.join(starts)}"
+            )
+        for name, parameter in self.public_parameters():
+            parameter.requires_grad_(not any(_matches(name, p) for p in prefixes))
+
+    def _query_copy(self) -> VisionTransformer | None:
+        """An untouched copy for the query where the backbone trains or drops at random."""
+        if self.prompt is None:
+            return None
+        trains = any(p.requires_grad for p in self.backbone.parameters())
+        if not trains and not _is_random(self.backbone):
+            return None
+        return copy.deepcopy(self.backbone).requires_grad_(False).eval()
+
+    def _is_backbone(self, public_name: str) -> bool:
+        own = ("prompt.", "head.", "fc_norm.")
+        return not public_name.startswith(own)
+
+
+def copy_state(
+    parameters: dict[str, nn.Parameter],
+    state: dict[str, Tensor],
+    source: str,
+    expected: Iterable[str] | None = None,
+) -> None:
+    """Copies tensors into parameters of the same names and shapes, all or none.
+
+    Args:
+        parameters: Where to.
+        state: Where from.
+        source: File name for messages.
+        expected: Names that must be in `state`; None: all of `parameters`.
+
+    Raises:
+        WeightsError: Naming the file and every missing, unknown or misshapen tensor.
+    """
+    problems = [f"{name} is missing" for name in (expected or parameters) if name not in state]
+    for name, value in state.items():
+        if name not in parameters:
+            problems.append(f"{name} has no place in this model")
+        elif parameters[name].shape != value.shape:
+            want, got = tuple(parameters[name].shape), tuple(value.shape)
+            problems.append(f"{name} is {got}, expected {want}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
+        raise WeightsError(f"{source} does not fit the model: {shown}")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def _check_head(head_type: str, prompt: Prompt | None) -> None:
+    if head_type not in HEAD_TYPES:
+        raise ValueError(f"head type {head_type!r} is not one of {', '.join(HEAD_TYPES)}")
+    if "prompt" in head_type and prompt is None:
+        raise ValueError(f"head type {head_type!r} reads prompt tokens, but there is no prompt pool")
+
+
+def _class_position(vit: VisionTransformer) -> Tensor:
+    """Position row of the class token, (1, 1, D); zero where the ViT gives it none."""
+    if vit.pos_embed is None or vit.no_embed_class:
+        return torch.zeros(1, 1, vit.embed_dim)
+    return vit.pos_embed.detach()[:, :1]
+
+
+def _embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Patches, class token and positions, as timm feeds them to the blocks, (B, 1+N, D)."""
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+
+def _is_random(vit: VisionTransformer) -> bool:
+    """Whether training mode changes what the ViT computes (dropout, stochastic depth)."""
+    rates = (getattr(m, "p", getattr(m, "drop_prob", 0.0)) for m in vit.modules())
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _matches(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) or (prefix == "cls_token" and name in _CLASS_TOKEN_KIN)
