@@ -66,6 +66,7 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
     stored = {k: v for k, v in checkpoint.config.items() if k in known}
     if checkpoint.original:
         stored = {k: v for k, v in stored.items() if k not in _ORIGINAL_NAMES}
+        stored["vote_ties"] = "topk"
     given = {name: known[name] for name in args.explicit}
     clashes = [
         f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}"

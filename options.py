@@ -219,6 +219,7 @@ def _add_prompts(add: Callable[..., None]) -> None:
     add("--shared_prompt_key", False, "a task's keys start from the last task's", **_YN)
     add("--batchwise_prompt", True, "a vote group shares its most frequent prompts", **_YN)
     add("--vote_group_size", None, "images that vote together; none: --batch-size", type=int)
+    add("--vote_ties", "lowest", "who wins a tied vote: lowest (id) or topk (as the original)")
     add("--embedding_key", "cls", "the query: cls, mean, max or mean_max")
     add("--predefined_key", "", "refused: the original accepts it and does nothing with it")
     add("--pull_constraint", True, "pull chosen keys towards the query", **_YN)

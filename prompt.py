@@ -20,6 +20,10 @@ from torch.nn import functional as F
 #: `uniform` U(-1, 1) and `zero` as l2p-pytorch; `official` U[0, 0.01) as the JAX release.
 INITIALIZERS = ("uniform", "zero", "official")
 
+#: Who wins where ids have equally many votes: the lowest id (the official release; the same on every
+#: device), or whichever `torch.topk` names first (l2p-pytorch; needed to repeat its runs exactly).
+VOTE_TIES = ("lowest", "topk")
+
 
 class Selection(NamedTuple):
     """What the pool answers to a batch of queries.
@@ -53,9 +57,10 @@ class Prompt(nn.Module):
         key_init: The same for the keys.
         batchwise: Whether a vote group shares the prompts that most of its images choose.
         use_mask: Whether training on task t uses exactly the prompts [t*K, (t+1)*K).
+        vote_ties: Who wins a tied vote, one of `VOTE_TIES`.
 
     Raises:
-        ValueError: If `top_k` exceeds `size` or an initialiser is unknown.
+        ValueError: If `top_k` exceeds `size`, or an initialiser or the tie rule is unknown.
     """
 
     def __init__(
@@ -70,12 +75,15 @@ class Prompt(nn.Module):
         key_init: str = "uniform",
         batchwise: bool = True,
         use_mask: bool = False,
+        vote_ties: str = "lowest",
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= size:
             raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
+        if vote_ties not in VOTE_TIES:
+            raise ValueError(f"vote ties {vote_ties!r} is not one of {', '.join(VOTE_TIES)}")
         self.size, self.length, self.top_k = size, length, top_k
-        self.batchwise, self.use_mask = batchwise, use_mask
+        self.batchwise, self.use_mask, self.vote_ties = batchwise, use_mask, vote_ties
         self.prompt = nn.Parameter(_initial((size, length, embed_dim), prompt_init))  # (M, L, D)
         self.prompt_key: nn.Parameter | None = None
         if learnable_key:
@@ -152,7 +160,7 @@ class Prompt(nn.Module):
             masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
             return masked.expand(len(own_idx), -1)
         if self.batchwise:
-            return vote(own_idx, self.size, vote_group_size or len(own_idx))
+            return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
         return own_idx
 
 
@@ -178,23 +186,35 @@ def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
-def vote(own_idx: Tensor, size: int, group_size: int) -> Tensor:
+def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> Tensor:
     """Replaces each image's choice by the most frequent ids of its vote group.
 
     Args:
         own_idx: Ids chosen by each image, (B, K).
         size: M, the size of the pool.
         group_size: V; images 0..V-1 form the first group, the last group may be smaller.
+        ties: Who wins a tied vote, one of `VOTE_TIES`.
 
     Returns:
-        Ids that serve each image, most votes first, ties to the lowest id, (B, K).
+        Ids that serve each image, most votes first, (B, K).
     """
     num_images, top_k = own_idx.shape
     group = torch.arange(num_images, device=own_idx.device) // group_size  # (B,)
     ballots = F.one_hot(own_idx, size).sum(dim=1)  # (B, M)
     num_groups = -(-num_images // group_size)
     counts = ballots.new_zeros(num_groups, size).index_add_(0, group, ballots)  # (B/V, M)
-    return top_k_lowest_id(counts, top_k)[group]  # (B, K)
+    winners = top_k_lowest_id if ties == "lowest" else _top_k_original
+    return winners(counts, top_k)[group]  # (B, K)
+
+
+def _top_k_original(counts: Tensor, k: int) -> Tensor:
+    """Ids of the k largest counts as the original finds them, (R, k).
+
+    It hands `torch.topk` the ids that have votes in ascending order, filled up with zeros; what that
+    names among equals depends on the order of its input.
+    """
+    voted_first = (counts == 0).long().argsort(dim=1, stable=True)  # (R, M)
+    return voted_first.gather(1, counts.gather(1, voted_first).topk(k, dim=1).indices)
 
 
 def _initial(shape: tuple[int, ...], initializer: str) -> Tensor:

@@ -168,6 +168,7 @@ def build_model(
             key_init=args.prompt_key_init,
             batchwise=args.batchwise_prompt,
             use_mask=args.use_prompt_mask,
+            vote_ties=args.vote_ties,
         )
         if args.prompt_key and not args.pull_constraint:
             freeze.append("prompt.prompt_key")  # nothing else gives the keys a gradient

@@ -29,6 +29,7 @@ _CHOICES = {
     "--embedding_key": vision_transformer.EMBEDDING_KEYS,
     "--initializer": prompt.INITIALIZERS,
     "--prompt_key_init": prompt.INITIALIZERS,
+    "--vote_ties": prompt.VOTE_TIES,
     "--sched": SCHEDULES,
     "--lr_scale": LR_SCALES,
 }
