@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import timm
-import torch
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
@@ -75,7 +74,8 @@ def build_backbone(
 
     Raises:
         WeightsError: If timm does not know the name, refuses an argument, or cannot fetch the
-            weights; if it is no plain ViT with a class token; if the patch does not divide the size.
+            weights; if it is no plain ViT with a class token; if the patch does not divide the
+            size.
     """
     kwargs = {
         "num_classes": 0,
@@ -107,7 +107,8 @@ def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
             that it may hold is left aside.
 
     Raises:
-        WeightsError: If there is no such file, or it is damaged or does not fit, naming file, tensor, expected and found.
+        WeightsError: If there is no such file, or it is damaged or does not fit, naming file,
+            tensor, expected and found.
     """
     if not path.is_file():
         raise WeightsError(f"there is no weight file {path}")
@@ -174,4 +175,4 @@ def _why_not_built(name: str, pretrained: bool, error: Exception) -> str:
             f"timm could not fetch the weights of --model {resolve_name(name)}: {error}. Without a "
             "network give a local file: --pretrained PATH (.npz, .safetensors, .pth or .bin)"
         )
-    return f"timm cannot build --model {name} as a plain vision transformer (vit_*, deit_*): {error}"
+    return f"timm cannot build --model {name} as a plain ViT (vit_*, deit_*): {error}"

@@ -1,8 +1,8 @@
 """Checkpoints: what was trained, and all that is needed to evaluate it again.
 
-A checkpoint holds tensors and plain values only. It is read with `weights_only`, so reading runs no
-code from it. Checkpoints of l2p-pytorch (full `model` state dict beside a pickled argparse Namespace)
-are read too: the Namespace is taken as plain values.
+A checkpoint holds tensors and plain values only. It is read with `weights_only`, so reading runs
+no code from it. Checkpoints of l2p-pytorch (full `model` state dict beside a pickled argparse
+Namespace) are read too: the Namespace is taken as plain values.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def load(path: Path) -> Checkpoint:
             )
         return Checkpoint(content["model"], int(match[1]), vars(content["args"]), original=True)
     keys = ", ".join(sorted(map(str, content)))
-    raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found the keys {keys}")
+    raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """One epoch, one evaluation, and the loop over tasks.
 
-The engine is given a model, a stream of tasks and loaders; it imports neither models nor data sets and
-knows no scenario. Every evaluation gives two accuracies: batch-wise, where the images of a vote group
-share the prompts that most of them choose (as published), and instance-wise, each image alone.
+The engine is given a model, a stream of tasks and loaders; it imports neither models nor data sets
+and knows no scenario. Every evaluation gives two accuracies: batch-wise, where the images of a vote
+group share the prompts that most of them choose (as published), and instance-wise, each image
+alone.
 
 Shapes: B images, C classes, K prompts chosen, M pool size.
 
 Source: Wang et al., CVPR 2022, equation 5 and section 5; the order of events as in l2p-pytorch.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +26,14 @@ from torch.nn import functional as F
 import metrics
 import utils
 
+if TYPE_CHECKING:
+    from continual_dataloader import Task, TestSet
+    from vision_transformer import PromptedVisionTransformer
+
 #: The two ways of choosing prompts for test images.
 SELECTIONS = ("batch", "instance")
 
 logger = logging.getLogger(__name__)
-
-
-class TestSet(Protocol):
-    """Images of one task (or domain), evaluated together."""
-
-    index: int
-    name: str
-    classes: Sequence[int]
-
-
-class Task(Protocol):
-    """One task of the stream: what may be predicted in training, what to evaluate after it."""
-
-    index: int
-    name: str
-    classes: Sequence[int]
-    test_sets: Sequence[TestSet]
 
 
 class Scheduler(Protocol):
@@ -135,7 +125,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train_one_epoch(
-    model: nn.Module,
+    model: PromptedVisionTransformer,
     loader: TrainLoader,
     optimizer: torch.optim.Optimizer,
     task: Task,
@@ -191,7 +181,10 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable[Any], test_set: TestSet, options: EngineOptions
+    model: PromptedVisionTransformer,
+    loader: Iterable[Any],
+    test_set: TestSet,
+    options: EngineOptions,
 ) -> Evaluation:
     """Evaluates one test set, batch-wise and instance-wise in one pass.
 
@@ -229,7 +222,7 @@ def evaluate(
 
 
 def evaluate_till_now(
-    model: nn.Module,
+    model: PromptedVisionTransformer,
     test_loader: Callable[[TestSet], Iterable[Any]],
     task: Task,
     matrices: dict[str, metrics.Matrix],
@@ -252,8 +245,9 @@ def evaluate_till_now(
         result = evaluate(model, test_loader(test_set), test_set, options)
         for name in SELECTIONS:
             matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
-        line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**result.stats["batch"])
-        logger.info("%s  (instance-wise %.3f)", line, result.stats["instance"]["Acc@1"])
+        batch, alone = result.stats["batch"], result.stats["instance"]
+        line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**batch)
+        logger.info("%s  (instance-wise %.3f)", line, alone["Acc@1"])
         evaluations.append(result)
     labels = {"batch": "Average accuracy", "instance": "Instance-wise accuracy"}
     for name in SELECTIONS:
@@ -269,7 +263,7 @@ def evaluate_till_now(
 
 
 def train_and_evaluate(
-    model: nn.Module,
+    model: PromptedVisionTransformer,
     tasks: Sequence[Task],
     train_loader: Callable[[Task], TrainLoader],
     test_loader: Callable[[TestSet], Iterable[Any]],
@@ -341,7 +335,7 @@ def masked_cross_entropy(
 
 
 def _forward_backward(
-    model: nn.Module,
+    model: PromptedVisionTransformer,
     batch: tuple[Tensor, Tensor],
     task_id: int,
     allowed: Tensor | None,
@@ -378,7 +372,9 @@ def _test_sums(logits: Tensor, targets: Tensor, group_size: int) -> Tensor:
     return torch.cat([sums, _correct(logits, targets).sum(dim=0).double()])
 
 
-def _instance_logits(model: nn.Module, images: Tensor, out: dict[str, Tensor]) -> Tensor:
+def _instance_logits(
+    model: PromptedVisionTransformer, images: Tensor, out: dict[str, Tensor]
+) -> Tensor:
     """Logits with each image's own prompts; only images that the vote overruled are computed."""
     if "prompt_idx" not in out:
         return out["logits"]
@@ -397,7 +393,7 @@ def _instance_logits(model: nn.Module, images: Tensor, out: dict[str, Tensor]) -
 class _Usage:
     """Counts which prompts served the test images, and how near their keys were."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PromptedVisionTransformer) -> None:
         self.size = 0 if model.prompt is None else model.prompt.size
         self.counts = {name: torch.zeros(self.size, dtype=torch.float64) for name in SELECTIONS}
         self.similarity = torch.zeros(2, dtype=torch.float64)  # sum, number
@@ -434,7 +430,7 @@ def _evaluation(
     return Evaluation(test_set.index, stats, counts, total / number)
 
 
-def _inherit(model: nn.Module, task_id: int, options: EngineOptions) -> None:
+def _inherit(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:
     if model.prompt is None:
         return
     wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
@@ -442,7 +438,9 @@ def _inherit(model: nn.Module, task_id: int, options: EngineOptions) -> None:
         logger.info("Task %d starts from the prompts of task %d", task_id + 1, task_id)
 
 
-def _mask(classes: Sequence[int], model: nn.Module, options: EngineOptions) -> Tensor:
+def _mask(
+    classes: Sequence[int], model: PromptedVisionTransformer, options: EngineOptions
+) -> Tensor:
     """Which classes may be predicted, bool (C,)."""
     mask = torch.zeros(model.num_classes, dtype=torch.bool)
     mask[list(classes)] = True
@@ -454,7 +452,7 @@ def _restrict(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def _trained(model: PromptedVisionTransformer) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 

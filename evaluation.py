@@ -117,9 +117,7 @@ def _load(run: Experiment, checkpoint: Checkpoint, path: Path) -> None:
         return
     run.model.load_original_state(checkpoint.model, str(path))
     vit = run.model.query_backbone or run.model.backbone
-    run.record.backbone.update(
-        backbone.identify(vit, run.identity.name, path.name).as_dict()
-    )
+    run.record.backbone.update(backbone.identify(vit, run.identity.name, path.name).as_dict())
 
 
 def _check_belongs(run: Experiment, checkpoint: Checkpoint, number: int, path: Path) -> None:
@@ -174,4 +172,3 @@ def _same(name: str, given: object, stored: object) -> bool:
     if name == "model":
         return backbone.resolve_name(str(given)) == backbone.resolve_name(str(stored))
     return given == stored
-

@@ -1,7 +1,7 @@
 """Accuracy matrices and what the field reads from them.
 
-R[i, t] is the accuracy on test set i after training task t, in percent; not-a-number where it was not
-evaluated. T tasks.
+R[i, t] is the accuracy on test set i after training task t, in percent; not-a-number where it was
+not evaluated. T tasks.
 
 Source: Lopez-Paz and Ranzato 2017 (backward transfer); Chaudhry et al. 2018 (forgetting); the class
 incremental literature (average incremental accuracy); l2p-pytorch (its own reading of forgetting).
@@ -41,12 +41,12 @@ def backward_transfer(matrix: Matrix, task: int) -> float | None:
     """Mean change on earlier tasks since each was learned; None after the first task."""
     if task == 0:
         return None
-    return _finite(np.mean(matrix[:task, task] - np.diag(matrix)[:task]))
+    return _finite(float(np.mean(matrix[:task, task] - np.diag(matrix)[:task])))
 
 
 def learning_accuracy(matrix: Matrix, task: int) -> float | None:
     """Mean accuracy on each task right after it was learned."""
-    return _finite(np.mean(np.diag(matrix)[: task + 1]))
+    return _finite(float(np.mean(np.diag(matrix)[: task + 1])))
 
 
 def average_incremental_accuracy(matrix: Matrix, task: int) -> float | None:

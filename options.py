@@ -3,8 +3,8 @@
     main.py [CONFIG ...] [--flags]
 
 A CONFIG is a file of configs/ (named without its ending) or a path to a .yaml file. They are merged
-from left to right; flags win over them; what nobody sets keeps the default of l2p-pytorch. A key of a
-configuration is a flag without its dashes and is read by the same rules.
+from left to right; flags win over them; what nobody sets keeps the default of l2p-pytorch. A key of
+a configuration is a flag without its dashes and is read by the same rules.
 
 Every flag may be written with dashes or underscores. A yes/no flag may be written `--flag`,
 `--flag true`, `--flag=false` or `--no-flag`.
@@ -91,9 +91,7 @@ class _Flags:
             spellings = list(dict.fromkeys([name, *_spellings(name)]))
             if text != argparse.SUPPRESS:
                 text = f"{text} (default: {_shown(default)})".replace("%", "%%")
-            action = group.add_argument(
-                *spellings, default=argparse.SUPPRESS, help=text, **kwargs
-            )
+            action = group.add_argument(*spellings, default=argparse.SUPPRESS, help=text, **kwargs)
             self.defaults[action.dest] = list(default) if isinstance(default, tuple) else default
             if kwargs.get("type") is parse_bool:
                 self.switches |= set(spellings)
@@ -268,7 +266,7 @@ def _add_augmentation(add: Callable[..., None]) -> None:
     add("--scale", (0.08, 1.0), "range of the random crop's area", type=float, nargs=2)
     add("--ratio", (3 / 4, 4 / 3), "range of the random crop's width/height", type=float, nargs=2)
     add("--hflip", 0.5, "probability of a horizontal flip", type=float)
-    add("--train-interpolation", "bilinear", "of the random crop: nearest, bilinear, bicubic, random")
+    add("--train-interpolation", "bilinear", "of the crop: nearest, bilinear, bicubic, random")
     add("--color-jitter", None, "strength of colour jitter", **_NUMBER)
     add("--aa", None, "timm's augmentation policy, such as rand-m9-mstd0.5-inc1")
     add("--reprob", 0.0, "probability of random erasing", type=float)

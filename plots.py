@@ -42,8 +42,8 @@ def _draw_matrix(axes: Axes, matrix: metrics.Matrix) -> None:
             if np.isfinite(value):
                 color = "black" if value > 55 else "white"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(num_tasks), range(1, num_tasks + 1))
-    axes.set_yticks(range(num_rows), range(1, num_rows + 1))
+    axes.set_xticks(range(num_tasks), [str(t + 1) for t in range(num_tasks)])
+    axes.set_yticks(range(num_rows), [str(i + 1) for i in range(num_rows)])
     axes.set_xlabel("after training task")
     axes.set_ylabel("test set of task")
     axes.set_title("Accuracy in percent, instance-wise")

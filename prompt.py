@@ -1,13 +1,14 @@
 """The prompt pool of L2P: keys, matching, vote, gathered prompts, pull term.
 
-An image's query (one feature vector of the frozen transformer) is compared with the keys of the pool;
-the K best prompts are put in front of the image's own tokens. Everything here works on query vectors,
-so this file knows neither images nor transformers.
+An image's query (one feature vector of the frozen transformer) is compared with the keys of the
+pool; the K best prompts are put in front of the image's own tokens. Everything here works on query
+vectors, so this file knows neither images nor transformers.
 
-Shapes: B images, D width, M pool size, L prompt length, K prompts chosen (top-k), P = K*L prompt tokens,
-V images in a vote group.
+Shapes: B images, D width, M pool size, L prompt length, K prompts chosen (top-k), P = K*L prompt
+tokens, V images in a vote group.
 
-Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, section 4.1, equations 2-5.
+Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, section 4.1,
+equations 2-5.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 #: `uniform` U(-1, 1) and `zero` as l2p-pytorch; `official` U[0, 0.01) as the JAX release.
 INITIALIZERS = ("uniform", "zero", "official")
 
-#: Who wins where ids have equally many votes: the lowest id (the official release; the same on every
-#: device), or whichever `torch.topk` names first (l2p-pytorch; needed to repeat its runs exactly).
+#: Who wins where ids have equally many votes: the lowest id (the official release; the same on
+#: every device), or whichever `torch.topk` names (l2p-pytorch; needed to repeat its runs exactly).
 VOTE_TIES = ("lowest", "topk")
 
 
@@ -137,7 +138,8 @@ class Prompt(nn.Module):
         """Starts a task's prompts (or keys) from what the task before it learned.
 
         Returns:
-            Whether anything was copied: not for the first task, nor when the pool has no slots left.
+            Whether anything was copied: not for the first task, nor when the pool has no slots
+            left.
 
         Source: `shared_prompt_pool` and `shared_prompt_key` of the official release.
         """
@@ -210,8 +212,8 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
 def _top_k_original(counts: Tensor, k: int) -> Tensor:
     """Ids of the k largest counts as the original finds them, (R, k).
 
-    It hands `torch.topk` the ids that have votes in ascending order, filled up with zeros; what that
-    names among equals depends on the order of its input.
+    It hands `torch.topk` the ids that have votes in ascending order, filled up with zeros; what
+    that names among equals depends on the order of its input.
     """
     voted_first = (counts == 0).long().argsort(dim=1, stable=True)  # (R, M)
     return voted_first.gather(1, counts.gather(1, voted_first).topk(k, dim=1).indices)

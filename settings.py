@@ -1,7 +1,7 @@
 """From the resolved settings of a run to what its parts are built from.
 
-Settings are read, never written: whatever is derived from them (learning rate, vote group, paths) is
-returned.
+Settings are read, never written: whatever is derived from them (learning rate, vote group, paths)
+is returned.
 """
 
 import argparse
@@ -197,9 +197,7 @@ def make_optimizer(
     return create_optimizer_v2(model, param_group_fn=groups, **kwargs)
 
 
-def make_scheduler(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer
-) -> Scheduler | None:
+def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler | None:
     """The learning rate schedule of one task; None: constant."""
     if args.sched == "constant":
         return None

@@ -94,11 +94,15 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
     query = torch.zeros(len(images), model.backbone.embed_dim, device=images.device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # operators without multiplications, tracing
-        prompted = profile_macs(_ClassifyPass(model), (images, query)) / 1e9
-        asked = 0.0
-        if model.prompt is not None:
-            asked = profile_macs(_QueryPass(model), (images,)) / 1e9
+        prompted = _gmacs(_ClassifyPass(model), (images, query))
+        asked = 0.0 if model.prompt is None else _gmacs(_QueryPass(model), (images,))
     return {"query": asked, "prompted": prompted, "total": asked + prompted}
+
+
+def _gmacs(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    macs = profile_macs(module, inputs)
+    assert isinstance(macs, int)
+    return macs / 1e9
 
 
 def _macs(model: PromptedVisionTransformer, image: Tensor) -> list[str]:

@@ -119,7 +119,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def setup_logging(output_dir: Path | None) -> None:
-    """Main process: plain lines to standard output and to `output_dir/log.txt`; others: warnings."""
+    """Main process: plain lines to standard output and `output_dir/log.txt`; others: warnings."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)

@@ -117,7 +117,7 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
     if args.shared_prompt_key and not args.prompt_key:
         yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
     votes = args.vote_group_size or args.batch_size
-    if 1 <= args.batch_size and 1 <= votes and args.batch_size % votes:
+    if args.batch_size >= 1 and votes >= 1 and args.batch_size % votes:
         yield (
             f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
             "a vote group must lie in one batch"
@@ -136,9 +136,9 @@ def _without_pool(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _optimizer(args: argparse.Namespace) -> Iterator[str]:
-    if args.opt.lower() not in timm.optim.list_optimizers():
-        known = ", ".join(timm.optim.list_optimizers())
-        yield f"--opt {args.opt} is unknown to timm: choose one of {known}"
+    known = [str(name) for name in timm.optim.list_optimizers()]
+    if args.opt.lower() not in known:
+        yield f"--opt {args.opt} is unknown to timm: choose one of {', '.join(known)}"
     if args.weight_decay < 0:
         yield f"--weight-decay {args.weight_decay}: must not be negative"
     if args.unscale_lr is not None and "lr_scale" in args.explicit:

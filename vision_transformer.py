@@ -7,8 +7,8 @@ The image is embedded once for both passes.
 Shapes: B images, S pixels a side, C classes, D width, N patches, P prompt tokens, K prompts chosen,
 M pool size. Order of the tokens: class, prompts, (registers,) patches.
 
-Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; token order, positions of
-the prompts and head types as in l2p-pytorch.
+Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; token order, positions
+of the prompts and head types as in l2p-pytorch.
 """
 
 import copy
@@ -186,7 +186,7 @@ class PromptedVisionTransformer(nn.Module):
             source: File that they come from, for messages.
 
         Raises:
-            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded then.
+            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
         """
         copy_state(dict(self.public_parameters()), state, source, expected=self.trained_state())
 
@@ -200,7 +200,7 @@ class PromptedVisionTransformer(nn.Module):
             source: File that it comes from, for messages.
 
         Raises:
-            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded then.
+            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
         """
         state = dict(state)
         position, num_prompts = state.get("pos_embed"), self.num_prompt_tokens
@@ -307,7 +307,7 @@ def _check_head(head_type: str, prompt: Prompt | None) -> None:
     if head_type not in HEAD_TYPES:
         raise ValueError(f"head type {head_type!r} is not one of {', '.join(HEAD_TYPES)}")
     if "prompt" in head_type and prompt is None:
-        raise ValueError(f"head type {head_type!r} reads prompt tokens, but there is no prompt pool")
+        raise ValueError(f"head type {head_type!r} reads prompt tokens, but there is no pool")
 
 
 def _class_position(vit: VisionTransformer) -> Tensor:

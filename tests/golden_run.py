@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,7 @@ class Batches:
     """Batches in the fixed order of the file, as a training and as a test loader."""
 
     def __init__(self, images, targets, batch_size):
-        self.batches = list(
-            zip(images.split(batch_size), targets.split(batch_size), strict=True)
-        )
+        self.batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
         self.batch_sampler = self
 
     def __iter__(self):
@@ -156,7 +153,3 @@ class GoldenRun:
             shared_prompt_key=c.get("shared_prompt_key", False),
             print_freq=1000,
         )
-
-
-
-
