@@ -3,7 +3,7 @@
 import argparse
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,10 @@ import datasets
 import metrics
 import settings
 from backbone import BackboneIdentity
+from class_order import check_split, class_order, read_class_order
+from datasets import DataError
 from engine import SELECTIONS, EngineOptions
+from image_transforms import build_transform
 from results import RunRecord
 from utils import Processes
 from vision_transformer import PromptedVisionTransformer
@@ -54,7 +57,7 @@ def assemble(
     args: argparse.Namespace,
     processes: Processes,
     *,
-    class_order: list[list[int]] | None = None,
+    task_classes: list[list[int]] | None = None,
     weights_follow: bool = False,
 ) -> Experiment:
     """Loads data and weights and puts the parts together.
@@ -62,7 +65,7 @@ def assemble(
     Args:
         args: Validated settings.
         processes: This process among all of the run.
-        class_order: Class ids of each task; None: as the settings say.
+        task_classes: Class ids of each task; None: as the settings say.
         weights_follow: Whether all weights come from a checkpoint later, so that the pretrained
             ones are not needed.
 
@@ -71,7 +74,7 @@ def assemble(
         WeightsError: If weights are missing, damaged or do not fit.
     """
     seed_everything(args.seed)
-    stream = build_stream(args, class_order)
+    stream = build_stream(args, task_classes)
     vit = settings.build_backbone(args, pretrained=not weights_follow)
     identity = identify(args, vit)
     model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
@@ -107,33 +110,41 @@ def identify(args: argparse.Namespace, vit: VisionTransformer) -> BackboneIdenti
 
 
 def build_stream(
-    args: argparse.Namespace, class_order: list[list[int]] | None = None
+    args: argparse.Namespace, task_classes: list[list[int]] | None = None
 ) -> data.TaskStream:
     """The tasks that the settings describe.
 
     Raises:
-        DataError: If the data are missing or damaged.
-        ValueError: If the file of `--class_order` does not fit.
+        DataError: If the data are missing or damaged, or the file of `--class_order` does not fit.
     """
     train, test = datasets.load_source(args.dataset, Path(args.data_path))
-    num_classes = len(train.classes)
-    if class_order is not None:
-        order = [c for classes in class_order for c in classes]
-    elif args.class_order is not None:
-        order = data.read_class_order(Path(args.class_order), train.classes)
-    else:
-        order = data.class_order(num_classes, args.seed, args.shuffle)
+    try:
+        order = _flat_order(args, train.classes, task_classes)
+        classes_per_task = check_split(len(order), args.num_tasks, args.classes_per_task)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     transforms = settings.transform_options(args)
     return data.build_class_incremental(
         train,
         test,
         order=order,
         num_tasks=args.num_tasks,
-        classes_per_task=data.check_split(num_classes, args.num_tasks, args.classes_per_task),
-        train_transform=data.build_transform(True, transforms),
-        test_transform=data.build_transform(False, transforms),
+        classes_per_task=classes_per_task,
+        train_transform=build_transform(True, transforms),
+        test_transform=build_transform(False, transforms),
         seed=args.seed,
     )
+
+
+def _flat_order(
+    args: argparse.Namespace, classes: Sequence[str], given: list[list[int]] | None
+) -> list[int]:
+    """Class ids in the order of their appearance: given, from a file, or drawn."""
+    if given is not None:
+        return [c for task_classes in given for c in task_classes]
+    if args.class_order is not None:
+        return read_class_order(Path(args.class_order), classes)
+    return class_order(len(classes), args.seed, args.shuffle)
 
 
 def describe(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:

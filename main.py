@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     paths: dict[int, Path] = {}
     try:
-        args = options.parse_args(sys.argv[1:] if argv is None else argv)
-        if args.eval:
+        args, problems = options.parse_args(sys.argv[1:] if argv is None else argv)
+        if args.eval and not problems:
             paths = evaluation.find_checkpoints(args)
             args = evaluation.adopt(args, checkpoints.load(next(iter(paths.values()))))
-        validate_args(args)
+        validate_args(args, problems)
         processes = utils.init_processes(args.device, args.dist_url)
     except (UsageError, CheckpointError) as error:
         return _refuse(error)
@@ -130,7 +130,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes, paths: dict[i
     experiment = assemble(
         args,
         processes,
-        class_order=first.class_order,
+        task_classes=first.class_order,
         weights_follow=evaluation.has_whole_model(args, first),
     )
     evaluation.evaluate_checkpoints(experiment, paths)

@@ -99,17 +99,15 @@ class _Flags:
         return add
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Reads a command line into one namespace of resolved settings.
 
     Args:
         argv: The arguments without the program's name.
 
     Returns:
-        Every setting by name, and `explicit`: the names that the command line itself sets.
-
-    Raises:
-        UsageError: With everything that is wrong.
+        Every setting by name, and `explicit`: the names that the command line itself sets; and
+        what is wrong, with defaults in the place of what could not be read.
     """
     flags = _build()
     problems: list[str] = []
@@ -121,10 +119,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         except ValueError as error:
             problems.append(str(error))
     settings |= given
-    if problems:
-        raise UsageError(problems)
     settings["model_kwargs"] = dict(settings["model_kwargs"])
-    return argparse.Namespace(**settings, explicit=frozenset(given))
+    return argparse.Namespace(**settings, explicit=frozenset(given)), problems
 
 
 def config_names() -> list[str]:

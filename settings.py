@@ -5,6 +5,7 @@ is returned.
 """
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import backbone
-from continual_dataloader import LoaderOptions, TransformOptions
+from continual_dataloader import LoaderOptions
 from engine import EngineOptions, Scheduler
+from image_transforms import TransformOptions
 from prompt import Prompt
 from utils import Processes
 from vision_transformer import PromptedVisionTransformer
@@ -82,16 +84,22 @@ def transform_options(args: argparse.Namespace) -> TransformOptions:
 
 
 def loader_options(args: argparse.Namespace, processes: Processes) -> LoaderOptions:
-    """How images are put into batches."""
+    """How images are put into batches; never more workers than there are cores."""
     return LoaderOptions(
         batch_size=args.batch_size,
         vote_group_size=vote_group_size(args),
-        num_workers=args.num_workers,
+        num_workers=min(args.num_workers, _usable_cores()),
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         seed=args.seed,
         rank=processes.rank,
         world_size=processes.world_size,
     )
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def engine_options(

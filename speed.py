@@ -107,8 +107,8 @@ def _gmacs(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
 
 def _macs(model: PromptedVisionTransformer, image: Tensor) -> list[str]:
     gmacs = count_gmacs(model, image)
-    split = f"query pass {gmacs['query']:.2f}, prompted pass {gmacs['prompted']:.2f}"
-    return [f"GMACs: {gmacs['total']:.2f} ({split})"]
+    split = f"query pass {gmacs['query']:.4g}, prompted pass {gmacs['prompted']:.4g}"
+    return [f"GMACs: {gmacs['total']:.4g} ({split})"]
 
 
 def _inference(model: PromptedVisionTransformer, images: Tensor) -> Callable[[], None]:

@@ -3,14 +3,14 @@
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import timm.optim
 import torch
 
 import checkpoints
-import continual_dataloader as data
+import class_order
 import datasets
 import prompt
 import settings
@@ -54,13 +54,18 @@ _POSITIVE = ("--lr", "--clip-grad", "--opt-eps")
 _SHARES = ("--drop", "--drop-path", "--smoothing")
 
 
-def validate_args(args: argparse.Namespace) -> None:
+def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> None:
     """Checks settings against each other, the files they name, and the environment.
+
+    Args:
+        args: The settings.
+        problems: What is known to be wrong already.
 
     Raises:
         UsageError: With everything that is wrong, one problem a line.
     """
     problems = [
+        *problems,
         *_values(args),
         *_prompts(args),
         *_optimizer(args),
@@ -155,17 +160,19 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
 def _tasks(args: argparse.Namespace) -> Iterator[str]:
     if args.class_order is not None and not Path(args.class_order).is_file():
         yield f"--class_order {args.class_order}: there is no such file"
+    path = Path(args.data_path).expanduser()
     try:
         spec = datasets.find_source(args.dataset)
-        path = Path(args.data_path).expanduser()
-        if spec.needs_data_path and not path.is_dir():
+        if missing := spec.needs_data_path and not path.is_dir():
             yield (
                 f"--data-path {path} does not exist: name the folder that holds {args.dataset} "
                 "(or an empty one, if the data set can be downloaded)"
             )
-        else:
-            num_classes = datasets.count_classes(args.dataset, path)
-            data.check_split(num_classes, args.num_tasks, args.classes_per_task)
+        num_classes = datasets.count_classes(args.dataset, path)
+        class_order.check_split(num_classes, args.num_tasks, args.classes_per_task)
+    except datasets.DataError as error:
+        if not missing:
+            yield str(error)
     except ValueError as error:
         yield str(error)
 
@@ -181,7 +188,6 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     try:
         with torch.device("meta"):
             vit = settings.build_backbone(args)
-            # What the prompts get wrong has its own messages.
             if not list(_prompts(args)) and not list(_values(args)):
                 settings.build_model(args, vit, num_classes=2)
     except ValueError as error:
