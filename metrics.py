@@ -50,8 +50,11 @@ def learning_accuracy(matrix: Matrix, task: int) -> float | None:
 
 
 def average_incremental_accuracy(matrix: Matrix, task: int) -> float | None:
-    """Mean over tasks 0..task of the average accuracy at that time."""
-    return _finite(np.mean([np.nanmean(column) for column in matrix[:, : task + 1].T]))
+    """Mean over tasks 0..task of the average accuracy then; None if one was not evaluated."""
+    columns = matrix[:, : task + 1].T
+    if np.isnan(columns).all(axis=1).any():
+        return None
+    return float(np.mean([np.nanmean(column) for column in columns]))
 
 
 def summarize(matrix: Matrix, task: int) -> dict[str, float | None]:

@@ -50,7 +50,7 @@ def init_processes(device: str, dist_url: str = "env://") -> Processes:
         ValueError: If CUDA is asked for and is not there.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, chosen)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -66,10 +66,18 @@ def init_processes(device: str, dist_url: str = "env://") -> Processes:
     return Processes(rank, world_size, chosen)
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` means for one process of a machine.
+
+    Raises:
+        ValueError: If it is unknown, or is CUDA and there is none.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N") from error
     if chosen.type != "cuda":
         return chosen
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ import class_order
 import datasets
 import prompt
 import settings
+import utils
 import vision_transformer
 from backbone import WEIGHT_SUFFIXES
 from options import UsageError
@@ -195,6 +196,10 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _processes(args: argparse.Namespace) -> Iterator[str]:
+    try:
+        utils.choose_device(args.device)
+    except ValueError as error:
+        yield str(error)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if args.world_size is not None and args.world_size != launched:
         yield (

@@ -1,15 +1,34 @@
 """What all tests share: one thread, explicit attention, small models and data."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.layers import set_fused_attn
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def explicit_attention():
     """The original's arithmetic; fused attention differs in the last digits."""
     set_fused_attn(False)
     yield
     set_fused_attn(True)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Four classes of eight training and three test pictures, each class of a colour of its own."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (4, 1, 1, 3))
+    for split, count in (("train", 8), ("val", 3)):
+        for name, color in zip("abcd", colors, strict=True):
+            target = folder / split / name
+            target.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-60, 60, (20, 18, 3))
+                pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(target / f"{i}.png")
+    return folder

@@ -14,9 +14,11 @@ POOLED = [name for name in NAMES if not name.startswith("no_prompt")]
 
 close = torch.testing.assert_close
 
+pytestmark = pytest.mark.usefixtures("explicit_attention")
+
 
 @pytest.fixture(params=NAMES)
-def run(request):
+def run(request, explicit_attention):
     return GoldenRun(request.param)
 
 
