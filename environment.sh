@@ -3,9 +3,11 @@
 #   use_environment REPOSITORY REQUIREMENTS
 #
 # Where a virtual or conda environment is active it is used; otherwise REPOSITORY/.venv is made.
+# With L2P_SKIP_INSTALL set, the environment at hand is taken as it is (containers, offline machines).
 
 use_environment() {
     local root=$1 requirements=$2 stamp wanted
+    [ -z "${L2P_SKIP_INSTALL:-}" ] || return 0
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
         if [ ! -x "$root/.venv/bin/python" ]; then
             python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

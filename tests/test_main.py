@@ -168,8 +168,6 @@ def final(argv, output, *more):
         ["--train_mask", "false"],
         ["--no-reinit_optimizer"],
         ["--pull_constraint_coeff", "5"],
-        ["--batchwise_prompt", "false"],
-        ["--vote_group_size", "2"],
         ["--use_prompt_mask"],
         ["--initializer", "official"],
         ["--prompt_key_init", "zero"],
@@ -212,6 +210,14 @@ def test_option_changes_what_is_learned(trained, tmp_path, flags):
     other = final(argv, tmp_path, *flags)
     shared = [k for k in plain if k in other and plain[k].shape == other[k].shape]
     assert any(not torch.equal(plain[k], other[k]) for k in shared)
+
+
+@pytest.mark.parametrize("flags", [["--batchwise_prompt", "false"], ["--vote_group_size", "2"]])
+def test_votes_change_what_is_learned(trained, tmp_path, flags):
+    """With queries that differ from class to class, so that images disagree."""
+    varied = [*trained[1], "--embedding_key", "max", "--no-shuffle", "--size", "8"]
+    plain, other = final(varied, tmp_path / "a"), final(varied, tmp_path / "b", *flags)
+    assert any(not torch.equal(plain[k], other[k]) for k in plain)
 
 
 @pytest.mark.parametrize("flag", ["--shared_prompt_pool", "--shared_prompt_key"])
