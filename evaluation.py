@@ -29,8 +29,21 @@ _FIXED = (
     "head_type", "global_pool",
 )  # fmt: skip
 
-#: Settings that the original's Namespace names otherwise.
-_ORIGINAL_NAMES = {"data_path", "output_dir", "device", "num_workers", "lr", "unscale_lr", "eval"}
+#: What else is taken from a checkpoint of the original, because it decides what is evaluated.
+_FROM_ORIGINAL = (
+    *_FIXED,
+    "shuffle",
+    "seed",
+    "batch_size",
+    "batchwise_prompt",
+    "task_inc",
+    "freeze",
+)
+
+#: Settings of the machine and of the command at hand, never taken from a checkpoint.
+_OF_THIS_COMMAND = (
+    "output_dir", "device", "dist_url", "world_size", "num_workers", "pin_mem", "print_freq",
+)  # fmt: skip
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[int, Path]:
@@ -65,8 +78,10 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
     known = vars(args)
     stored = {k: v for k, v in checkpoint.config.items() if k in known}
     if checkpoint.original:
-        stored = {k: v for k, v in stored.items() if k not in _ORIGINAL_NAMES}
+        stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
+        stored["shuffle"] = bool(stored.get("shuffle", known["shuffle"]))
         stored["vote_ties"] = "topk"
+    stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
     given = {name: known[name] for name in args.explicit}
     clashes = [
         f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}"
@@ -75,6 +90,8 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
     ]
     if clashes:
         raise UsageError(clashes)
+    if args.checkpoint is not None and "output_dir" not in given:
+        given["output_dir"] = str(Path(args.checkpoint).resolve().parent.parent)
     return argparse.Namespace(**{**known, **stored, **given})
 
 

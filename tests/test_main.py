@@ -1,12 +1,15 @@
 """The command line as a person types it, on a small image folder and a tiny random ViT."""
 
+import argparse
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from timm.models import create_model
 
 import checkpoints
 import engine
@@ -316,9 +319,14 @@ def test_eval_of_one_checkpoint(trained, tmp_path):
     assert [row[0] for row in matrix] == [None, None]
 
 
-def copy_run(trained, tmp_path):
-    import shutil
+def test_eval_of_one_checkpoint_writes_into_its_run(trained, tmp_path):
+    output = copy_run(trained, tmp_path)
+    assert main.main(["--eval", "--checkpoint", str(checkpoints.task_path(output, 1))]) == 0
+    matrix = read(output / "eval_results.json")["batch"]["accuracy_matrix"]
+    assert [row[1] for row in matrix] == [None, None]
 
+
+def copy_run(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -379,32 +387,39 @@ def test_eval_with_more_workers_and_other_batches_is_the_same(trained, tmp_path)
 # Checkpoints of the original
 
 
+#: Settings that the original's Namespace shares with ours.
+SHARED_SETTINGS = (
+    "model", "input_size", "num_tasks", "size", "length", "top_k", "shuffle", "seed", "batch_size",
+    "dataset", "prompt_pool", "prompt_key", "head_type", "freeze", "embedding_key",
+    "batchwise_prompt", "epochs", "opt",
+)  # fmt: skip
+
+#: Settings of the machine it ran on, which must not matter.
+ELSEWHERE = {
+    "data_path": "/gone", "output_dir": "/gone", "device": "cuda", "gpu": 0, "rank": 0,
+    "world_size": 8, "distributed": True, "num_workers": 16, "pretrained": True, "lr": 0.1,
+    "unscale_lr": True, "nb_classes": 4,
+}  # fmt: skip
+
+
 def write_original(trained, folder, **changes):
     """Rewrites the checkpoints of a run as l2p-pytorch writes them."""
-    import argparse
-
-    from timm.models import create_model
-
     output, _ = trained
     config = read(output / "results.json")["config"]
     torch.manual_seed(config["seed"])
     vit = create_model(
         config["model"], num_classes=0, img_size=config["input_size"], **config["model_kwargs"]
     )
+    settings = {name: config[name] for name in SHARED_SETTINGS} | ELSEWHERE | changes
     for number in (1, 2):
         own = checkpoints.load(checkpoints.task_path(output, number)).model
         state = {**vit.state_dict(), **own}
         row = state["pos_embed"][:, :1]
         state["pos_embed"] = torch.cat([row, row.expand(-1, 4, -1), state["pos_embed"][:, 1:]], 1)
-        names = ("model", "input_size", "num_tasks", "size", "length", "top_k", "shuffle", "seed",
-                 "batch_size", "dataset", "prompt_pool", "prompt_key", "head_type", "freeze",
-                 "embedding_key", "batchwise_prompt", "epochs", "opt")  # fmt: skip
-        args = argparse.Namespace(**{**{n: config[n] for n in names}, "data_path": "/gone",
-                                     "lr": 0.1, "distributed": False, **changes})  # fmt: skip
+        args = argparse.Namespace(**settings)
         path = checkpoints.task_path(folder, number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": state, "optimizer": {}, "epoch": 1, "args": args}
-        torch.save(content, path)
+        torch.save({"model": state, "optimizer": {}, "epoch": 1, "args": args}, path)
 
 
 def eval_original(trained, folder, *more):
@@ -535,8 +550,6 @@ def test_cuda_without_cuda_is_refused(capsys, tmp_path):
 
 
 def test_damaged_image_ends_the_run_with_its_name(image_folder, trained, tmp_path, capsys):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     path = next((data / "train" / "a").iterdir())
