@@ -211,13 +211,15 @@ def evaluate(
         images, targets = images.to(options.device), targets.to(options.device)
         out = model(images, vote_group_size=options.vote_group_size)
         logits = {"batch": out["logits"], "instance": _instance_logits(model, images, out)}
+        sums = {
+            name: _test_sums(_restrict(logits[name], allowed), targets, options.vote_group_size)
+            for name in SELECTIONS
+        }
         for name in SELECTIONS:
-            scores = _restrict(logits[name], allowed)
-            totals[name] += _test_sums(scores, targets, options.vote_group_size).cpu()
+            totals[name] += sums[name].cpu()
         usage.add(out)
         num_images += len(targets)
-        shown = totals["batch"].tolist()
-        progress.update({"Acc@1": 100 * shown[2] / num_images.item()})
+        progress.update({"Acc@1": 100 * sums["batch"][2].item() / len(targets)}, len(targets))
     return _evaluation(test_set, totals, num_images, usage, options)
 
 
