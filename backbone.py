@@ -6,18 +6,20 @@ fine-tuned) under the name `vit_base_patch16_224`. In timm 1.x that bare name me
 
 import hashlib
 import re
-import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import timm
-from safetensors import SafetensorError
+import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import utils
 from vision_transformer import WeightsError, copy_state
 
 #: Bare names that meant other weights in l2p-pytorch than they mean in timm today.
@@ -98,6 +100,23 @@ def build_backbone(
     return vit
 
 
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Builds models in its body without weights, to check names, arguments and sizes."""
+    with torch.device("meta"), _NumbersOnCPU():
+        yield
+
+
+class _NumbersOnCPU(TorchFunctionMode):
+    """Keeps `torch.linspace` real: timm 1.0.20 reads numbers from it while it builds a model."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "cpu"} if func is torch.linspace else kwargs))
+
+
 def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
     """Loads a local weight file into a ViT; positions are resampled where the grid differs.
 
@@ -118,8 +137,8 @@ def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
     state = read_state_dict(path)
     try:
         state = dict(checkpoint_filter_fn(state, vit))
-    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-        raise WeightsError(f"{path} does not fit --model: {error}") from error
+    except Exception as error:  # whatever its resampling says of shapes that it does not expect
+        raise WeightsError(f"{path} does not fit --model: {utils.reason(error)}") from error
     state = {name: value for name, value in state.items() if not name.startswith("head")}
     copy_state(dict(vit.named_parameters()), state, str(path))
 
@@ -131,10 +150,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         WeightsError: If the file is damaged or holds anything but tensors.
     """
     try:
-        return timm.models.load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path} is damaged or is no file of weights: {first_line}") from error
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        assert all(isinstance(value, Tensor) for value in state.values()), "no state dict in it"
+    except Exception as error:  # a damaged file can make the readers raise anything
+        reason = utils.reason(error)
+        raise WeightsError(f"{path} is damaged or is no file of weights: {reason}") from error
+    return state
 
 
 def identify(vit: VisionTransformer, name: str, source: str) -> BackboneIdentity:
@@ -149,23 +170,46 @@ def identify(vit: VisionTransformer, name: str, source: str) -> BackboneIdentity
 def _load_npz(vit: VisionTransformer, path: Path) -> None:
     try:
         with np.load(path) as arrays:
-            blocks = {match[1] for match in map(_NPZ_BLOCK.search, arrays.files) if match}
-        if len(blocks) != len(vit.blocks):
-            raise ValueError(f"it has {len(blocks)} blocks, expected {len(vit.blocks)}")
+            _check_npz(vit, {name: arrays[name].shape for name in arrays.files})
         vit.load_pretrained(str(path))
     except KeyError as error:
         raise WeightsError(f"{path} lacks the array {error}, which --model needs") from error
-    except (RuntimeError, ValueError, AssertionError, OSError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is damaged or does not fit --model: {error}") from error
+    except Exception as error:  # a damaged file can make the reader raise anything
+        reason = utils.reason(error)
+        raise WeightsError(f"{path} is damaged or does not fit --model: {reason}") from error
+
+
+def _check_npz(vit: VisionTransformer, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compares what timm would load without complaint: depth, width and heads.
+
+    Raises:
+        ValueError: Naming the array, expected and found.
+    """
+    blocks = {match[1] for match in map(_NPZ_BLOCK.search, shapes) if match}
+    if len(blocks) != len(vit.blocks):
+        raise ValueError(f"it has {len(blocks)} blocks, expected {len(vit.blocks)}")
+    block: Any = vit.blocks[0]
+    width, heads, hidden = vit.embed_dim, block.attn.num_heads, block.mlp.fc1.out_features
+    expected = {
+        "embedding/kernel": (*vit.patch_embed.patch_size, 3, width),
+        "query/kernel": (width, heads, width // heads),
+        "Dense_0/kernel": (width, hidden),
+    }
+    for name, shape in shapes.items():
+        for ending, wanted in expected.items():
+            # Patches of another size are resampled.
+            first = 2 if ending == "embedding/kernel" else 0
+            if name.endswith(ending) and shape[first:] != wanted[first:]:
+                raise ValueError(f"{name} is {shape}, expected {wanted}")
 
 
 def _check_patches(vit: VisionTransformer, input_size: int) -> None:
     height, width = vit.patch_embed.patch_size
     if input_size % height or input_size % width:
-        near = [size for size in (input_size // height * height, -(-input_size // height) * height)]
+        below, above = input_size // height * height, -(-input_size // height) * height
+        near = f"{below} or {above}" if below else f"{above}"
         raise WeightsError(
-            f"--input-size {input_size} is not divisible by the patch size {height}: "
-            f"use {near[0]} or {near[1]}"
+            f"--input-size {input_size} is not divisible by the patch size {height}: use {near}"
         )
 
 

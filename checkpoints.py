@@ -7,9 +7,8 @@ Namespace) are read too: the Namespace is taken as plain values.
 
 import argparse
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}")
     content = _read(path)
     if content.get("format") == FORMAT:
-        return Checkpoint(**{k: v for k, v in content.items() if k != "format"})
+        return _own(content, path)
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
         match = _NAME.fullmatch(path.name)
         if match is None:
@@ -99,12 +98,20 @@ def load(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
 
 
+def _own(content: dict[str, Any], path: Path) -> Checkpoint:
+    names = {f.name for f in fields(Checkpoint)} - {"original"}
+    if names != content.keys() - {"format"}:
+        differing = ", ".join(sorted(names ^ (content.keys() - {"format"})))
+        raise CheckpointError(f"{path} lacks, or has beyond what it should: {differing}")
+    return Checkpoint(**{name: content[name] for name in names})
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a damaged file can make the reader raise anything
+        reason = utils.reason(error)
         raise CheckpointError(f"{path} is damaged or is no checkpoint: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path} is no L2P checkpoint: it holds no `model` state dict")

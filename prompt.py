@@ -156,12 +156,12 @@ class Prompt(nn.Module):
         return self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
 
     def _serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
-        """Ids that serve each image: masked, voted, or its own choice, (B, K)."""
+        """Ids that serve each image: masked, voted, or its own choice, best first, (B, K)."""
         if self.training and self.use_mask and task_id is not None:
             slots = self.task_slots(task_id)
             masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
             return masked.expand(len(own_idx), -1)
-        if self.batchwise:
+        if self.batchwise and vote_group_size != 1:
             return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
         return own_idx
 

@@ -207,6 +207,11 @@ class Progress:
         )
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file whole or not at all: under a temporary name, synchronised, then renamed.
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import timm.optim
-import torch
 
 import checkpoints
 import class_order
@@ -16,7 +15,7 @@ import prompt
 import settings
 import utils
 import vision_transformer
-from backbone import WEIGHT_SUFFIXES
+from backbone import WEIGHT_SUFFIXES, without_memory
 from options import UsageError
 
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau")
@@ -187,7 +186,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     if args.input_size < 1:
         return
     try:
-        with torch.device("meta"):
+        with without_memory():
             vit = settings.build_backbone(args)
             if not list(_prompts(args)) and not list(_values(args)):
                 settings.build_model(args, vit, num_classes=2)

@@ -210,6 +210,8 @@ class PromptedVisionTransformer(nn.Module):
             )  # (1, 1+N, D)
             state["pos_embed_prompt"] = position[:, 1 : 1 + num_prompts]  # (1, P, D)
         copy_state(dict(self.public_parameters()), state, source)
+        if self.query_backbone is not None and not _trains(self.backbone):
+            self.query_backbone.load_state_dict(self.backbone.state_dict())
 
     def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
         x = self.backbone.blocks(tokens)  # (B, 1+P+N, D)
@@ -261,8 +263,7 @@ class PromptedVisionTransformer(nn.Module):
         """An untouched copy for the query where the backbone trains or drops at random."""
         if self.prompt is None:
             return None
-        trains = any(p.requires_grad for p in self.backbone.parameters())
-        if not trains and not _is_random(self.backbone):
+        if not _trains(self.backbone) and not _is_random(self.backbone):
             return None
         return copy.deepcopy(self.backbone).requires_grad_(False).eval()
 
@@ -322,9 +323,13 @@ def _embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
 
+def _trains(vit: VisionTransformer) -> bool:
+    return any(p.requires_grad for p in vit.parameters())
+
+
 def _is_random(vit: VisionTransformer) -> bool:
     """Whether training mode changes what the ViT computes (dropout, stochastic depth)."""
-    rates = (getattr(m, "p", getattr(m, "drop_prob", 0.0)) for m in vit.modules())
+    rates = [getattr(m, n, 0) for m in vit.modules() for n in ("p", "prob", "drop_prob")]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

@@ -1,0 +1,744 @@
+import copy
+import logging
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.scheduler import CosineLRScheduler
+from torch.nn import functional as F
+
+import engine
+import metrics
+from prompt import Prompt
+from vision_transformer import DEFAULT_FREEZE, PromptedVisionTransformer
+
+close = torch.testing.assert_close
+
+C, D, M, K = 6, 8, 6, 2
+
+
+@dataclass
+class Task:
+    index: int
+    classes: tuple
+    test_sets: tuple = ()
+    name: str = "task"
+
+
+#: Two tasks of three classes, and the stream in which each is tested with all before it.
+FIRST, SECOND = Task(0, (0, 2, 4)), Task(1, (1, 3, 5))
+STREAM = [Task(0, FIRST.classes, (FIRST,)), Task(1, SECOND.classes, (FIRST, SECOND))]
+
+OPTIONS = engine.EngineOptions(
+    device=torch.device("cpu"),
+    epochs=1,
+    vote_group_size=4,
+    all_classes=tuple(range(C)),
+    clip_grad=None,
+    print_freq=1000,
+)
+
+
+class Loader:
+    """Batches in a fixed order; each counts `share` times in the global batch."""
+
+    def __init__(self, images, targets, batch_size=4, share=1):
+        self.batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
+        self.share, self.epochs, self.batch_sampler = share, [], self
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def global_batch_size(self, step):
+        return self.share * len(self.batches[step][0])
+
+
+def data(task=FIRST, size=8, seed=0):
+    generator = torch.Generator().manual_seed(100 * task.index + seed)
+    images = pictures(size, generator)
+    picks = torch.randint(0, len(task.classes), (size,), generator=generator)
+    return images, torch.tensor(task.classes)[picks]
+
+
+def pictures(size, generator=None):
+    """Images of different colours, so that their queries differ."""
+    colour = torch.rand(size, 3, 1, 1, generator=generator)
+    return 4 * colour * torch.rand(size, 3, 8, 8, generator=generator)
+
+
+def keys_that_divide(model):
+    """Keys for the ways in which queries differ, so that images choose different prompts."""
+    queries = model.query(pictures(M))
+    middle = queries.mean(dim=0)
+    apart = queries - middle
+    return apart - torch.outer(apart @ middle, middle) / middle.square().sum()
+
+
+def make_model(pool=None, vit=None, seed=0, **changes):
+    """A tiny prompted model in which every weight counts; `pool` None: no pool."""
+    torch.manual_seed(seed)
+    settings = {"img_size": 8, "patch_size": 4, "embed_dim": D, "depth": 2, "num_heads": 2}
+    backbone = VisionTransformer(num_classes=0, **settings, **(vit or {}))
+    prompt = None
+    if pool is not None:
+        prompt = Prompt(**{"size": M, "length": 2, "top_k": K, "embed_dim": D, **pool})
+    model = PromptedVisionTransformer(backbone, C, prompt, **{"head_type": "gap", **changes})
+    for parameter in (*backbone.parameters(), model.head.weight, model.head.bias):
+        torch.nn.init.normal_(parameter, std=0.5)
+    if prompt is not None:
+        model.pos_embed_prompt.data.copy_(backbone.pos_embed.data[:, :1])
+        if prompt.prompt_key is not None:
+            prompt.prompt_key.data.copy_(keys_that_divide(model))
+    return model
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def train_step(model, options=OPTIONS, task=FIRST, lr=0.0, **loader):
+    """One step on one batch: statistics; the gradients stay in the model."""
+    batches = Loader(*data(task, 8), batch_size=8, **loader)
+    return engine.train_one_epoch(model, batches, sgd(model, lr), task, 0, options)
+
+
+def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
+    return engine.evaluate(model, Loader(*data(test_set, size), batch_size), test_set, options)
+
+
+def run(model, options=OPTIONS, *, make_optimizer=None, make_scheduler=None, **hooks):
+    """The whole stream; returns the accuracy matrices."""
+    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    engine.train_and_evaluate(
+        model,
+        STREAM,
+        hooks.pop("train_loader", lambda task: Loader(*data(task))),
+        lambda test_set: Loader(*data(test_set, seed=1)),
+        make_optimizer or (lambda: sgd(model)),
+        make_scheduler or (lambda optimizer: None),
+        matrices,
+        options,
+        **hooks,
+    )
+    return matrices
+
+
+def local(targets, task):
+    """Class ids as positions among the task's own classes."""
+    return torch.tensor([task.classes.index(t) for t in targets.tolist()])
+
+
+# Loss
+
+
+def test_train_mask_gives_other_classes_no_gradient():
+    model = make_model({})
+    train_step(model)
+    rows = model.head.weight.grad.abs().sum(dim=1)
+    assert (rows > 0).tolist() == [c in FIRST.classes for c in range(C)]
+    assert (model.head.bias.grad == 0).tolist() == [c not in FIRST.classes for c in range(C)]
+
+
+def test_train_mask_leaves_other_classes_as_they_were():
+    model = make_model({})
+    before = copy.deepcopy(model.head.state_dict())
+    train_step(model, lr=0.5)
+    others = list(SECOND.classes)
+    assert torch.equal(model.head.weight[others], before["weight"][others])
+    assert torch.equal(model.head.bias[others], before["bias"][others])
+    assert not torch.equal(model.head.weight[0], before["weight"][0])
+
+
+def test_train_mask_loss_is_cross_entropy_over_own_classes():
+    model = make_model({})
+    images, targets = data(SECOND, 8)
+    stats = train_step(model, replace(OPTIONS, pull_coeff=0), SECOND)
+    logits = model(images, vote_group_size=4)["logits"][:, list(SECOND.classes)]
+    assert stats["Loss"] == pytest.approx(F.cross_entropy(logits, local(targets, SECOND)).item())
+    hits = logits.argmax(dim=1) == local(targets, SECOND)
+    assert stats["Acc@1"] == pytest.approx(100 * hits.float().mean().item())
+    assert stats["Acc@5"] == 100  # three classes may be predicted
+
+
+def test_train_mask_off_trains_all_classes():
+    model = make_model({})
+    images, targets = data(FIRST, 8)
+    stats = train_step(model, replace(OPTIONS, pull_coeff=0, train_mask=False))
+    assert (model.head.weight.grad.abs().sum(dim=1) > 0).all()
+    logits = model(images, vote_group_size=4)["logits"]
+    assert stats["Loss"] == pytest.approx(F.cross_entropy(logits, targets).item())
+
+
+def test_pull_term_is_subtracted_with_its_coefficient():
+    model = make_model({})
+    plain = train_step(model, replace(OPTIONS, pull_coeff=0))["Loss"]
+    pulled = train_step(model, replace(OPTIONS, pull_coeff=0.5))["Loss"]
+    reduce_sim = model(data(FIRST, 8)[0], vote_group_size=4)["reduce_sim"].item()
+    assert pulled == pytest.approx(plain - 0.5 * reduce_sim, rel=1e-5)
+
+
+def test_pull_coeff_zero_leaves_keys_without_gradient():
+    model = make_model({})
+    train_step(model, replace(OPTIONS, pull_coeff=0))
+    assert model.prompt.prompt_key.grad is None
+    train_step(model, replace(OPTIONS, pull_coeff=0.1))
+    first = model.prompt.prompt_key.grad.clone()
+    assert first.any()
+    train_step(model, replace(OPTIONS, pull_coeff=0.2))
+    close(model.prompt.prompt_key.grad, 2 * first)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("masked", [True, False])
+def test_smoothing_spreads_over_allowed_classes(smoothing, masked):
+    logits = torch.randn(5, C, requires_grad=True)
+    targets = torch.tensor([0, 2, 4, 4, 0])
+    classes = list(FIRST.classes) if masked else list(range(C))
+    allowed = torch.tensor([c in classes for c in range(C)]) if masked else None
+    found = engine.masked_cross_entropy(logits, targets, allowed, smoothing)
+    probability = logits[:, classes].softmax(dim=1)
+    hand = 0
+    for row, target in zip(probability, targets.tolist(), strict=True):
+        for p, c in zip(row, classes, strict=True):
+            weight = smoothing / len(classes) + (1 - smoothing) * (c == target)
+            hand = hand - weight * p.log() / 5
+    close(found, hand)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert gradient.isfinite().all()
+    close(gradient, torch.autograd.grad(hand, logits)[0])
+
+
+def test_smoothing_reaches_the_training_loss():
+    model = make_model({})
+    images, targets = data(FIRST, 8)
+    stats = train_step(model, replace(OPTIONS, pull_coeff=0, smoothing=0.3))
+    logits = model(images, vote_group_size=4)["logits"][:, list(FIRST.classes)]
+    wanted = F.cross_entropy(logits, local(targets, FIRST), label_smoothing=0.3)
+    assert stats["Loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+# One epoch
+
+
+def test_train_one_epoch_averages_loss_over_batches_and_accuracy_over_images():
+    model = make_model({})
+    images, targets = data(FIRST, 10)
+    options = replace(OPTIONS, pull_coeff=0)
+    stats = engine.train_one_epoch(
+        model, Loader(images, targets), sgd(model, lr=0.0), FIRST, 0, options
+    )
+    losses, hits = [], 0
+    for x, y in Loader(images, targets):
+        logits = model(x, vote_group_size=4)["logits"][:, list(FIRST.classes)]
+        losses.append(F.cross_entropy(logits, local(y, FIRST)).item())
+        hits += (logits.argmax(dim=1) == local(y, FIRST)).sum().item()
+    assert stats["Loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert stats["Acc@1"] == pytest.approx(10 * hits)
+    assert stats["Lr"] == 0
+
+
+def test_train_one_epoch_tells_the_sampler_its_epoch_and_trains_in_training_mode():
+    model = make_model({}).eval()
+    loader = Loader(*data())
+    engine.train_one_epoch(model, loader, sgd(model), FIRST, 3, OPTIONS)
+    assert loader.epochs == [3]
+    assert model.training
+
+
+def test_train_one_epoch_gives_the_mask_the_task():
+    model = make_model({"use_mask": True})
+    train_step(model, replace(OPTIONS, pull_coeff=1), SECOND)
+    moved = model.prompt.prompt.grad.abs().sum(dim=(1, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == [2, 3]
+    assert (model.prompt.prompt_key.grad.abs().sum(dim=1) > 0).nonzero().flatten().tolist() == [
+        2,
+        3,
+    ]
+
+
+def test_train_step_weighs_its_share_of_the_global_batch():
+    model = make_model({})
+    whole = train_step(model)
+    gradient = model.head.weight.grad.clone()
+    half = train_step(model, share=2)
+    close(model.head.weight.grad, gradient / 2)
+    assert half["Loss"] == pytest.approx(whole["Loss"] / 2)
+    assert half["Acc@1"] == pytest.approx(whole["Acc@1"] / 2)
+
+
+def test_train_step_without_images_of_its_own_changes_nothing():
+    model = make_model({})
+    before = copy.deepcopy(model.state_dict())
+    loader = Loader(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.long))
+    loader.global_batch_size = lambda step: 4  # the images are at other processes
+    engine.train_one_epoch(model, loader, sgd(model), FIRST, 0, OPTIONS)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def gradient_norm(model):
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([g.flatten() for g in grads]).norm().item()
+
+
+def test_clip_grad_bounds_the_norm_of_all_gradients():
+    model = make_model({})
+    train_step(model)
+    free = gradient_norm(model)
+    direction = model.head.weight.grad / free
+    assert free > 0.1
+    train_step(model, replace(OPTIONS, clip_grad=0.01))
+    assert gradient_norm(model) == pytest.approx(0.01, rel=1e-3)
+    close(model.head.weight.grad / 0.01, direction, rtol=1e-3, atol=1e-4)
+    train_step(model, replace(OPTIONS, clip_grad=100 * free))
+    assert gradient_norm(model) == pytest.approx(free)
+
+
+def test_clip_grad_comes_before_the_step():
+    model = make_model({})
+    before = model.head.weight.detach().clone()
+    train_step(model, replace(OPTIONS, clip_grad=0.01), lr=1.0)
+    assert 0 < (model.head.weight - before).norm() <= 0.0101
+
+
+@pytest.mark.parametrize("changes", [{}, {"vote_ties": "topk"}, {"learnable_key": False}])
+def test_training_leaves_frozen_weights_unchanged(changes):
+    model = make_model(changes)
+    before = copy.deepcopy(model.state_dict())
+    run(model, replace(OPTIONS, epochs=2, clip_grad=1.0))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in trained), name
+
+
+# A loss that is no number
+
+
+class Spoiled(torch.nn.Module):
+    """A model whose logits turn bad in one call."""
+
+    def __init__(self, model, call, value):
+        super().__init__()
+        self.model, self.call, self.value, self.calls = model, call, value, 0
+        self.prompt, self.num_classes = model.prompt, model.num_classes
+
+    def forward(self, *args, **kwargs):
+        out = self.model(*args, **kwargs)
+        self.calls += 1
+        if self.calls == self.call:
+            out["logits"] = out["logits"] * self.value
+        return out
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_non_finite_loss_names_place_and_value_and_keeps_the_last_good_weights(clip_grad):
+    options = replace(OPTIONS, epochs=3, clip_grad=clip_grad)
+    images, targets = data(SECOND, 12)
+    bad = make_model({})
+    spoiled, loader = Spoiled(bad, call=2, value=float("nan")), Loader(images, targets)
+    message = r"loss is nan in task 2, epoch 3, step 2: lower --lr"
+    with pytest.raises(engine.NonFiniteLossError, match=message):
+        engine.train_one_epoch(spoiled, loader, sgd(bad), SECOND, 2, options)
+    good = make_model({})
+    engine.train_one_epoch(good, Loader(images[:4], targets[:4]), sgd(good), SECOND, 2, options)
+    for name, value in good.state_dict().items():
+        assert torch.equal(bad.state_dict()[name], value), name
+
+
+def test_non_finite_loss_of_a_target_outside_the_mask_is_named():
+    model = make_model({})
+    images, _ = data()
+    loader = Loader(images, torch.full((8,), 1))  # class 1 belongs to the second task
+    with pytest.raises(engine.NonFiniteLossError, match=r"loss is inf in task 1, epoch 1, step 1"):
+        engine.train_one_epoch(model, loader, sgd(model), FIRST, 0, OPTIONS)
+
+
+# Evaluation
+
+
+def stubborn(model, favourite):
+    """Makes the head prefer one class whatever it sees."""
+    model.head.bias.data[favourite] = 1000
+    return model
+
+
+def accuracies(result):
+    return [result.stats[name]["Acc@1"] for name in engine.SELECTIONS]
+
+
+def test_task_inc_restricts_evaluation_to_classes_of_the_test_set():
+    model = stubborn(make_model({}), favourite=1)  # a class of the second task
+    assert accuracies(evaluate(model)) == [0, 0]
+    restricted = evaluate(model, replace(OPTIONS, task_inc=True))
+    assert min(accuracies(restricted)) > 0
+    assert np.isfinite(restricted.stats["batch"]["Loss"])
+    images, targets = data(FIRST, 12)
+    with torch.no_grad():
+        logits = model.eval()(images, vote_group_size=4)["logits"][:, list(FIRST.classes)]
+    hits = (logits.argmax(dim=1) == local(targets, FIRST)).float().mean()
+    assert restricted.stats["batch"]["Acc@1"] == pytest.approx(100 * hits.item())
+
+
+def test_evaluation_masks_classes_outside_the_stream():
+    model = stubborn(make_model({}), favourite=5)  # an output that no task uses
+    assert accuracies(evaluate(model)) == [0, 0]
+    fewer = evaluate(model, replace(OPTIONS, all_classes=(0, 1, 2, 3, 4)))
+    assert min(accuracies(fewer)) > 0
+    assert fewer.stats["batch"]["Loss"] < 100
+
+
+def test_evaluation_allows_classes_that_are_not_learned_yet():
+    model = stubborn(make_model({}), favourite=5)
+    assert accuracies(evaluate(model, test_set=FIRST)) == [0, 0]
+
+
+def test_evaluation_counts_five_best():
+    images, targets = data(FIRST, 12)
+    model = make_model(None, head_type="token")
+    result = evaluate(model)
+    with torch.no_grad():
+        ranks = model.eval()(images)["logits"].argsort(dim=1, descending=True)
+    places = (ranks == targets[:, None]).long().argmax(dim=1)
+    assert result.stats["batch"]["Acc@1"] == pytest.approx(100 / 12 * (places == 0).sum().item())
+    assert result.stats["batch"]["Acc@5"] == pytest.approx(100 / 12 * (places < 5).sum().item())
+
+
+UNFROZEN_POSITIONS = tuple(p for p in DEFAULT_FREEZE if p != "pos_embed")
+
+
+@pytest.mark.parametrize("ties", ["lowest", "topk"])
+@pytest.mark.parametrize("freeze", [DEFAULT_FREEZE, UNFROZEN_POSITIONS])
+@pytest.mark.parametrize("head_type", ["prompt", "gap"])
+def test_instance_wise_equals_vote_groups_of_one(head_type, freeze, ties):
+    model = make_model({"vote_ties": ties}, freeze=freeze, head_type=head_type)
+    if freeze is UNFROZEN_POSITIONS:  # the order of the prompts counts
+        torch.nn.init.normal_(model.pos_embed_prompt)
+    voted = evaluate(model, size=32)
+    alone = evaluate(model, replace(OPTIONS, vote_group_size=1), size=32).stats["batch"]
+    assert voted.stats["batch"]["Loss"] != pytest.approx(alone["Loss"], rel=1e-4)
+    for key, value in alone.items():
+        assert voted.stats["instance"][key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_instance_wise_equals_batchwise_off():
+    voting, alone = make_model({}), make_model({"batchwise": False})
+    alone.load_trained_state(voting.trained_state(), "other")
+    found = evaluate(voting, size=16)
+    assert found.stats["batch"] != found.stats["instance"]
+    found = found.stats["instance"]
+    for key, value in evaluate(alone, size=16).stats["batch"].items():
+        assert found[key] == pytest.approx(value, rel=1e-5), key
+
+
+def forward_sizes(model, calls):
+    """Notes the number of images of every call of the model."""
+    model.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+
+
+def test_instance_wise_recomputes_overruled_images_only():
+    model, calls = make_model({}).eval(), []
+    images, _ = data(FIRST, 12)
+    overruled = []
+    with torch.no_grad():
+        for x in images.split(4):
+            out = model(x, vote_group_size=4)
+            pairs = zip(out["prompt_idx"].tolist(), out["own_prompt_idx"].tolist(), strict=True)
+            overruled.append(sum(set(served) != set(own) for served, own in pairs))
+    assert any(0 < n < 4 for n in overruled)
+    forward_sizes(model, calls)
+    evaluate(model)
+    assert calls == [size for n in overruled for size in (4, n) if size]
+
+
+@pytest.mark.parametrize(
+    ("pool", "vote_group_size"), [(None, 4), ({"batchwise": False}, 4), ({}, 1)]
+)
+def test_instance_wise_needs_no_second_pass_where_nobody_votes(pool, vote_group_size):
+    model, calls = make_model(pool), []
+    forward_sizes(model, calls)
+    result = evaluate(model, replace(OPTIONS, vote_group_size=vote_group_size))
+    assert calls == [4, 4, 4]
+    assert result.stats["batch"] == result.stats["instance"]
+
+
+@pytest.mark.parametrize("ties", ["lowest", "topk"])
+def test_evaluation_does_not_depend_on_the_compute_batch(ties):
+    model = make_model({"vote_ties": ties})
+    wanted = evaluate(model, size=24, batch_size=4)
+    assert wanted.stats["batch"] != wanted.stats["instance"]
+    for batch_size in (8, 12, 24):
+        found = evaluate(model, size=24, batch_size=batch_size)
+        assert found.usage == wanted.usage
+        for name in engine.SELECTIONS:
+            for key in ("Acc@1", "Acc@5"):
+                assert found.stats[name][key] == wanted.stats[name][key]
+            loss = wanted.stats[name]["Loss"]
+            assert found.stats[name]["Loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 12])
+def test_evaluation_loss_is_mean_over_vote_groups(batch_size):
+    model = make_model({})
+    images, targets = data(FIRST, 10)
+    result = evaluate(model, size=10, batch_size=batch_size)
+    means = []
+    with torch.no_grad():
+        for x, y in zip(images.split(4), targets.split(4), strict=True):  # groups of 4, 4 and 2
+            means.append(F.cross_entropy(model(x)["logits"], y).item())
+    assert result.stats["batch"]["Loss"] == pytest.approx(sum(means) / 3, rel=1e-5)
+
+
+def test_evaluation_counts_how_often_prompts_serve():
+    model = make_model({})
+    images, _ = data(FIRST, 12)
+    result = evaluate(model)
+    with torch.no_grad():
+        outs = [model(x, vote_group_size=4) for x in images.split(4)]
+    for name, key in (("batch", "prompt_idx"), ("instance", "own_prompt_idx")):
+        ids = torch.cat([out[key] for out in outs]).flatten().tolist()
+        assert result.usage[name] == [ids.count(i) for i in range(M)]
+        assert sum(result.usage[name]) == 12 * K
+    best = torch.cat([out["similarity"].topk(K, dim=1).values for out in outs])
+    assert result.mean_similarity == pytest.approx(best.mean().item(), rel=1e-5)
+
+
+def test_evaluation_without_pool_has_no_usage():
+    result = evaluate(make_model(None, head_type="token"))
+    assert result.usage == {}
+    assert result.mean_similarity is None
+    assert result.index == 0
+
+
+def test_evaluation_ignores_the_prompt_mask_and_stays_in_evaluation_mode():
+    masked, free = make_model({"use_mask": True}), make_model({})
+    for model in (masked, free):
+        model.train()
+    assert evaluate(masked, test_set=SECOND) == evaluate(free, test_set=SECOND)
+    assert not masked.training
+
+
+def test_evaluation_changes_nothing():
+    model = make_model({})
+    before = copy.deepcopy(model.state_dict())
+    evaluate(model)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Evaluation of a task
+
+
+def till_now(model, task, matrices):
+    return engine.evaluate_till_now(
+        model, lambda test_set: Loader(*data(test_set)), task, matrices, OPTIONS
+    )
+
+
+def test_evaluate_till_now_fills_the_column_of_its_task():
+    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    results = till_now(make_model({}), STREAM[1], matrices)
+    assert [r.index for r in results] == [0, 1]
+    for name in engine.SELECTIONS:
+        assert np.isnan(matrices[name][:, 0]).all()
+        assert matrices[name][:, 1].tolist() == [r.stats[name]["Acc@1"] for r in results]
+
+
+def test_evaluate_till_now_says_what_the_original_said(caplog):
+    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    matrices["batch"][0, 0] = matrices["instance"][0, 0] = 100
+    with caplog.at_level(logging.INFO):
+        results = till_now(make_model({}), STREAM[1], matrices)
+    lines = [r.getMessage() for r in caplog.records]
+    first = results[0].stats["batch"]
+    wanted = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**first)
+    assert any(line.startswith(wanted) for line in lines)
+    means = engine.average_stats(results, "batch")
+    lost = 100 - first["Acc@1"]
+    summary = (
+        f"[Average accuracy till task2]\tAcc@1: {means['Acc@1']:.4f}\t"
+        f"Acc@5: {means['Acc@5']:.4f}\tLoss: {means['Loss']:.4f}\t"
+        f"Forgetting: {lost:.4f}\tBackward: {-lost:.4f}"
+    )
+    assert summary in lines
+    assert any(line.startswith("[Instance-wise accuracy till task2]\tAcc@1:") for line in lines)
+
+
+def test_evaluate_till_now_says_nothing_of_forgetting_after_the_first_task(caplog):
+    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    with caplog.at_level(logging.INFO):
+        till_now(make_model({}), STREAM[0], matrices)
+    (line,) = [m for m in caplog.messages if m.startswith("[Average accuracy till task1]")]
+    assert not re.search("Forgetting|Backward", line)
+
+
+def test_average_stats_weighs_test_sets_equally():
+    def result(acc1, acc5, loss):
+        return engine.Evaluation(0, {"batch": {"Acc@1": acc1, "Acc@5": acc5, "Loss": loss}})
+
+    found = engine.average_stats([result(10.0, 50.0, 1.0), result(30.0, 100.0, 4.0)], "batch")
+    assert found == {"Acc@1": 20, "Acc@5": 75, "Loss": 2.5}
+
+
+# The stream
+
+
+def test_stream_reports_every_task_and_fills_the_matrices():
+    reports = []
+    options = replace(OPTIONS, epochs=2)
+    matrices = run(make_model({}), options, on_task_end=reports.append)
+    assert [r.task for r in reports] == [0, 1]
+    assert [len(r.evaluations) for r in reports] == [1, 2]
+    for name in engine.SELECTIONS:
+        assert np.isnan(matrices[name]).tolist() == [[False, False], [True, False]]
+        for report in reports:
+            for result in report.evaluations:
+                assert matrices[name][result.index, report.task] == result.stats[name]["Acc@1"]
+    assert all(r.train_stats.keys() == {"Lr", "Loss", "Acc@1", "Acc@5"} for r in reports)
+    assert all(r.train_seconds > 0 and r.eval_seconds > 0 for r in reports)
+
+
+def test_stream_runs_all_epochs_of_every_task():
+    loaders = {}
+
+    def train_loader(task):
+        return loaders.setdefault(task.index, Loader(*data(task)))
+
+    run(make_model({}), replace(OPTIONS, epochs=3), train_loader=train_loader)
+    assert [loader.epochs for loader in loaders.values()] == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(("reinit", "num_made"), [(True, 2), (False, 1)])
+def test_reinit_optimizer_makes_one_for_each_task(reinit, num_made):
+    model, made = make_model({}), []
+
+    def make_optimizer():
+        made.append(sgd(model))
+        return made[-1]
+
+    options = replace(OPTIONS, reinit_optimizer=reinit)
+    run(model, options, make_optimizer=make_optimizer)
+    assert len(made) == num_made
+
+
+def test_reinit_optimizer_forgets_momentum():
+    def trained(reinit):
+        model = make_model({})
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        run(
+            model,
+            replace(OPTIONS, reinit_optimizer=reinit),
+            make_optimizer=lambda: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        )
+        return model.head.weight.detach()
+
+    first_task_rows = list(FIRST.classes)
+    fresh, kept = trained(True), trained(False)
+    assert not torch.equal(fresh[first_task_rows], kept[first_task_rows])
+
+
+class Steps:
+    def __init__(self, optimizer):
+        self.optimizer, self.steps = optimizer, []
+
+    def step(self, epoch, metric=None):
+        self.steps.append((epoch, metric))
+
+
+@pytest.mark.parametrize("reinit", [True, False])
+def test_scheduler_is_new_for_each_task_and_steps_each_epoch(reinit):
+    model, optimizers, schedulers, last = make_model({}), [], [], []
+
+    def make_optimizer():
+        optimizers.append(sgd(model))
+        return optimizers[-1]
+
+    def make_scheduler(optimizer):
+        schedulers.append(Steps(optimizer))
+        return schedulers[-1]
+
+    run(
+        model,
+        replace(OPTIONS, epochs=3, reinit_optimizer=reinit),
+        make_optimizer=make_optimizer,
+        make_scheduler=make_scheduler,
+        on_task_end=lambda report: last.append(report.train_stats["Acc@1"]),
+    )
+    assert [[epoch for epoch, _ in s.steps] for s in schedulers] == [[1, 2, 3], [1, 2, 3]]
+    assert [s.steps[-1][1] for s in schedulers] == last
+    wanted = optimizers if reinit else optimizers * 2
+    assert all(s.optimizer is o for s, o in zip(schedulers, wanted, strict=True))
+
+
+@pytest.mark.parametrize("reinit", [True, False])
+def test_scheduler_of_timm_starts_each_task_at_the_full_rate(reinit, monkeypatch):
+    model, rates = make_model({}), []
+    train_one_epoch = engine.train_one_epoch
+
+    def watched(*args):
+        stats = train_one_epoch(*args)
+        rates.append(stats["Lr"])
+        return stats
+
+    monkeypatch.setattr(engine, "train_one_epoch", watched)
+    run(
+        model,
+        replace(OPTIONS, epochs=3, reinit_optimizer=reinit),
+        make_scheduler=lambda optimizer: CosineLRScheduler(optimizer, t_initial=3),
+    )
+    assert rates[:3] == pytest.approx([0.1, 0.075, 0.025])
+    assert rates[3:] == pytest.approx(rates[:3])
+
+
+@pytest.mark.parametrize(("prompts", "keys"), [(True, False), (False, True), (False, False)])
+def test_shared_pool_and_keys_start_from_the_task_before(prompts, keys):
+    model = make_model({"use_mask": True})
+    before = copy.deepcopy(model.state_dict())
+    after_first = []
+
+    def note(report):
+        after_first.append(copy.deepcopy(model.state_dict()))
+
+    class Frozen(torch.optim.SGD):
+        """Trains the first task alone, so that the second shows what it started from."""
+
+        def step(self):
+            if not after_first:
+                super().step()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run(
+        model,
+        replace(OPTIONS, shared_prompt_pool=prompts, shared_prompt_key=keys),
+        make_optimizer=lambda: Frozen(parameters, lr=0.1),
+        on_task_end=note,
+    )
+    for name, shared in (("prompt.prompt", prompts), ("prompt.prompt_key", keys)):
+        first = after_first[0][name][:K]
+        assert not torch.equal(first, before[name][:K])
+        wanted = first if shared else before[name][K : 2 * K]
+        assert torch.equal(model.state_dict()[name][K : 2 * K], wanted), name
+
+
+def test_stream_without_pool_trains_the_head():
+    model = make_model(None, head_type="token")
+    before = model.head.weight.detach().clone()
+    matrices = run(model, replace(OPTIONS, shared_prompt_pool=True, shared_prompt_key=True))
+    assert not torch.equal(model.head.weight, before)
+    assert np.array_equal(matrices["batch"], matrices["instance"], equal_nan=True)
+
+
+def test_stream_repeats_itself_to_the_bit():
+    first, second = make_model({}), make_model({})
+    matrices = [run(model, replace(OPTIONS, epochs=2, clip_grad=1.0)) for model in (first, second)]
+    for name in engine.SELECTIONS:
+        assert np.array_equal(matrices[0][name], matrices[1][name], equal_nan=True)
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)

@@ -1,0 +1,357 @@
+import pytest
+import torch
+
+from prompt import INITIALIZERS, Prompt, l2_normalize, top_k_lowest_id, vote
+
+close = torch.testing.assert_close
+
+
+def pool(**changes):
+    settings = {"size": 6, "length": 2, "top_k": 2, "embed_dim": 4, **changes}
+    return Prompt(**settings)
+
+
+def pool_with_unit_keys(**changes):
+    """A pool whose key i is the unit vector i, so a query's components are its similarities."""
+    made = pool(**{"size": 4, "embed_dim": 4, **changes})
+    with torch.no_grad():
+        made.prompt_key.copy_(torch.eye(4))
+    return made
+
+
+def queries(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+# Matching
+
+
+def test_l2_normalize_gives_length_one():
+    x = torch.randn(5, 3, 8) * 100
+    close(l2_normalize(x).norm(dim=-1), torch.ones(5, 3))
+
+
+def test_l2_normalize_leaves_zero_at_zero():
+    x = torch.zeros(2, 4, requires_grad=True)
+    l2_normalize(x).sum().backward()
+    assert torch.equal(l2_normalize(x), torch.zeros(2, 4))
+    assert torch.isfinite(x.grad).all()
+
+
+def test_l2_normalize_floor_is_on_squared_length():
+    below, above = queries([3e-8, 4e-8]), queries([3e-5, 4e-5])
+    close(l2_normalize(below), below * 1e6)  # length 5e-8 becomes 5e-2
+    close(l2_normalize(above), queries([0.6, 0.8]))
+
+
+def test_similarity_is_cosine_of_queries_and_keys():
+    made = pool()
+    query = torch.randn(3, 4)
+    found = made(query).similarity
+    wanted = torch.cosine_similarity(query[:, None], made.prompt_key[None], dim=2)
+    close(found, wanted)
+
+
+def test_top_k_names_best_first_and_ties_to_lowest_id():
+    score = queries([1, 3, 3, 2], [5, 5, 5, 5], [0, 0, 0, 1])
+    assert top_k_lowest_id(score, 3).tolist() == [[1, 2, 3], [0, 1, 2], [3, 0, 1]]
+
+
+def test_top_k_ties_go_to_lowest_id_in_large_rows():
+    score = torch.randint(0, 3, (20, 300)).float()
+    for row, ids in zip(score.tolist(), top_k_lowest_id(score, 40).tolist(), strict=True):
+        assert ids == sorted(range(300), key=lambda i, row=row: (-row[i], i))[:40]
+
+
+def test_zero_keys_serve_lowest_ids():
+    made = pool(batchwise=False, key_init="zero")
+    assert made(torch.randn(3, 4)).prompt_idx.tolist() == [[0, 1]] * 3
+
+
+def test_zero_query_chooses_lowest_ids_without_nan():
+    out = pool(batchwise=False)(torch.zeros(2, 4))
+    assert torch.equal(out.similarity, torch.zeros(2, 6))
+    assert out.prompt_idx.tolist() == [[0, 1], [0, 1]]
+
+
+# Voting
+
+
+def test_vote_serves_most_frequent_ids_of_group():
+    own = torch.tensor([[0, 3], [3, 4], [4, 3], [5, 1]])
+    assert vote(own, 6, 4).tolist() == [[3, 4]] * 4
+
+
+def test_vote_ties_go_to_lowest_id():
+    own = torch.tensor([[5, 4], [4, 2], [2, 1], [1, 5]])  # two votes each
+    assert vote(own, 6, 4).tolist() == [[1, 2]] * 4
+    assert vote(torch.tensor([[5, 4, 3]]), 6, 1).tolist() == [[3, 4, 5]]
+
+
+def test_vote_ignores_ranks():
+    first_often = torch.tensor([[5, 0], [5, 1], [0, 1]])  # two votes each for 5, 0, 1
+    assert vote(first_often, 6, 3).tolist() == [[0, 1]] * 3
+
+
+def test_vote_groups_are_consecutive_and_last_may_be_smaller():
+    own = torch.tensor([[0, 1], [0, 1], [2, 3], [4, 5], [4, 3], [5, 4], [1, 0]])
+    wanted = [[0, 1]] * 3 + [[4, 5]] * 3 + [[0, 1]]
+    assert vote(own, 6, 3).tolist() == wanted
+
+
+def test_vote_equals_counting_by_hand_in_random_cases():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        own = torch.stack([torch.randperm(9, generator=generator)[:3] for _ in range(11)])
+        found = vote(own, 9, 4)
+        for start in (0, 4, 8):
+            ballots = own[start : start + 4].flatten().tolist()
+            wanted = sorted(range(9), key=lambda i, b=ballots: (-b.count(i), i))[:3]
+            assert found[start : start + 4].tolist() == [wanted] * len(own[start : start + 4])
+
+
+def vote_of_the_original(own_idx, size, top_k):
+    """One group: unique ids and counts, padded to the pool size, then topk."""
+    ids, counts = torch.unique(own_idx, return_counts=True, sorted=True)
+    missing = size - len(ids)
+    ids = torch.cat([ids, ids.min().repeat(missing)])
+    counts = torch.cat([counts, counts.new_zeros(missing)])
+    return ids[counts.topk(top_k).indices]
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(10, 5), (20, 4), (6, 1), (3, 3), (40, 7)])
+def test_vote_ties_topk_equals_original(size, top_k):
+    generator = torch.Generator().manual_seed(size)
+    for case in range(40):
+        group_size = (4, 3, 16, 1)[case % 4]
+        own = torch.stack([torch.randperm(size, generator=generator)[:top_k] for _ in range(13)])
+        found = vote(own, size, group_size, ties="topk")
+        for start in range(0, 13, group_size):
+            group = own[start : start + group_size]
+            wanted = vote_of_the_original(group, size, top_k)
+            assert torch.equal(found[start : start + group_size], wanted.expand(len(group), -1))
+
+
+def test_vote_group_of_one_serves_own_choice():
+    made = pool(size=8, top_k=3)
+    out = made(torch.randn(7, 4), vote_group_size=1)
+    own = out.own_prompt_idx.sort(dim=1).values
+    assert torch.equal(out.prompt_idx.sort(dim=1).values, own)
+    assert len({tuple(row) for row in own.tolist()}) > 1
+
+
+def test_vote_group_defaults_to_whole_batch():
+    made = pool_with_unit_keys(top_k=1)
+    query = queries([1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0])
+    assert made(query).prompt_idx.tolist() == [[2]] * 3
+    assert made(query, vote_group_size=1).prompt_idx.tolist() == [[0], [2], [2]]
+    assert made(query, vote_group_size=3).own_prompt_idx.tolist() == [[0], [2], [2]]
+
+
+def test_batchwise_off_serves_own_choice_best_first():
+    made = pool_with_unit_keys(batchwise=False)
+    query = queries([1, 2, 0, 0], [0, 0, 1, 3], [0, 0, 1, 3])
+    out = made(query, vote_group_size=3)
+    assert out.prompt_idx.tolist() == [[1, 0], [3, 2], [3, 2]]
+    assert torch.equal(out.prompt_idx, out.own_prompt_idx)
+
+
+# Gathered prompts
+
+
+def test_tokens_are_prompts_in_served_order_per_image():
+    made = pool_with_unit_keys(batchwise=False, length=3)
+    out = made(queries([1, 2, 0, 0], [0, 0, 1, 3]))
+    first = torch.cat([made.prompt[1], made.prompt[0]])
+    second = torch.cat([made.prompt[3], made.prompt[2]])
+    assert torch.equal(out.tokens, torch.stack([first, second]))
+    assert made.num_tokens == 6
+
+
+def test_tokens_of_an_image_do_not_depend_on_others_without_voting():
+    made = pool(batchwise=False)
+    query = torch.randn(5, 4)
+    together = made(query).tokens
+    for i in range(5):
+        close(together[i], made(query[i : i + 1]).tokens[0])
+
+
+def test_tokens_gradient_reaches_served_prompts_only():
+    made = pool_with_unit_keys(batchwise=False)
+    made(queries([2, 1, 0, 0], [2, 0, 0, 1])).tokens.sum().backward()
+    uses = torch.tensor([2.0, 1, 0, 1])
+    assert torch.equal(made.prompt.grad, uses[:, None, None].expand(4, 2, 4))
+    assert made.prompt_key.grad is None
+
+
+# Pull term
+
+
+def test_reduce_sim_sums_over_prompts_and_averages_over_images():
+    made = pool_with_unit_keys(batchwise=False)
+    out = made(queries([3, 4, 0, 0], [0, 0, 5, 12]))
+    close(out.reduce_sim, torch.tensor((0.6 + 0.8 + 5 / 13 + 12 / 13) / 2))
+
+
+def test_reduce_sim_counts_voted_prompts():
+    made = pool_with_unit_keys(top_k=1)
+    out = made(queries([3, 4, 0, 0], [4, 3, 0, 0], [1, 0, 0, 0]))  # prompt 0 wins by 2 to 1
+    close(out.reduce_sim, torch.tensor((0.6 + 0.8 + 1.0) / 3))
+
+
+def test_keys_learn_through_reduce_sim_alone():
+    made = pool_with_unit_keys(batchwise=False)
+    out = made(queries([2, 1, 0, 0]))
+    (out.tokens.sum() + out.prompt_idx.sum()).backward(retain_graph=True)
+    assert made.prompt_key.grad is None
+    out.reduce_sim.backward()
+    moved = made.prompt_key.grad.abs().sum(dim=1) > 0
+    assert moved.tolist() == [True, True, False, False]
+
+
+# Keys and initial values
+
+
+def test_learnable_keys_are_parameters():
+    assert [name for name, _ in pool().named_parameters()] == ["prompt", "prompt_key"]
+    assert pool().prompt_key.shape == (6, 4)
+
+
+def test_mean_keys_are_recomputed_in_every_forward():
+    made = pool(learnable_key=False)
+    assert [name for name, _ in made.named_parameters()] == ["prompt"]
+    query = torch.randn(3, 4)
+    for _ in range(2):
+        wanted = torch.cosine_similarity(query[:, None], made.prompt.mean(dim=1)[None], dim=2)
+        close(made(query).similarity, wanted)
+        torch.nn.init.normal_(made.prompt)
+
+
+def test_mean_keys_send_pull_gradient_to_prompts():
+    made = pool(learnable_key=False, batchwise=False)
+    out = made(torch.randn(1, 4))
+    out.reduce_sim.backward()
+    moved = made.prompt.grad.abs().sum(dim=(1, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == sorted(out.prompt_idx[0].tolist())
+    close(made.prompt.grad[:, 0], made.prompt.grad[:, 1])  # a mean: the same for every token
+
+
+@pytest.mark.parametrize(
+    ("initializer", "low", "high"), [("uniform", -1, 1), ("official", 0, 0.01)]
+)
+def test_initializer_draws_uniformly(initializer, low, high):
+    made = pool(size=50, length=10, embed_dim=20, prompt_init=initializer, key_init=initializer)
+    for values in (made.prompt, made.prompt_key):
+        span = high - low
+        assert low <= values.min() < low + 0.02 * span
+        assert high - 0.02 * span < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.05 * span
+
+
+def test_initializer_zero_and_independent_of_each_other():
+    made = pool(prompt_init="zero", key_init="uniform")
+    assert not made.prompt.any()
+    assert made.prompt_key.all()
+    made = pool(prompt_init="official", key_init="zero")
+    assert made.prompt.any()
+    assert not made.prompt_key.any()
+
+
+# Prompt mask
+
+
+def test_mask_serves_slots_of_task_in_training():
+    made = pool(use_mask=True).train()
+    for task in range(3):
+        out = made(torch.randn(5, 4), task_id=task, vote_group_size=2)
+        assert out.prompt_idx.tolist() == [[2 * task, 2 * task + 1]] * 5
+        assert torch.equal(
+            out.tokens, made.prompt[2 * task : 2 * task + 2].flatten(0, 1).repeat(5, 1, 1)
+        )
+        close(out.reduce_sim, out.similarity[:, 2 * task : 2 * task + 2].sum() / 5)
+
+
+def test_mask_leaves_own_choice_visible():
+    made = pool_with_unit_keys(use_mask=True).train()
+    out = made(queries([2, 1, 0, 0]), task_id=1)
+    assert out.prompt_idx.tolist() == [[2, 3]]
+    assert out.own_prompt_idx.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("use_mask", "training", "task_id"), [(True, False, 1), (True, True, None), (False, True, 1)]
+)
+def test_mask_needs_option_training_and_task(use_mask, training, task_id):
+    made = pool_with_unit_keys(use_mask=use_mask, batchwise=False).train(training)
+    out = made(queries([2, 1, 0, 0]), task_id=task_id)
+    assert out.prompt_idx.tolist() == [[0, 1]]
+
+
+def test_mask_beyond_pool_is_an_error():
+    made = pool(size=5, use_mask=True).train()
+    made(torch.randn(2, 4), task_id=1)
+    with pytest.raises(ValueError, match=r"prompts 4\.\.5 to task 3, but the pool has 5"):
+        made(torch.randn(2, 4), task_id=2)
+
+
+# Transfer from task to task
+
+
+def snapshot(made):
+    return made.prompt.detach().clone(), made.prompt_key.detach().clone()
+
+
+@pytest.mark.parametrize(("prompts", "keys"), [(True, False), (False, True), (True, True)])
+def test_inherit_copies_slots_of_task_before(prompts, keys):
+    made = pool()
+    old_prompt, old_key = snapshot(made)
+    assert made.inherit(1, prompts=prompts, keys=keys) is True
+    for now, old, copied in (
+        (made.prompt, old_prompt, prompts),
+        (made.prompt_key, old_key, keys),
+    ):
+        assert torch.equal(now[2:4], old[0:2] if copied else old[2:4])
+        assert torch.equal(now[[0, 1, 4, 5]], old[[0, 1, 4, 5]])
+    assert made.prompt.requires_grad
+    assert made.prompt.grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts", "keys"), [(0, True, True), (3, True, True), (1, False, False)]
+)
+def test_inherit_does_nothing_for_first_task_full_pool_or_no_wish(task, prompts, keys):
+    made = pool()
+    old_prompt, old_key = snapshot(made)
+    assert made.inherit(task, prompts=prompts, keys=keys) is False
+    assert torch.equal(made.prompt, old_prompt)
+    assert torch.equal(made.prompt_key, old_key)
+
+
+def test_inherit_with_mean_keys_copies_prompts_alone():
+    made = pool(learnable_key=False)
+    assert made.inherit(1, prompts=True, keys=True) is True
+    assert torch.equal(made.prompt[2:4], made.prompt[0:2])
+    made = pool(learnable_key=False)
+    old = made.prompt.detach().clone()
+    made.inherit(1, prompts=False, keys=True)
+    assert torch.equal(made.prompt, old)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_prompt_refuses_top_k_outside_pool(top_k):
+    with pytest.raises(ValueError, match=rf"top_k {top_k} is not in \[1, 6\]"):
+        pool(top_k=top_k)
+
+
+@pytest.mark.parametrize("which", ["prompt_init", "key_init"])
+def test_prompt_refuses_unknown_initializer(which):
+    with pytest.raises(ValueError, match=rf"'normal' is not one of {', '.join(INITIALIZERS)}"):
+        pool(**{which: "normal"})
+
+
+def test_prompt_refuses_unknown_tie_rule():
+    with pytest.raises(ValueError, match="'random' is not one of lowest, topk"):
+        pool(vote_ties="random")
