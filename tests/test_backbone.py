@@ -15,6 +15,7 @@ from backbone import (
     load_backbone_file,
     read_state_dict,
     resolve_name,
+    without_memory,
 )
 from vision_transformer import WeightsError
 
@@ -68,7 +69,7 @@ def test_build_backbone_has_no_classifier_and_asked_size():
 
 
 def test_build_backbone_of_original_name_is_vit_base():
-    with torch.device("meta"):
+    with without_memory():
         vit = build_backbone("vit_base_patch16_224")
     assert (vit.embed_dim, len(vit.blocks), vit.patch_embed.num_patches) == (768, 12, 196)
     assert vit.pretrained_cfg["tag"] == "orig_in21k"
@@ -127,7 +128,7 @@ def test_build_backbone_of_other_networks_says_what_to_choose(name):
 )
 def test_build_backbone_error_names_sizes_that_the_patch_divides(input_size, advice):
     with (
-        torch.device("meta"),
+        without_memory(),
         pytest.raises(
             WeightsError,
             match=rf"--input-size {input_size} is not divisible by the patch size 16: {advice}",
@@ -137,7 +138,7 @@ def test_build_backbone_error_names_sizes_that_the_patch_divides(input_size, adv
 
 
 def test_build_backbone_error_of_size_below_the_patch_gives_a_usable_size():
-    with torch.device("meta"), pytest.raises(WeightsError) as error:
+    with without_memory(), pytest.raises(WeightsError) as error:
         build_backbone(NAME, input_size=10)
     assert "16" in str(error.value)
     assert "use 0" not in str(error.value)

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch.nn import functional as F
 
+from backbone import without_memory
 from prompt import Prompt
 from vision_transformer import (
     DEFAULT_FREEZE,
@@ -255,8 +256,8 @@ def test_given_query_is_what_chooses():
 
 
 def test_query_carries_no_gradient():
-    out = prompted(freeze=())(batch())
-    assert out["query"].grad_fn is None
+    out = prompted()(batch().requires_grad_())
+    assert out["logits"].requires_grad
     assert not out["query"].requires_grad
 
 
@@ -373,7 +374,7 @@ def test_freeze_default_leaves_prompts_keys_and_head():
 
 
 def test_freeze_default_trains_122980_parameters_of_vit_base_on_cifar100():
-    with torch.device("meta"):
+    with without_memory():
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
         model = PromptedVisionTransformer(
             vit, 100, Prompt(size=10, length=5, top_k=5, embed_dim=768)
