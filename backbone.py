@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from numpy.lib.npyio import NpzFile
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -170,22 +171,23 @@ def identify(vit: VisionTransformer, name: str, source: str) -> BackboneIdentity
 def _load_npz(vit: VisionTransformer, path: Path) -> None:
     try:
         with np.load(path) as arrays:
-            _check_npz(vit, {name: arrays[name].shape for name in arrays.files})
+            _check_npz(vit, arrays)
         vit.load_pretrained(str(path))
     except KeyError as error:
-        raise WeightsError(f"{path} lacks the array {error}, which --model needs") from error
+        reason = utils.reason(error).strip("'\"")
+        raise WeightsError(f"{path} lacks an array that --model needs: {reason}") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = utils.reason(error)
         raise WeightsError(f"{path} is damaged or does not fit --model: {reason}") from error
 
 
-def _check_npz(vit: VisionTransformer, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_npz(vit: VisionTransformer, arrays: NpzFile) -> None:
     """Compares what timm would load without complaint: depth, width and heads.
 
     Raises:
         ValueError: Naming the array, expected and found.
     """
-    blocks = {match[1] for match in map(_NPZ_BLOCK.search, shapes) if match}
+    blocks = {match[1] for match in map(_NPZ_BLOCK.search, arrays.files) if match}
     if len(blocks) != len(vit.blocks):
         raise ValueError(f"it has {len(blocks)} blocks, expected {len(vit.blocks)}")
     block: Any = vit.blocks[0]
@@ -195,11 +197,10 @@ def _check_npz(vit: VisionTransformer, shapes: dict[str, tuple[int, ...]]) -> No
         "query/kernel": (width, heads, width // heads),
         "Dense_0/kernel": (width, hidden),
     }
-    for name, shape in shapes.items():
-        for ending, wanted in expected.items():
-            # Patches of another size are resampled.
-            first = 2 if ending == "embedding/kernel" else 0
-            if name.endswith(ending) and shape[first:] != wanted[first:]:
+    for ending, wanted in expected.items():
+        first = 2 if ending == "embedding/kernel" else 0  # patches of another size are resampled
+        for name in (name for name in arrays.files if name.endswith(ending)):
+            if (shape := arrays[name].shape)[first:] != wanted[first:]:
                 raise ValueError(f"{name} is {shape}, expected {wanted}")
 
 

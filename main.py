@@ -68,14 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Trains on all tasks, evaluating after each; writes everything to `--output_dir`."""
     output_dir = Path(args.output_dir) if args.output_dir else None
-    set_aside = None
-    if output_dir is not None and utils.is_main_process():
-        set_aside = results.set_aside(output_dir)
-    utils.setup_logging(output_dir)
-    if set_aside is not None:
-        logger.info("The results of an earlier run were moved to %s", set_aside)
+    utils.setup_logging()
     experiment = assemble(args, processes)
-    describe(args, experiment, processes)
     if args.speed_test or args.speed_test_only:
         speed.speed_test(
             experiment.model,
@@ -87,7 +81,8 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         )
     if args.speed_test_only:
         return 0
-    _write_config(args, output_dir)
+    _start_output(args, output_dir)
+    describe(args, experiment, processes)
     start = time.monotonic()
     train(args, experiment, processes, output_dir)
     logger.info("Total training time: %s", timedelta(seconds=int(time.monotonic() - start)))
@@ -125,7 +120,7 @@ def train(
 
 def run_evaluation(args: argparse.Namespace, processes: Processes, paths: dict[int, Path]) -> int:
     """Evaluates checkpoints; writes eval_results.json beside what the run left."""
-    utils.setup_logging(None)
+    utils.setup_logging()
     first = checkpoints.load(next(iter(paths.values())))
     experiment = assemble(
         args,
@@ -165,10 +160,15 @@ def _save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
     checkpoints.save(path, checkpoint)
 
 
-def _write_config(args: argparse.Namespace, output_dir: Path | None) -> None:
-    if output_dir is not None and utils.is_main_process():
-        content = options.to_yaml(settings.resolved(args))
-        utils.write_text(output_dir / "config.yaml", content)
+def _start_output(args: argparse.Namespace, output_dir: Path | None) -> None:
+    """Makes room for the results of this run and writes down its settings."""
+    if output_dir is None or not utils.is_main_process():
+        return
+    earlier = results.set_aside(output_dir)
+    utils.log_to_file(output_dir / "log.txt")
+    if earlier is not None:
+        logger.info("The results of an earlier run were moved to %s", earlier)
+    utils.write_text(output_dir / "config.yaml", options.to_yaml(settings.resolved(args)))
 
 
 def _finish(experiment: Experiment, output_dir: Path | None) -> None:

@@ -114,10 +114,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     given = _parse(flags, argv, problems)
     settings = dict(flags.defaults)
     for name in given.pop("config", []):
-        try:
-            settings |= _parse(flags, _config_tokens(name), problems)
-        except ValueError as error:
-            problems.append(str(error))
+        settings |= _read_config(flags, name, problems)
     settings |= given
     settings["model_kwargs"] = dict(settings["model_kwargs"])
     return argparse.Namespace(**settings, explicit=frozenset(given)), problems
@@ -336,7 +333,20 @@ def _unknown(token: str, flags: _Flags) -> str:
     return f"{name} is no option{hint}"
 
 
-def _config_tokens(name: str) -> list[str]:
+def _read_config(flags: _Flags, name: str, problems: list[str]) -> dict[str, Any]:
+    """Settings of a configuration; what is wrong with it goes to `problems`, under its name."""
+    try:
+        found: list[str] = []
+        settings = _parse(flags, _config_tokens(flags, name), found)
+    except ValueError as error:
+        problems.append(str(error))
+        return {}
+    problems.extend(f"{name}: {problem}" for problem in found)
+    settings.pop("config", None)
+    return settings
+
+
+def _config_tokens(flags: _Flags, name: str) -> list[str]:
     """A configuration as the tokens that would say the same on the command line."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
@@ -350,13 +360,13 @@ def _config_tokens(name: str) -> list[str]:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `name: value` lines")
-    return [token for key, value in content.items() for token in _tokens(str(key), value)]
+    return [token for key, value in content.items() for token in _tokens(flags, str(key), value)]
 
 
-def _tokens(key: str, value: Any) -> list[str]:
+def _tokens(flags: _Flags, key: str, value: Any) -> list[str]:
     flag = f"--{key}"
     if value is None:
-        return []
+        return [] if flags.defaults.get(key) is None else [f"{flag}=none"]
     if isinstance(value, dict):
         return [flag, *(f"{k}={v}" for k, v in value.items())]
     if isinstance(value, list):

@@ -14,6 +14,12 @@ from engine import SELECTIONS, TaskReport, average_stats
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
+#: What a run and its evaluation write into their folder.
+_RUN_FILES = (
+    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png",
+    "eval_results.json",
+)  # fmt: skip
+
 #: Lines of the table: name in `results.json`, name for people.
 _TABLE_METRICS = {
     "average_accuracy": "average accuracy",
@@ -120,8 +126,7 @@ def set_aside(output_dir: Path) -> Path | None:
     Returns:
         The folder `previous/DATE`, or None if there was nothing.
     """
-    names = ("checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png")
-    found = [output_dir / name for name in names if (output_dir / name).exists()]
+    found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
     if not found:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")

@@ -126,37 +126,56 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = summed.view_as(p)
 
 
-def setup_logging(output_dir: Path | None) -> None:
-    """Main process: plain lines to standard output and `output_dir/log.txt`; others: warnings."""
+def setup_logging() -> None:
+    """Main process: plain lines to standard output; others: warnings to standard error."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        handler.close()
-    if not is_main_process():
-        root.setLevel(logging.WARNING)
-        return
-    root.setLevel(logging.INFO)
-    handlers: list[logging.Handler] = [_ProgressSafeHandler()]
-    if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(output_dir / "log.txt", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        root.addHandler(handler)
+        if isinstance(handler, _OwnHandler):
+            root.removeHandler(handler)
+            handler.close()
+    root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    if is_main_process():
+        root.addHandler(_OwnHandler())
     for noisy in ("timm", "matplotlib", "PIL", "httpx", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-class _ProgressSafeHandler(logging.Handler):
-    """Writes to standard output without tearing a progress bar apart."""
+def log_to_file(path: Path) -> None:
+    """Writes what is logged from now on to a file, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger().addHandler(_OwnHandler(path))
+
+
+class _OwnHandler(logging.Handler):
+    """Writes plain lines to a file, or to standard output around a progress bar."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
+        self.file = None if path is None else path.open("a", encoding="utf-8")
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        """Writes one record at once."""
+        line = record.getMessage()
+        if self.file is None and getattr(record, "progress", False) and sys.stdout.isatty():
+            return  # the bar shows it
+        if self.file is None:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            self.file.close()
+        super().close()
 
 
 class Progress:
-    """Shows how a loop advances: a live bar on a terminal, else a line every so many steps.
+    """Shows how a loop advances: a line every so many steps, and a live bar on a terminal.
+
+    The lines go to the log file always, to standard output unless that is a terminal.
 
     Args:
         header: What the lines begin with, such as `Train: Epoch[1/5]`.
@@ -166,6 +185,7 @@ class Progress:
     def __init__(self, header: str, print_freq: int) -> None:
         self.header, self.print_freq = header, print_freq
         self.meters: dict[str, AverageMeter] = {}
+        self.start = time.monotonic()
 
     def update(self, values: dict[str, float], count: int = 1) -> None:
         """Adds a value to each named meter, weighing `count`."""
@@ -180,31 +200,26 @@ class Progress:
         """Yields (step, item) and shows progress, in the main process."""
         if not is_main_process():
             yield from enumerate(items)
-        elif sys.stdout.isatty():
-            yield from self._bar(items, total)
-        else:
-            yield from self._lines(items, total)
-
-    def _bar(self, items: Iterable[Item], total: int) -> Iterator[tuple[int, Item]]:
-        with tqdm(items, desc=self.header, total=total, file=sys.stdout, leave=False) as bar:
-            for step, item in enumerate(bar):
+            return
+        live = sys.stdout.isatty()
+        with tqdm(
+            desc=self.header, total=total, file=sys.stdout, leave=False, disable=not live
+        ) as bar:
+            for step, item in enumerate(items):
                 yield step, item
-                bar.set_postfix_str(self._values(), refresh=False)
+                bar.set_postfix_str(self._values("{name}: {meter.avg:.4g}"), refresh=False)
+                bar.update()
+                if step % self.print_freq == 0 or step == total - 1:
+                    logger.info(self._line(step, total), extra={"progress": True})
 
-    def _lines(self, items: Iterable[Item], total: int) -> Iterator[tuple[int, Item]]:
-        start, width = time.monotonic(), len(str(total))
-        for step, item in enumerate(items):
-            yield step, item
-            if step % self.print_freq == 0 or step == total - 1:
-                elapsed = time.monotonic() - start
-                eta = timedelta(seconds=int(elapsed / (step + 1) * (total - step - 1)))
-                place = f"[{step:{width}d}/{total}]"
-                logger.info("%s  %s  eta: %s  %s", self.header, place, eta, self._values())
+    def _line(self, step: int, total: int) -> str:
+        elapsed = time.monotonic() - self.start
+        eta = timedelta(seconds=int(elapsed / (step + 1) * (total - step - 1)))
+        values = self._values("{name}: {meter.val:.4f} ({meter.avg:.4f})")
+        return f"{self.header}  [{step:{len(str(total))}d}/{total}]  eta: {eta}  {values}"
 
-    def _values(self) -> str:
-        return "  ".join(
-            f"{name}: {meter.val:.4f} ({meter.avg:.4f})" for name, meter in self.meters.items()
-        )
+    def _values(self, form: str) -> str:
+        return "  ".join(form.format(name=n, meter=meter) for n, meter in self.meters.items())
 
 
 def reason(error: BaseException) -> str:

@@ -188,7 +188,8 @@ class PromptedVisionTransformer(nn.Module):
         Raises:
             WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
         """
-        copy_state(dict(self.public_parameters()), state, source, expected=self.trained_state())
+        wanted = self.trained_state()
+        copy_state({n: p for n, p in self.public_parameters() if n in wanted}, state, source)
 
     def load_original_state(self, state: dict[str, Tensor], source: str) -> None:
         """Loads the full `model` state dict of a checkpoint of l2p-pytorch.
@@ -276,7 +277,6 @@ def copy_state(
     parameters: dict[str, nn.Parameter],
     state: dict[str, Tensor],
     source: str,
-    expected: Iterable[str] | None = None,
 ) -> None:
     """Copies tensors into parameters of the same names and shapes, all or none.
 
@@ -284,15 +284,16 @@ def copy_state(
         parameters: Where to.
         state: Where from.
         source: File name for messages.
-        expected: Names that must be in `state`; None: all of `parameters`.
 
     Raises:
         WeightsError: Naming the file and every missing, unknown or misshapen tensor.
     """
-    problems = [f"{name} is missing" for name in (expected or parameters) if name not in state]
+    problems = [f"{name} is missing" for name in parameters if name not in state]
     for name, value in state.items():
         if name not in parameters:
             problems.append(f"{name} has no place in this model")
+        elif not isinstance(value, Tensor):
+            problems.append(f"{name} is no tensor")
         elif parameters[name].shape != value.shape:
             want, got = tuple(parameters[name].shape), tuple(value.shape)
             problems.append(f"{name} is {got}, expected {want}")

@@ -25,6 +25,11 @@ NAME = "vit_tiny_patch16_224"
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def tiny_vit(input_size=16, **changes):
     vit = build_backbone(NAME, input_size=input_size, model_kwargs={**SMALL, **changes})
     for parameter in vit.parameters():
@@ -260,6 +265,12 @@ def test_npz_of_other_width_is_an_error(tmp_path):
         load_backbone_file(tiny_vit(), path)
 
 
+def test_npz_of_other_number_of_heads_is_an_error(tmp_path):
+    path = write_npz(tmp_path / "ViT.npz", tiny_vit(num_heads=4))  # the same sizes all in all
+    with pytest.raises(WeightsError, match=r"ViT.npz .*\(16, 4, 4\), expected \(16, 2, 8\)"):
+        load_backbone_file(tiny_vit(), path)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -392,7 +403,7 @@ def test_pickled_code_in_a_weight_file_is_refused_and_not_run(tmp_path, suffix, 
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore")
 def test_plain_pickle_as_weight_file_is_refused_and_not_run(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
@@ -444,6 +455,7 @@ def test_damaged_compressed_npz_is_an_error_that_names_it(tmp_path):
         load_backbone_file(tiny_vit(), path)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_state_dict_raises_nothing_but_the_known_error(tmp_path):
     path, vit, generator = tmp_path / "w.pth", tiny_vit(), random.Random(0)
     content = write_state(path, vit.state_dict()).read_bytes()

@@ -195,7 +195,7 @@ def test_load_refuses_pickled_code_and_runs_nothing(tmp_path, content, legacy):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore")
 def test_load_refuses_plain_pickles_and_runs_nothing(tmp_path):
     path = tmp_path / "task1_checkpoint.pth"
     path.write_bytes(pickle.dumps({"model": Payload(tmp_path / "ran")}))
@@ -228,6 +228,7 @@ def test_load_of_truncated_file_names_it(tmp_path, part, original):
         checkpoints.load(path)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_load_of_damaged_file_raises_nothing_but_the_known_error(tmp_path, legacy):
     path = tmp_path / "task1_checkpoint.pth"

@@ -29,7 +29,7 @@ def _restore_logging():
     yield
     root = logging.getLogger()
     for handler in root.handlers[:]:
-        if type(handler).__module__ in ("utils", "logging"):
+        if type(handler).__module__ == "utils":
             root.removeHandler(handler)
             handler.close()
 

@@ -6,6 +6,11 @@ from prompt import INITIALIZERS, Prompt, l2_normalize, top_k_lowest_id, vote
 close = torch.testing.assert_close
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def pool(**changes):
     settings = {"size": 6, "length": 2, "top_k": 2, "embed_dim": 4, **changes}
     return Prompt(**settings)

@@ -25,6 +25,18 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.fixture
+def root_logger():
+    """The root logger, from which handlers that the program added go again."""
+    root = logging.getLogger()
+    level = root.level
+    yield root
+    for handler in [h for h in root.handlers if isinstance(h, utils._OwnHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
 # Files
 
 
@@ -167,15 +179,28 @@ def test_progress_averages_weigh_counts():
     assert progress.averages() == {"Acc@1": 75.0, "Acc@5": 50.0, "Loss": 2.5}
 
 
-def test_progress_shows_a_bar_on_a_terminal(caplog, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_progress_shows_a_bar_instead_of_lines_on_a_terminal(root_logger, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert progress_lines(caplog, total=5, print_freq=1) == []
-    assert "Train: Epoch[1/5]" in terminal.getvalue()
+    utils.setup_logging()
+    utils.log_to_file(tmp_path / "log.txt")
+    progress = utils.Progress("Train: Epoch[1/5]", print_freq=1)
+    for _ in progress.over(range(4), 4):
+        progress.update({"Loss": 0.5})
+    assert re.search(r"Train: Epoch\[1/5\]: +0%\|", terminal.getvalue())
+    assert "eta:" not in terminal.getvalue()
+    assert (tmp_path / "log.txt").read_text().count("eta:") == 4
+
+
+def test_progress_draws_no_bar_into_a_pipe(caplog, capsys):
+    progress_lines(caplog, total=5, print_freq=1)
+    captured = capsys.readouterr()
+    assert "%|" not in captured.out + captured.err
 
 
 def test_progress_is_silent_outside_the_main_process(caplog, monkeypatch):
@@ -186,45 +211,41 @@ def test_progress_is_silent_outside_the_main_process(caplog, monkeypatch):
 # Logging
 
 
-@pytest.fixture
-def root_logger():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    root.handlers = []
-    yield root
-    for handler in root.handlers:
-        handler.close()
-    root.handlers = handlers
-    root.setLevel(level)
-
-
-def test_setup_logging_writes_plain_lines_to_output_and_file(tmp_path, root_logger, capsys):
-    utils.setup_logging(tmp_path / "new")
+def test_setup_logging_writes_plain_lines_to_output(root_logger, capsys):
+    utils.setup_logging()
     utils.logger.info("accuracy %s", 12)
     utils.logger.debug("details")
     assert capsys.readouterr().out == "accuracy 12\n"
-    assert (tmp_path / "new" / "log.txt").read_text() == "accuracy 12\n"
 
 
-def test_setup_logging_twice_says_everything_once(tmp_path, root_logger, capsys):
-    utils.setup_logging(tmp_path)
-    utils.setup_logging(None)
+def test_log_to_file_adds_lines_to_file_and_keeps_output(root_logger, capsys, tmp_path):
+    path = tmp_path / "new" / "log.txt"
+    utils.setup_logging()
+    utils.logger.info("before")
+    utils.log_to_file(path)
+    utils.logger.info("Größe %s", 12)
+    assert capsys.readouterr().out == "before\nGröße 12\n"
+    assert path.read_text(encoding="utf-8") == "Größe 12\n"
+
+
+def test_setup_logging_twice_says_everything_once_and_ends_the_file(root_logger, capsys, tmp_path):
+    utils.setup_logging()
+    utils.log_to_file(tmp_path / "log.txt")
+    utils.setup_logging()
     utils.logger.info("once")
     assert capsys.readouterr().out == "once\n"
     assert (tmp_path / "log.txt").read_text() == ""
 
 
-def test_setup_logging_of_other_processes_shows_warnings_only(
-    tmp_path, root_logger, capsys, monkeypatch
-):
+def test_setup_logging_of_other_processes_shows_warnings_only(root_logger, capsys, monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    utils.setup_logging(tmp_path / "new")
+    monkeypatch.setattr(root_logger, "handlers", [])  # without those of pytest
+    utils.setup_logging()
     utils.logger.info("accuracy")
     utils.logger.warning("trouble")
     captured = capsys.readouterr()
     assert "accuracy" not in captured.out + captured.err
     assert "trouble" in captured.err
-    assert not (tmp_path / "new").exists()
 
 
 # Processes
@@ -286,6 +307,18 @@ def test_main_process_first_runs_body_of_a_single_process():
     with utils.main_process_first():
         ran.append(True)
     assert ran
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError("first line\nsecond"), "first line"),
+        (EOFError(), "EOFError"),
+        (ValueError("  \n"), "ValueError"),
+    ],
+)
+def test_reason_is_the_first_line_or_the_name(error, shown):
+    assert utils.reason(error) == shown
 
 
 def test_sums_of_a_single_process_change_nothing():

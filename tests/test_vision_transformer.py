@@ -24,6 +24,11 @@ D, L, K, M, C = 16, 2, 3, 5, 7
 P = L * K
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def randomize(module):
     """Makes every parameter count: norms and biases start as ones and zeros."""
     for parameter in module.parameters():
@@ -654,3 +659,11 @@ def test_load_original_state_gives_the_query_too_where_only_dropout_made_the_cop
     target.load_original_state(original_state(source), "file")
     images = batch()
     close(target.eval()(images)["query"], source.eval()(images)["query"])
+
+
+def test_load_trained_state_refuses_tensors_of_the_frozen_backbone():
+    """They would change the queries, which no checkpoint of this model can mean to do."""
+    prompted = PromptedVisionTransformer(tiny_vit(), 3, head_type="token")
+    state = prompted.trained_state() | {"norm.bias": torch.ones(prompted.backbone.embed_dim)}
+    with pytest.raises(WeightsError, match=r"x\.pth .*norm\.bias has no place"):
+        prompted.load_trained_state(state, "x.pth")
