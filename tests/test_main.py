@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import random
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ import checkpoints
 import engine
 import main
 import metrics
+from test_datasets import cifar  # noqa: F401
 
 TINY = [
     "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2",
@@ -568,3 +570,29 @@ def test_resolved_config_holds_the_flags(trained):
         "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2
     }  # fmt: skip
     assert "eval" not in config
+
+
+# The original's own data set
+
+
+def test_split_cifar100_is_downloaded_trained_and_evaluated(cifar, tmp_path, capsys):  # noqa: F811
+    """The original's command with a smaller ViT of the same name, on a tiny CIFAR-100."""
+    data = tmp_path / "data"
+    data.mkdir()
+    flags = [
+        "--model", "vit_base_patch16_224", "--model-kwargs", "depth=1", "embed_dim=24",
+        "num_heads=2", "patch_size=56", "--pretrained", "false", "--batch-size", "16",
+        "--data-path", str(data), "--output_dir", str(tmp_path / "out"), "--epochs", "1",
+        "--num_workers", "0", "--device", "cpu",
+    ]  # fmt: skip
+    assert main.main(flags) == 0
+    text = capsys.readouterr().out
+    assert text.count("means vit_base_patch16_224.orig_in21k") == 1
+    results = read(tmp_path / "out" / "results.json")
+    order = list(range(100))
+    random.Random(42).shuffle(order)
+    assert results["class_order"] == [order[i : i + 10] for i in range(0, 100, 10)]
+    assert len(results["batch"]["accuracy_matrix"]) == 10
+    assert main.main(["--eval", *flags]) == 0
+    again = read(tmp_path / "out" / "eval_results.json")
+    assert again["batch"] == results["batch"]
