@@ -7,7 +7,8 @@ Namespace) are read too: the Namespace is taken as plain values.
 
 import argparse
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Checkpoint:
         task: 1-based number of the last task that was learned.
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task; None in the original's files.
+        class_names: Name of every class; None in the original's files.
         backbone: `name`, `source` and `sha256` of the frozen network; None in the original's files.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
         original: Whether l2p-pytorch wrote it.
@@ -42,6 +44,7 @@ class Checkpoint:
     task: int
     config: dict[str, Any]
     class_order: list[list[int]] | None = None
+    class_names: list[str] | None = None
     backbone: dict[str, str] | None = None
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
     original: bool = False
@@ -69,6 +72,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "task": checkpoint.task,
         "config": checkpoint.config,
         "class_order": checkpoint.class_order,
+        "class_names": checkpoint.class_names,
         "backbone": checkpoint.backbone,
         "accuracy": checkpoint.accuracy,
     }
@@ -99,11 +103,50 @@ def load(path: Path) -> Checkpoint:
 
 
 def _own(content: dict[str, Any], path: Path) -> Checkpoint:
-    names = {f.name for f in fields(Checkpoint)} - {"original"}
-    if names != content.keys() - {"format"}:
-        differing = ", ".join(sorted(names ^ (content.keys() - {"format"})))
-        raise CheckpointError(f"{path} lacks, or has beyond what it should: {differing}")
-    return Checkpoint(**{name: content[name] for name in names})
+    found = {name: value for name, value in content.items() if name != "format"}
+    for name in _VALID.keys() ^ found.keys():
+        state = "missing" if name in _VALID else "not expected there"
+        raise CheckpointError(f"{path}: the entry {name} is {state}")
+    for name, (expected, is_valid) in _VALID.items():
+        if not is_valid(found[name]):
+            shown = repr(found[name])[:60]
+            raise CheckpointError(f"{path}: the entry {name} is {shown}, expected {expected}")
+    return Checkpoint(**found)
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _is_class_order(value: Any) -> bool:
+    ids = [c for task in value for c in task] if _is_list(value, list) else [None]
+    return all(isinstance(c, int) and c >= 0 for c in ids) and len(set(ids)) == len(ids)
+
+
+def _is_matrices(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_list(rows, list) and len({len(row) for row in rows}) == 1 for rows in value.values()
+    )
+
+
+def _is_identity(value: Any) -> bool:
+    return isinstance(value, dict) and {"name", "source", "sha256"} <= value.keys()
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
+
+
+#: Entries of our own format: what each must be, in words and as a test.
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("tensors by name", _is_tensors),
+    "task": ("a task number", lambda value: isinstance(value, int) and value >= 0),
+    "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),
+    "class_order": ("class ids of each task, each once", _is_class_order),
+    "class_names": ("names of classes", lambda value: _is_list(value, str)),
+    "backbone": ("name, source and sha256", _is_identity),
+    "accuracy": ("matrices by selection", _is_matrices),
+}
 
 
 def _read(path: Path) -> dict[str, Any]:

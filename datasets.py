@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from utils import main_process_first
+from utils import is_main_process, main_process_first
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _open_or_download_cifar100(data_path: Path) -> CIFAR100:
     except RuntimeError:  # torchvision's word for missing or damaged files
         logger.info("CIFAR-100 is not in %s: downloading %s", data_path, CIFAR100.url)
     try:
-        return CIFAR100(data_path, train=True, download=True)
+        return CIFAR100(data_path, train=True, download=is_main_process())
     except Exception as error:  # sockets, HTTP, tar and the file system each have their own
         folder = data_path / CIFAR100.base_folder
         raise DataError(
@@ -288,17 +288,21 @@ class SourceSpec:
             what can be seen to be wrong with the folder.
         aliases: Other names of the same data set.
         needs_data_path: Whether anything is read from, or downloaded to, the folder.
+        downloadable: Whether a missing data set is downloaded.
     """
 
     load: Callable[[Path], tuple[ImageSource, ImageSource]]
     count_classes: Callable[[Path], int]
     aliases: tuple[str, ...] = ()
     needs_data_path: bool = True
+    downloadable: bool = False
 
 
 #: Everything that `--dataset` can name. Aliases and letter case: see `find_source`.
 SOURCES = {
-    "CIFAR100": SourceSpec(_load_cifar100, lambda _: 100, aliases=("Split-CIFAR100",)),
+    "CIFAR100": SourceSpec(
+        _load_cifar100, lambda _: 100, aliases=("Split-CIFAR100",), downloadable=True
+    ),
     "digits": SourceSpec(_load_digits, lambda _: 10, needs_data_path=False),
     "ImageFolder": SourceSpec(_load_image_folder, lambda path: len(_image_folder_classes(path))),
 }

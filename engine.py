@@ -157,19 +157,15 @@ def train_one_epoch(
     loader.batch_sampler.set_epoch(epoch)
     for step, (images, targets) in progress.over(loader, len(loader)):
         size = loader.batch_sampler.global_batch_size(step)
-        optimizer.zero_grad()
         batch = (images.to(options.device), targets.to(options.device))
-        values = _forward_backward(model, batch, task.index, allowed, size, options)
-        loss, correct1, correct5 = utils.sum_over_processes(values).tolist()
+        loss, correct1, correct5 = train_step(
+            model, optimizer, batch, task.index, allowed, size, options
+        )
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"loss is {loss} in task {task.index + 1}, epoch {epoch + 1}, step {step + 1}: "
                 "lower --lr, or set --clip-grad"
             )
-        utils.sum_gradients(model.parameters())
-        if options.clip_grad is not None:
-            nn.utils.clip_grad_norm_(_trained(model), options.clip_grad)
-        optimizer.step()
         progress.update({"Lr": optimizer.param_groups[0]["lr"], "Loss": loss})
         progress.update(
             {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
@@ -177,6 +173,40 @@ def train_one_epoch(
     averages = progress.averages()
     logger.info("Averaged stats: %s", "  ".join(f"{k}: {v:.4f}" for k, v in averages.items()))
     return averages
+
+
+def train_step(
+    model: PromptedVisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    task_id: int,
+    allowed: Tensor | None,
+    global_size: int,
+    options: EngineOptions,
+) -> list[float]:
+    """One step of all processes; nothing changes if the loss is not finite.
+
+    Args:
+        model: As `vision_transformer.PromptedVisionTransformer`, in training mode.
+        optimizer: Over the trainable parameters.
+        batch: This process's images (B, 3, S, S) and targets (B,), on the device; B may be 0.
+        task_id: 0-based number of the task.
+        allowed: Which classes may be predicted, bool (C,); None: all.
+        global_size: Images of all processes in this step.
+        options: See there.
+
+    Returns:
+        Loss, correct@1 and correct@5 over all processes.
+    """
+    optimizer.zero_grad()
+    values = _forward_backward(model, batch, task_id, allowed, global_size, options)
+    totals = utils.sum_over_processes(values).tolist()
+    if math.isfinite(totals[0]):
+        utils.sum_gradients(model.parameters())
+        if options.clip_grad is not None:
+            nn.utils.clip_grad_norm_(_trained(model), options.clip_grad)
+        optimizer.step()
+    return totals
 
 
 @torch.inference_mode()
@@ -438,6 +468,11 @@ def _inherit(model: PromptedVisionTransformer, task_id: int, options: EngineOpti
     wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
     if model.prompt.inherit(task_id, **wanted):
         logger.info("Task %d starts from the prompts of task %d", task_id + 1, task_id)
+    elif task_id > 0 and any(wanted.values()):
+        logger.warning(
+            "Task %d shares no prompts with task %d: the pool of %d has no slots left for it",
+            *(task_id + 1, task_id, model.prompt.size),
+        )
 
 
 def _mask(

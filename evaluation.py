@@ -13,36 +13,32 @@ import numpy as np
 
 import backbone
 import checkpoints
+import datasets
 import engine
 import metrics
-import utils
+import options
+import settings
 from checkpoints import Checkpoint, CheckpointError
 from experiment import Experiment
 from options import UsageError
 
 logger = logging.getLogger(__name__)
 
-#: Settings that a checkpoint fixes: the command line may repeat but not change them.
-_FIXED = (
-    "dataset", "num_tasks", "classes_per_task", "class_order", "model", "model_kwargs",
-    "input_size", "norm", "prompt_pool", "size", "length", "top_k", "prompt_key", "embedding_key",
-    "head_type", "global_pool",
+#: What the command line may change although a checkpoint says otherwise: where things are, and how
+#: to compute and evaluate.
+_CHANGEABLE = (
+    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
+    "batch_size", "vote_group_size", "vote_ties", "task_inc",
 )  # fmt: skip
 
-#: What else is taken from a checkpoint of the original, because it decides what is evaluated.
-_FROM_ORIGINAL = (
-    *_FIXED,
-    "shuffle",
-    "seed",
-    "batch_size",
-    "batchwise_prompt",
-    "task_inc",
-    "freeze",
-)
+#: Of these, what is never taken from a checkpoint.
+_OF_THIS_COMMAND = ("output_dir", "device", "num_workers", "pin_mem", "print_freq")
 
-#: Settings of the machine and of the command at hand, never taken from a checkpoint.
-_OF_THIS_COMMAND = (
-    "output_dir", "device", "dist_url", "world_size", "num_workers", "pin_mem", "print_freq",
+#: What decides the evaluation of a checkpoint of the original.
+_FROM_ORIGINAL = (
+    "dataset", "num_tasks", "model", "model_kwargs", "input_size", "prompt_pool", "size", "length",
+    "top_k", "prompt_key", "embedding_key", "head_type", "global_pool", "shuffle", "seed",
+    "batch_size", "batchwise_prompt", "task_inc", "freeze",
 )  # fmt: skip
 
 
@@ -51,6 +47,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[int, Path]:
 
     Raises:
         UsageError: If there is none.
+        CheckpointError: If the one that `--checkpoint` names is missing or damaged.
     """
     if args.checkpoint is not None:
         path = Path(args.checkpoint)
@@ -74,31 +71,41 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
 
     Raises:
         UsageError: If the command line contradicts the checkpoint, with every contradiction.
+        CheckpointError: If the settings in the checkpoint are no settings.
     """
     known = vars(args)
     stored = {k: v for k, v in checkpoint.config.items() if k in known}
     if checkpoint.original:
-        stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
-        stored["shuffle"] = bool(stored.get("shuffle", known["shuffle"]))
-        stored["vote_ties"] = "topk"
-    stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
+        stored = _adopt_original(args, stored)
+    if problems := options.check_settings(stored):
+        raise CheckpointError(f"the settings in the checkpoint are damaged: {'; '.join(problems)}")
     given = {name: known[name] for name in args.explicit}
     clashes = [
         f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}"
-        for name in _FIXED
-        if name in given and name in stored and not _same(name, given[name], stored[name])
+        for name in sorted(given)
+        if name in stored and name not in _CHANGEABLE and not _same(name, given[name], stored[name])
     ]
     if clashes:
         raise UsageError(clashes)
-    if args.checkpoint is not None and "output_dir" not in given:
-        given["output_dir"] = str(Path(args.checkpoint).resolve().parent.parent)
+    stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
+    if checkpoint.class_order is not None:
+        stored["class_order"] = given["class_order"] = None  # the file may be gone
     return argparse.Namespace(**{**known, **stored, **given})
 
 
+def result_file(args: argparse.Namespace) -> Path | None:
+    """Where the results go: into the run's folder, under a name of their own; None: nowhere."""
+    if args.checkpoint is None:
+        return Path(args.output_dir) / "eval_results.json"
+    path = Path(args.checkpoint).absolute()
+    beside = path.parent.parent if path.parent.name == "checkpoint" else path.parent
+    folder = Path(args.output_dir) if "output_dir" in args.explicit else beside
+    return folder / f"eval_results_{path.stem}.json" if str(args.output_dir) else None
+
+
 def has_whole_model(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint brings the frozen backbone too, so that no other weights are needed."""
-    frozen = {"blocks", "patch_embed", "cls_token", "norm", "pos_embed"} <= set(args.freeze)
-    return checkpoint.original and (frozen or not args.prompt_pool)
+    """Whether a checkpoint brings the query's backbone too, so that no other weights are needed."""
+    return checkpoint.original and not (args.prompt_pool and settings.backbone_trains(args))
 
 
 def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
@@ -128,6 +135,31 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
         _compare(run, checkpoint, number)
 
 
+def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
+    """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
+    missing = sorted(set(range(1, run.stream.num_tasks + 1)) - set(paths))
+    if missing:
+        names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
+        folder = next(iter(paths.values())).parent
+        logger.error("%s lacks %s: the tables above miss these columns", folder, names)
+    return 1 if missing else 0
+
+
+def _adopt_original(args: argparse.Namespace, stored: dict) -> dict:
+    """What counts of the original's Namespace; says what had to be assumed."""
+    for name in ("shuffle", "seed"):
+        if name not in stored:
+            logger.warning(
+                "The checkpoint does not tell %s: the classes are ordered with %s. "
+                "If it was otherwise, give --seed, --no-shuffle or --class_order",
+                *(name, getattr(args, name)),
+            )
+    stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
+    if "shuffle" in stored:
+        stored["shuffle"] = bool(stored["shuffle"])  # any text counts as yes there
+    return {**stored, "vote_ties": "topk"}
+
+
 def _load(run: Experiment, checkpoint: Checkpoint, path: Path) -> None:
     if not checkpoint.original:
         run.model.load_trained_state(checkpoint.model, str(path))
@@ -144,15 +176,25 @@ def _check_belongs(run: Experiment, checkpoint: Checkpoint, number: int, path: P
         )
     if checkpoint.task != number:
         raise CheckpointError(f"{path} is of task {checkpoint.task}, expected {number}")
-    order = checkpoint.class_order
-    if order is not None and order != run.stream.class_order:
+    if checkpoint.original:
+        return
+    if checkpoint.class_order != run.stream.class_order:
         raise CheckpointError(f"{path} has another class order than the other checkpoints")
-    wanted = checkpoint.backbone
-    if wanted is not None and wanted["sha256"] != run.identity.sha256:
+    found, wanted = list(run.stream.class_names), checkpoint.class_names or []
+    if found != wanted:
+        pairs = zip(wanted, found, strict=False)
+        differing = next((f"{a!r}, found {b!r}" for a, b in pairs if a != b), "")
         raise CheckpointError(
-            f"{path} was trained on the backbone {wanted['name']} ({wanted['source']}, sha256 "
-            f"{wanted['sha256'][:12]}), found {run.identity.name} ({run.identity.source}, "
-            f"{run.identity.sha256[:12]}): give the same weights with --pretrained"
+            f"{path} was trained on other data: it knows {len(wanted)} classes, --data-path has "
+            f"{len(found)}" + (f"; expected the class {differing}" if differing else "")
+        )
+    wanted_backbone = checkpoint.backbone
+    if wanted_backbone is not None and wanted_backbone["sha256"] != run.identity.sha256:
+        raise CheckpointError(
+            f"{path} was trained on the backbone {wanted_backbone['name']} "
+            f"({wanted_backbone['source']}, sha256 {wanted_backbone['sha256'][:12]}), found "
+            f"{run.identity.name} ({run.identity.source}, {run.identity.sha256[:12]}): "
+            "give the same weights with --pretrained"
         )
 
 
@@ -168,24 +210,12 @@ def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
             logger.warning("Differs from the stored accuracies (%s) by up to %.4f", name, worst)
 
 
-def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
-    """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
-    missing = sorted(set(range(1, run.stream.num_tasks + 1)) - set(paths))
-    if missing:
-        names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
-        folder = next(iter(paths.values())).parent
-        logger.error("%s lacks %s: the tables above miss these columns", folder, names)
-    return 1 if missing else 0
-
-
-def write_results(run: Experiment, output_dir: Path) -> None:
-    """Writes the evaluation beside the run's own results, which stay as they are."""
-    if utils.is_main_process():
-        run.record.write(output_dir, name="eval_results")
-        logger.info("Wrote %s", output_dir / "eval_results.json")
-
-
 def _same(name: str, given: object, stored: object) -> bool:
     if name == "model":
         return backbone.resolve_name(str(given)) == backbone.resolve_name(str(stored))
+    if name == "dataset":
+        try:
+            return datasets.find_source(str(given)) is datasets.find_source(str(stored))
+        except ValueError:
+            return False
     return given == stored

@@ -81,9 +81,13 @@ def assemble(
     loading = settings.loader_options(args, processes)
     num_test_sets = max(t.index for task in stream.tasks for t in task.test_sets) + 1
     record = RunRecord(
-        config=settings.resolved(args),
+        config={
+            **settings.resolved(args),
+            "vote_group_size": settings.vote_group_size(args),
+        },
         backbone=identity.as_dict(),
         class_order=stream.class_order,
+        class_names=list(stream.class_names),
         matrices={s: metrics.empty_matrix(num_test_sets, stream.num_tasks) for s in SELECTIONS},
     )
     return Experiment(

@@ -46,29 +46,43 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    paths: dict[int, Path] = {}
     try:
-        args, problems = options.parse_args(sys.argv[1:] if argv is None else argv)
-        if args.eval and not problems:
-            paths = evaluation.find_checkpoints(args)
-            args = evaluation.adopt(args, checkpoints.load(next(iter(paths.values()))))
-        validate_args(args, problems)
-        processes = utils.init_processes(args.device, args.dist_url)
-    except (UsageError, CheckpointError) as error:
-        return _refuse(error)
-    try:
-        return run_evaluation(args, processes, paths) if args.eval else run(args, processes)
-    except (DataError, WeightsError, CheckpointError, NonFiniteLossError) as error:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            problems = "".join(f"  - {problem}\n" for problem in error.problems)
+            print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
+        return 2
+    except (DataError, WeightsError, CheckpointError, NonFiniteLossError, OSError) as error:
         logger.error("error: %s", error)
         return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted: what the finished tasks gave is saved")
+        return 130
     finally:
         utils.close_processes()
+
+
+def _main(argv: list[str]) -> int:
+    utils.setup_logging()
+    args, problems = options.parse_args(argv)
+    paths: dict[int, Path] = {}
+    first = None
+    if args.eval and not problems:
+        paths = evaluation.find_checkpoints(args)
+        first = checkpoints.load(next(iter(paths.values())))
+        args = evaluation.adopt(args, first)
+    validate_args(args, problems)
+    processes = utils.init_processes(args.device, args.dist_url)
+    utils.setup_logging()
+    if first is not None:
+        return run_evaluation(args, processes, paths, first)
+    return run(args, processes)
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
     """Trains on all tasks, evaluating after each; writes everything to `--output_dir`."""
     output_dir = Path(args.output_dir) if args.output_dir else None
-    utils.setup_logging()
     experiment = assemble(args, processes)
     if args.speed_test or args.speed_test_only:
         speed.speed_test(
@@ -118,10 +132,17 @@ def train(
         raise
 
 
-def run_evaluation(args: argparse.Namespace, processes: Processes, paths: dict[int, Path]) -> int:
-    """Evaluates checkpoints; writes eval_results.json beside what the run left."""
-    utils.setup_logging()
-    first = checkpoints.load(next(iter(paths.values())))
+def run_evaluation(
+    args: argparse.Namespace, processes: Processes, paths: dict[int, Path], first: Checkpoint
+) -> int:
+    """Evaluates checkpoints and writes a results file beside what the run left.
+
+    Args:
+        args: Settings, those of the run included.
+        processes: This process among all.
+        paths: Checkpoints by task number.
+        first: The first of them.
+    """
     experiment = assemble(
         args,
         processes,
@@ -130,8 +151,10 @@ def run_evaluation(args: argparse.Namespace, processes: Processes, paths: dict[i
     )
     evaluation.evaluate_checkpoints(experiment, paths)
     logger.info("%s", experiment.record.table())
-    if args.output_dir:
-        evaluation.write_results(experiment, Path(args.output_dir))
+    path = evaluation.result_file(args)
+    if path is not None and utils.is_main_process():
+        utils.write_json(path, experiment.record.as_dict())
+        logger.info("Wrote %s", path)
     return 0 if args.checkpoint else evaluation.report_missing(experiment, paths)
 
 
@@ -154,6 +177,7 @@ def _save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
         task=task,
         config=record.config,
         class_order=record.class_order,
+        class_names=record.class_names,
         backbone=record.backbone,
         accuracy=accuracy,
     )
@@ -179,16 +203,6 @@ def _finish(experiment: Experiment, output_dir: Path | None) -> None:
     plots.draw_results(experiment.record.as_dict(), picture)
     logger.info("Results: %s and %s", output_dir / "results.json", picture)
     logger.info("Evaluate again: python main.py --eval --output_dir %s", output_dir)
-
-
-def _refuse(error: ValueError) -> int:
-    """Tells what is wrong with the command line, once."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        problems = error.problems if isinstance(error, UsageError) else [str(error)]
-        print("main.py: this command line cannot run:", file=sys.stderr)
-        for problem in problems:
-            print(f"  - {problem}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def forgetting(matrix: Matrix, task: int) -> float | None:
     The best accuracy is taken up to and including this task, so the result is never negative.
     None after the first task.
     """
-    return _mean_drop(matrix, task, matrix[:task, : task + 1])
+    return _mean_drop(matrix, task, last=task)
 
 
 def forgetting_literature(matrix: Matrix, task: int) -> float | None:
     """The same with the best accuracy before this task, as defined in the literature."""
-    return _mean_drop(matrix, task, matrix[:task, :task])
+    return _mean_drop(matrix, task, last=task - 1)
 
 
 def backward_transfer(matrix: Matrix, task: int) -> float | None:
@@ -79,11 +79,15 @@ def from_lists(rows: list[list[float | None]]) -> Matrix:
     return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float64)
 
 
-def _mean_drop(matrix: Matrix, task: int, history: Matrix) -> float | None:
-    """Mean over rows of (best of the row's history - value now); None if something is missing."""
-    if task == 0 or np.isnan(history).all(axis=1).any():
+def _mean_drop(matrix: Matrix, task: int, last: int) -> float | None:
+    """Mean over earlier tasks of (best accuracy up to column `last` - accuracy now).
+
+    None after the first task, or where an evaluation since a task was learned is missing.
+    """
+    if task == 0:
         return None
-    return _finite(np.mean(np.nanmax(history, axis=1) - matrix[:task, task]))
+    best = [np.max(matrix[row, row : last + 1]) for row in range(task)]
+    return _finite(float(np.mean(best - matrix[:task, task])))
 
 
 def _finite(value: float) -> float | None:

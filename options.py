@@ -41,6 +41,11 @@ def parse_bool(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false") from None
 
 
+def parse_unscale(text: str) -> str:
+    """Reads the original's `--unscale_lr` as a value of `--lr_scale`."""
+    return "per-device" if parse_bool(text) else "global"
+
+
 def parse_bool_or_path(text: str) -> bool | str:
     """Reads a yes/no word, or else takes the text as a path."""
     return _WORDS.get(text.lower(), text)
@@ -93,7 +98,7 @@ class _Flags:
                 text = f"{text} (default: {_shown(default)})".replace("%", "%%")
             action = group.add_argument(*spellings, default=argparse.SUPPRESS, help=text, **kwargs)
             self.defaults[action.dest] = list(default) if isinstance(default, tuple) else default
-            if kwargs.get("type") is parse_bool:
+            if kwargs.get("type") in (parse_bool, parse_unscale):
                 self.switches |= set(spellings)
 
         return add
@@ -106,18 +111,24 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         argv: The arguments without the program's name.
 
     Returns:
-        Every setting by name, and `explicit`: the names that the command line itself sets; and
+        Every setting by name, and `explicit`: the names that flags and configurations set; and
         what is wrong, with defaults in the place of what could not be read.
     """
     flags = _build()
     problems: list[str] = []
     given = _parse(flags, argv, problems)
     settings = dict(flags.defaults)
+    configured: dict[str, Any] = {}
     for name in given.pop("config", []):
-        settings |= _read_config(flags, name, problems)
-    settings |= given
+        configured |= _read_config(flags, name, problems)
+    settings |= configured | given
     settings["model_kwargs"] = dict(settings["model_kwargs"])
-    return argparse.Namespace(**settings, explicit=frozenset(given)), problems
+    return argparse.Namespace(**settings, explicit=frozenset({*configured, *given})), problems
+
+
+def check_settings(content: dict[str, Any]) -> list[str]:
+    """What is wrong with settings by name, as a checkpoint holds them."""
+    return _from_mapping(_build(), content)[1]
 
 
 def config_names() -> list[str]:
@@ -237,9 +248,11 @@ def _add_optimizer(add: Callable[..., None]) -> None:
     )
     add(
         "--unscale_lr",
-        None,
+        "per-device",
         "the original's name: true is --lr_scale per-device, false is --lr_scale global",
-        type=parse_bool,
+        type=parse_unscale,
+        dest="lr_scale",
+        metavar="BOOL",
     )
     add("--sched", "constant", "schedule over the epochs of a task, begun anew for each task")
     add("--lr-noise", None, "parts of the schedule between which noise is added", **_FLOATS)
@@ -289,8 +302,10 @@ def _parse(flags: _Flags, tokens: list[str], problems: list[str]) -> dict[str, A
             namespace, unknown = flags.parser.parse_known_intermixed_args(tokens)
         except argparse.ArgumentError as error:
             problems.append(str(error).removeprefix("argument "))
-            names = (error.argument_name or "").split("/")
-            tokens = _without(tokens, names)
+            remaining = _without(tokens, (error.argument_name or "").split("/"))
+            if remaining == tokens:
+                return {}
+            tokens = remaining
             continue
         problems.extend(_unknown(flag, flags) for flag in unknown if flag.startswith("-"))
         return vars(namespace)
@@ -318,8 +333,9 @@ def _without(tokens: list[str], names: list[str]) -> list[str]:
     kept: list[str] = []
     dropping = False
     for token in tokens:
-        if token.startswith("--"):
-            dropping = token.split("=")[0] in names
+        if token.startswith("-"):
+            short = len(token) > 2 and token[:2] in names  # such as -hx
+            dropping = short or token.split("=")[0] in names
         if not dropping:
             kept.append(token)
     return kept
@@ -336,18 +352,16 @@ def _unknown(token: str, flags: _Flags) -> str:
 def _read_config(flags: _Flags, name: str, problems: list[str]) -> dict[str, Any]:
     """Settings of a configuration; what is wrong with it goes to `problems`, under its name."""
     try:
-        found: list[str] = []
-        settings = _parse(flags, _config_tokens(flags, name), found)
+        content = _load_config(name)
     except ValueError as error:
         problems.append(str(error))
         return {}
+    settings, found = _from_mapping(flags, content)
     problems.extend(f"{name}: {problem}" for problem in found)
-    settings.pop("config", None)
     return settings
 
 
-def _config_tokens(flags: _Flags, name: str) -> list[str]:
-    """A configuration as the tokens that would say the same on the command line."""
+def _load_config(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(
@@ -356,11 +370,21 @@ def _config_tokens(flags: _Flags, name: str) -> list[str]:
         )
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `name: value` lines")
-    return [token for key, value in content.items() for token in _tokens(flags, str(key), value)]
+    return content
+
+
+def _from_mapping(flags: _Flags, content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings by name, read as the tokens that would say the same on the command line."""
+    problems: list[str] = []
+    tokens = [token for key, value in content.items() for token in _tokens(flags, str(key), value)]
+    settings = _parse(flags, tokens, problems)
+    surplus = settings.pop("config", [])
+    problems.extend(f"{value!r} is one value too many" for value in surplus)
+    return settings, problems
 
 
 def _tokens(flags: _Flags, key: str, value: Any) -> list[str]:

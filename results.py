@@ -39,6 +39,7 @@ class RunRecord:
         config: Resolved settings, plain values.
         backbone: `name`, `source`, `sha256`.
         class_order: Class ids of each task.
+        class_names: Name of every class.
         matrices: Accuracy matrix for each selection, percent.
         reports: One for each finished task.
     """
@@ -46,6 +47,7 @@ class RunRecord:
     config: dict[str, Any]
     backbone: dict[str, str]
     class_order: list[list[int]]
+    class_names: list[str]
     matrices: dict[str, metrics.Matrix]
     reports: list[TaskReport] = field(default_factory=list)
 
@@ -59,6 +61,7 @@ class RunRecord:
         return {
             **{name: self._selection(name) for name in SELECTIONS},
             "class_order": self.class_order,
+            "class_names": self.class_names,
             "backbone": self.backbone,
             "prompt_usage": [usage for report in self.reports for usage in _usage(report)],
             "timing": [
@@ -78,11 +81,10 @@ class RunRecord:
         """The content of log_stats.txt: one JSON object for each task."""
         return "".join(json.dumps(self._log_stats(report)) + "\n" for report in self.reports)
 
-    def write(self, output_dir: Path, name: str = "results") -> None:
-        """Writes `{name}.json` and, for a training run, log_stats.txt."""
-        utils.write_json(output_dir / f"{name}.json", self.as_dict())
-        if any(report.train_stats for report in self.reports):
-            utils.write_text(output_dir / "log_stats.txt", self.log_lines())
+    def write(self, output_dir: Path) -> None:
+        """Writes results.json and log_stats.txt of a training run."""
+        utils.write_json(output_dir / "results.json", self.as_dict())
+        utils.write_text(output_dir / "log_stats.txt", self.log_lines())
 
     def table(self) -> str:
         """Both accuracy matrices and all metrics as text, in percent."""

@@ -25,13 +25,15 @@ from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
 #: Names in the namespace that describe a single command rather than the run.
-_TRANSIENT = ("explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank")
+_TRANSIENT = (
+    "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
+    "world_size",
+)  # fmt: skip
 
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that describe the run, as plain values for config.yaml and checkpoints."""
-    values = {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
-    return {**values, "vote_group_size": vote_group_size(args)}
+    return {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
 
 
 def vote_group_size(args: argparse.Namespace) -> int:
@@ -44,12 +46,9 @@ def learning_rate(args: argparse.Namespace, world_size: int) -> float:
 
     Source: l2p-pytorch multiplies by the batch of one process / 256.
     """
-    scale = args.lr_scale
-    if args.unscale_lr is not None:
-        scale = "per-device" if args.unscale_lr else "global"
-    if scale == "none":
+    if args.lr_scale == "none":
         return args.lr
-    batch = args.batch_size * (world_size if scale == "global" else 1)
+    batch = args.batch_size * (world_size if args.lr_scale == "global" else 1)
     return args.lr * batch / 256
 
 
@@ -190,6 +189,13 @@ def build_model(
         head_init=args.head_init,
         freeze=freeze,
     )
+
+
+def backbone_trains(args: argparse.Namespace) -> bool:
+    """Whether anything of the backbone is not frozen."""
+    with backbone.without_memory():
+        model = build_model(args, build_backbone(args), num_classes=2)
+    return any(p.requires_grad for p in model.backbone.parameters())
 
 
 def make_optimizer(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchprofile import profile_macs
 
 import utils
-from engine import EngineOptions, masked_cross_entropy
+from engine import EngineOptions, train_step
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -144,13 +144,7 @@ def _step(
 ) -> Callable[[], None]:
     def step() -> None:
         model.train()
-        optimizer.zero_grad()
-        out = model(images, task_id=0, vote_group_size=options.vote_group_size)
-        loss = masked_cross_entropy(out["logits"], targets, None, options.smoothing)
-        if "reduce_sim" in out:
-            loss = loss - options.pull_coeff * out["reduce_sim"]
-        loss.backward()
-        optimizer.step()
+        train_step(model, optimizer, (images, targets), 0, None, len(images), options)
 
     return step
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -74,15 +75,18 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if chosen.type != "cuda":
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
         return chosen
     if not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch finds no CUDA device here: use --device cpu")
-    return torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {device}: process {local_rank} asks for GPU {index} of {count}")
+    return torch.device("cuda", index)
 
 
 def close_processes() -> None:
@@ -136,8 +140,9 @@ def setup_logging() -> None:
     root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if is_main_process():
         root.addHandler(_OwnHandler())
-    for noisy in ("timm", "matplotlib", "PIL", "httpx", "huggingface_hub"):
+    for noisy in ("timm", "matplotlib", "PIL", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry
 
 
 def log_to_file(path: Path) -> None:
@@ -223,8 +228,9 @@ class Progress:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The name of an error and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

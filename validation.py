@@ -1,6 +1,7 @@
 """Refuses contradictory settings, all at once and before anything is loaded."""
 
 import argparse
+import difflib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import timm.optim
 
-import checkpoints
 import class_order
 import datasets
 import prompt
@@ -41,17 +41,16 @@ _AT_LEAST = {
     "--size": 1,
     "--length": 1,
     "--top_k": 1,
-    "--num_tasks": 1,
     "--print_freq": 1,
     "--vote_group_size": 1,
     "--num_workers": 0,
-    "--seed": 0,
     "--warmup-epochs": 0,
     "--cooldown-epochs": 0,
 }
 
-_POSITIVE = ("--lr", "--clip-grad", "--opt-eps")
-_SHARES = ("--drop", "--drop-path", "--smoothing")
+_POSITIVE = ("--lr", "--clip-grad", "--opt-eps", "--decay-rate")
+_NOT_NEGATIVE = ("--weight-decay", "--pull_constraint_coeff", "--warmup-lr", "--min-lr")
+_SHARES = ("--drop", "--drop-path", "--smoothing", "--momentum")
 
 
 def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> None:
@@ -69,11 +68,13 @@ def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> Non
         *_values(args),
         *_prompts(args),
         *_optimizer(args),
+        *_schedule(args),
         *_transforms(args),
         *_tasks(args),
         *_model(args),
         *_processes(args),
         *_evaluation(args),
+        *_output(args),
     ]
     if problems:
         raise UsageError(problems)
@@ -96,6 +97,12 @@ def _values(args: argparse.Namespace) -> Iterator[str]:
         if isinstance(value, float) and not (0 < value < math.inf):
             hint = " (none: no limit)" if flag == "--clip-grad" else ""
             yield f"{flag} {value}: must be positive{hint}"
+    for flag in _NOT_NEGATIVE:
+        value = _value(args, flag)
+        if isinstance(value, float) and not (0 <= value < math.inf):
+            yield f"{flag} {value}: must not be negative"
+    if not 0 <= args.seed < 2**32:
+        yield f"--seed {args.seed}: must be in [0, 2^32)"
     for flag in _SHARES:
         value = _value(args, flag)
         if isinstance(value, float) and not 0 <= value < 1:
@@ -122,7 +129,7 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
     if args.shared_prompt_key and not args.prompt_key:
         yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
     votes = args.vote_group_size or args.batch_size
-    if args.batch_size >= 1 and votes >= 1 and args.batch_size % votes:
+    if not args.eval and args.batch_size >= 1 and votes >= 1 and args.batch_size % votes:
         yield (
             f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
             "a vote group must lie in one batch"
@@ -141,13 +148,28 @@ def _without_pool(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _optimizer(args: argparse.Namespace) -> Iterator[str]:
-    known = [str(name) for name in timm.optim.list_optimizers()]
-    if args.opt.lower() not in known:
-        yield f"--opt {args.opt} is unknown to timm: choose one of {', '.join(known)}"
-    if args.weight_decay < 0:
-        yield f"--weight-decay {args.weight_decay}: must not be negative"
-    if args.unscale_lr is not None and "lr_scale" in args.explicit:
-        yield "--unscale_lr and --lr_scale say the same thing: give one of them"
+    name = args.opt.lower().removeprefix("lookahead_")
+    known = [str(known) for known in timm.optim.list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5) or ["adam", "adamw", "sgd", "lion"]
+        yield f"--opt {args.opt} is unknown to timm: did you mean {', '.join(near)}?"
+        return
+    info = timm.optim.get_optimizer_info(name)
+    if getattr(info, "second_order", False):
+        yield f"--opt {args.opt} needs second derivatives, which the loop does not compute"
+    if args.opt_betas is not None and not info.has_betas:
+        yield f"--opt-betas: --opt {args.opt} has none, leave them out"
+
+
+def _schedule(args: argparse.Namespace) -> Iterator[str]:
+    if args.sched == "constant":
+        if args.lr_noise is not None:
+            yield "--lr-noise needs a schedule: --sched constant has none"
+    elif args.warmup_epochs >= args.epochs:
+        yield (
+            f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs} to "
+            f"--sched {args.sched}: the schedule begins anew with each task; give fewer"
+        )
 
 
 def _transforms(args: argparse.Namespace) -> Iterator[str]:
@@ -164,9 +186,10 @@ def _tasks(args: argparse.Namespace) -> Iterator[str]:
     try:
         spec = datasets.find_source(args.dataset)
         if missing := spec.needs_data_path and not path.is_dir():
+            hint = ", or an empty one to download it into" if spec.downloadable else ""
             yield (
-                f"--data-path {path} does not exist: name the folder that holds {args.dataset} "
-                "(or an empty one, if the data set can be downloaded)"
+                f"--data-path {path} does not exist: name the folder that holds "
+                f"{args.dataset}{hint}"
             )
         num_classes = datasets.count_classes(args.dataset, path)
         class_order.check_split(num_classes, args.num_tasks, args.classes_per_task)
@@ -185,13 +208,27 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         yield f"--pretrained {file}: must end in {', '.join(WEIGHT_SUFFIXES)}"
     if args.input_size < 1:
         return
+    sound = not any([*_values(args), *_prompts(args), *_optimizer(args)])
     try:
         with without_memory():
             vit = settings.build_backbone(args)
-            if not list(_prompts(args)) and not list(_values(args)):
-                settings.build_model(args, vit, num_classes=2)
+            if sound:
+                yield from _trained(args, settings.build_model(args, vit, num_classes=2))
     except ValueError as error:
         yield str(error)
+
+
+def _trained(
+    args: argparse.Namespace, model: vision_transformer.PromptedVisionTransformer
+) -> Iterator[str]:
+    """Whether something trains, and an optimizer takes its settings."""
+    if not any(p.requires_grad for p in model.parameters()):
+        yield f"--freeze {' '.join(args.freeze)} leaves nothing to train"
+        return
+    try:
+        settings.make_optimizer(args, model, lr=args.lr)
+    except Exception as error:  # timm's optimizers check their settings in many ways
+        yield f"--opt {args.opt} does not take its settings: {utils.reason(error)}"
 
 
 def _processes(args: argparse.Namespace) -> Iterator[str]:
@@ -210,15 +247,17 @@ def _processes(args: argparse.Namespace) -> Iterator[str]:
 def _evaluation(args: argparse.Namespace) -> Iterator[str]:
     if args.checkpoint is not None and not args.eval:
         yield "--checkpoint names what --eval evaluates: give --eval too"
-    if not args.eval:
+    for flag in ("--speed_test", "--speed_test_only"):
+        if args.eval and _value(args, flag):
+            yield f"{flag} and --eval are two commands: give one of them"
+
+
+def _output(args: argparse.Namespace) -> Iterator[str]:
+    if not args.output_dir:
         return
-    if args.checkpoint is not None:
-        if not Path(args.checkpoint).is_file():
-            yield f"--checkpoint {args.checkpoint}: there is no such file"
-    elif not args.output_dir:
-        yield "--eval needs --output_dir, the folder of the run, or --checkpoint"
-    elif not checkpoints.find(Path(args.output_dir)):
-        yield (
-            f"--eval finds no checkpoint in {Path(args.output_dir) / 'checkpoint'}: expected "
-            "task1_checkpoint.pth, task2_checkpoint.pth, ...; name the run's --output_dir"
-        )
+    folder = Path(args.output_dir).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        yield f"--output_dir {args.output_dir}: {nearest} is a file, not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        yield f"--output_dir {args.output_dir}: {nearest} cannot be written to"

@@ -111,11 +111,14 @@ class PromptedVisionTransformer(nn.Module):
             `logits` (B, C), `pre_logits` (B, D); with a pool also `query` (B, D), `similarity`
             (B, M) in [-1, 1], `prompt_idx` and `own_prompt_idx` (B, K), `reduce_sim` ().
         """
-        tokens = _embed(self.backbone, images)  # (B, 1+N, D)
+        patches = self.backbone.patch_embed(images)  # (B, N, D)
+        tokens = _place(self.backbone, patches)  # (B, 1+N, D)
         if self.prompt is None:
             return self._classify(tokens)
-        if query is None:
-            query = self._query(images, tokens if self.query_backbone is None else None)
+        if query is None and self.query_backbone is None:
+            query = self._query(self.backbone, patches, tokens)
+        elif query is None:
+            query = self.query(images)
         chosen = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
         prompts = self.backbone.pos_drop(chosen.tokens + self.pos_embed_prompt)  # (B, P, D)
         prompts = self.backbone.norm_pre(prompts)
@@ -131,7 +134,10 @@ class PromptedVisionTransformer(nn.Module):
 
     def query(self, images: Tensor) -> Tensor:
         """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
-        return self._query(images, None)
+        vit = self.backbone if self.query_backbone is None else self.query_backbone
+        with torch.no_grad():
+            patches = vit.patch_embed(images)
+            return self._query(vit, patches, _place(vit, patches))
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Sets the mode; the copy that gives the query always stays in evaluation mode."""
@@ -234,13 +240,10 @@ class PromptedVisionTransformer(nn.Module):
         return x.mean(dim=1)
 
     @torch.no_grad()
-    def _query(self, images: Tensor, tokens: Tensor | None) -> Tensor:
-        """Queries from images, or from their tokens where those are at hand, (B, D)."""
-        vit = self.backbone if self.query_backbone is None else self.query_backbone
+    def _query(self, vit: VisionTransformer, patches: Tensor, tokens: Tensor) -> Tensor:
+        """Queries from embedded patches, or from all tokens at block 0, (B, D)."""
         if self.embedding_key == "cls":
-            x = vit.blocks(_embed(vit, images) if tokens is None else tokens)
-            return vit.norm(x[:, 0])
-        patches = vit.patch_embed(images)
+            return vit.norm(vit.blocks(tokens)[:, 0])
         patches = patches.reshape(len(patches), -1, patches.shape[-1])  # (B, N, D)
         if self.embedding_key == "mean":
             return patches.mean(dim=1)
@@ -297,6 +300,8 @@ def copy_state(
         elif parameters[name].shape != value.shape:
             want, got = tuple(parameters[name].shape), tuple(value.shape)
             problems.append(f"{name} is {got}, expected {want}")
+        elif not value.isfinite().all():
+            problems.append(f"{name} holds values that are no finite numbers")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
         raise WeightsError(f"{source} does not fit the model: {shown}")
@@ -319,9 +324,9 @@ def _class_position(vit: VisionTransformer) -> Tensor:
     return vit.pos_embed.detach()[:, :1]
 
 
-def _embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Patches, class token and positions, as timm feeds them to the blocks, (B, 1+N, D)."""
-    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+def _place(vit: VisionTransformer, patches: Tensor) -> Tensor:
+    """Adds class token and positions, as timm does before the blocks, (B, 1+N, D)."""
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
 
 
 def _trains(vit: VisionTransformer) -> bool:

@@ -26,6 +26,7 @@ def checkpoint(**changes):
         "task": 2,
         "config": {"lr": 0.03, "top_k": 5, "freeze": ["blocks", "norm"], "clip_grad": None},
         "class_order": [[3, 1], [0, 2]],
+        "class_names": ["a", "b", "c", "d"],
         "backbone": {"name": "vit", "source": "ViT.npz", "sha256": "0" * 64},
         "accuracy": {"batch": [[1 / 3, 50.0], [None, 60.0]], "instance": [[1.0, 2.0], [None, 3.0]]},
     }

@@ -315,7 +315,9 @@ def test_eval_of_one_checkpoint(trained, tmp_path):
     output, _ = trained
     path = checkpoints.task_path(output, 2)
     assert main.main(["--eval", "--checkpoint", str(path), "--output_dir", str(tmp_path)]) == 0
-    matrix = read(tmp_path / "eval_results.json")["batch"]["accuracy_matrix"]
+    results = read(tmp_path / "eval_results_task2_checkpoint.json")
+    assert results["batch"]["forgetting"] is None  # the column before was not evaluated
+    matrix = results["batch"]["accuracy_matrix"]
     stored = read(output / "results.json")["batch"]["accuracy_matrix"]
     assert [row[1] for row in matrix] == [row[1] for row in stored]
     assert [row[0] for row in matrix] == [None, None]
@@ -324,8 +326,15 @@ def test_eval_of_one_checkpoint(trained, tmp_path):
 def test_eval_of_one_checkpoint_writes_into_its_run(trained, tmp_path):
     output = copy_run(trained, tmp_path)
     assert main.main(["--eval", "--checkpoint", str(checkpoints.task_path(output, 1))]) == 0
-    matrix = read(output / "eval_results.json")["batch"]["accuracy_matrix"]
+    matrix = read(output / "eval_results_task1_checkpoint.json")["batch"]["accuracy_matrix"]
     assert [row[1] for row in matrix] == [None, None]
+
+
+def test_eval_of_a_checkpoint_elsewhere_writes_beside_it(trained, tmp_path):
+    path = tmp_path / "kept.pth"
+    shutil.copy(checkpoints.task_path(trained[0], 1), path)
+    assert main.main(["--eval", "--checkpoint", str(path)]) == 0
+    assert (tmp_path / "eval_results_kept.json").exists()
 
 
 def copy_run(trained, tmp_path):
@@ -367,8 +376,45 @@ def test_eval_with_other_shapes_names_file_key_and_shapes(trained, tmp_path, cap
 
 def test_eval_with_another_backbone_is_refused(trained, tmp_path, capsys):
     output = copy_run(trained, tmp_path)
-    assert main.main(["--eval", "--output_dir", str(output), "--seed", "3"]) == 1
-    assert "was trained on the backbone" in capsys.readouterr().out
+    edit_checkpoint(output, backbone={"name": "vit", "source": "timm", "sha256": "0" * 64})
+    assert main.main(["--eval", "--output_dir", str(output)]) == 1
+    assert "was trained on the backbone vit (timm" in capsys.readouterr().out
+
+
+def edit_checkpoint(output, number=1, **changes):
+    path = checkpoints.task_path(output, number)
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {}}, "the entry config is {}, expected settings by name"),
+        ({"config": {"top_k": "abc"}}, "invalid int value: 'abc'"),
+        ({"task": "2"}, "the entry task is '2', expected a task number"),
+        ({"backbone": {}}, "the entry backbone is {}"),
+        ({"accuracy": {"batch": [[1.0], [1.0, 2.0]]}}, "the entry accuracy is"),
+        ({"class_order": [[0, 1], [1, 2]]}, "the entry class_order is"),
+        ({"class_names": ["a", "b", "c", "e"]}, "expected the class 'e', found 'd'"),
+    ],
+    ids=str,
+)
+def test_eval_names_what_is_wrong_with_a_checkpoint(trained, tmp_path, capsys, change, message):
+    output = copy_run(trained, tmp_path)
+    edit_checkpoint(output, **change)
+    assert main.main(["--eval", "--output_dir", str(output)]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_eval_on_other_data_is_refused(trained, tmp_path, image_folder, capsys):
+    """The same classes under other names would be scored as the wrong ones."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    for split in ("train", "val"):
+        (data / split / "a").rename(data / split / "z")
+    output = copy_run(trained, tmp_path)
+    assert main.main(["--eval", "--output_dir", str(output), "--data-path", str(data)]) == 1
+    assert "was trained on other data" in capsys.readouterr().out
 
 
 def test_eval_refuses_flags_that_contradict_the_checkpoint(trained, capsys):
@@ -528,7 +574,22 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         (["--num_tasks", "20", "--classes_per_task", "10"], "= 200 exceeds the 100 classes"),
         (["--dataset", "CIFAR1000"], "--dataset CIFAR1000 is unknown"),
         (["--class_order", "gone.txt"], "there is no such file"),
-        (["--unscale_lr", "true", "--lr_scale", "none"], "say the same thing"),
+        (["--opt", "adahessian"], "needs second derivatives"),
+        (["--opt-betas", "0.9"], "does not take its settings"),
+        (["--opt", "sgd", "--opt-betas", "0.9", "0.99"], "has none"),
+        (["--weight-decay", "nan"], "must not be negative"),
+        (["--seed", "99999999999999999999"], "must be in [0, 2^32)"),
+        (["--sched", "cosine"], "--warmup-epochs 5 leaves nothing of --epochs 5"),
+        (["--lr-noise", "0.1", "0.9"], "--lr-noise needs a schedule"),
+        (
+            [
+                "--freeze",
+                *["blocks", "patch_embed", "cls_token", "norm", "pos_embed", "prompt", "head"],
+            ],
+            "leaves nothing to train",
+        ),
+        (["--eval", "--speed_test"], "finds no checkpoint"),
+        (["--output_dir", "/proc/version"], "is a file, not a folder"),
         (["--world_size", "4"], "the launcher started 1 processes"),
         (["--checkpoint", "x.pth"], "give --eval too"),
         (["--device", "gpu"], "--device gpu is unknown"),
@@ -542,6 +603,29 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
 )
 def test_refusal_says_what_and_why(flags, message, capsys, tmp_path):
     assert message in refused(["--data-path", str(tmp_path), *flags], capsys)
+
+
+def test_eval_with_speed_test_is_refused(trained, capsys):
+    text = refused(["--eval", "--speed_test", "--output_dir", str(trained[0])], capsys)
+    assert "--speed_test and --eval are two commands" in text
+
+
+def test_eval_with_a_contradicting_configuration_is_refused(trained, capsys):
+    text = refused(["--eval", "linear_probe", "--output_dir", str(trained[0])], capsys)
+    assert "--prompt_pool False contradicts the checkpoint" in text
+
+
+def test_failing_start_leaves_an_earlier_run_alone(trained, tmp_path):
+    output = copy_run(trained, tmp_path)
+    assert run(trained[1], output, "--pretrained", __file__) == 2
+    assert run([*trained[1], "--data-path", str(tmp_path)], output) == 2
+    assert (output / "results.json").exists()
+    assert not (output / "previous").exists()
+
+
+def test_exhausted_shared_pool_is_warned_of(trained, tmp_path, capsys):
+    assert run(trained[1], tmp_path, "--shared_prompt_pool", "--size", "3") == 0
+    assert "Task 2 shares no prompts with task 1" in capsys.readouterr().out
 
 
 def test_cuda_without_cuda_is_refused(capsys, tmp_path):
@@ -565,7 +649,8 @@ def test_damaged_image_ends_the_run_with_its_name(image_folder, trained, tmp_pat
 
 def test_resolved_config_holds_the_flags(trained):
     config = yaml.safe_load((trained[0] / "config.yaml").read_text())
-    assert config["vote_group_size"] == 4
+    assert config["vote_group_size"] is None  # follows --batch-size when run again
+    assert read(trained[0] / "results.json")["config"]["vote_group_size"] == 4
     assert config["model_kwargs"] == {
         "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2
     }  # fmt: skip

@@ -31,7 +31,18 @@ def test_all_yes_no_flags_are_known():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", SWITCHES)
+def test_unscale_lr_is_the_originals_name_of_lr_scale(tmp_path):
+    assert parse("--unscale_lr", "true").lr_scale == "per-device"
+    assert parse("--no-unscale_lr").lr_scale == "global"
+    assert parse("--unscale_lr", "false", "--lr_scale", "none").lr_scale == "none"
+
+
+@pytest.mark.parametrize("token", ["-h2", "-hx", "-h=1", "-x", "--=3"])
+def test_odd_short_flags_end(token):
+    assert problems_of("digits_l2p", token)
+
+
+@pytest.mark.parametrize("flag", [s for s in SWITCHES if "unscale" not in s])
 def test_yes_no_flag_goes_both_ways(flag):
     name = name_of(flag)
     for argv in ([flag], [flag, "true"], [flag, "True"], [f"{flag}=yes"], [flag, "1"]):
@@ -78,7 +89,7 @@ def test_flags_win_over_configurations_and_later_ones_over_earlier(tmp_path):
     two.write_text("length: 4\ntop_k: 2\n")
     args = parse(str(one), "--top_k", "6", str(two))
     assert (args.size, args.length, args.top_k) == (7, 4, 6)
-    assert args.explicit == {"top_k"}
+    assert args.explicit == {"size", "length", "top_k"}
 
 
 def test_configuration_values_of_every_kind(tmp_path):
@@ -101,6 +112,7 @@ def test_configuration_values_of_every_kind(tmp_path):
         ("size: many\n", "invalid int value: 'many'"),
         ("- 1\n", "must hold `name: value` lines"),
         ("a: [\n", "is no YAML"),
+        ("epochs: [1, 2]\n", "'2' is one value too many"),
     ],
 )
 def test_wrong_configuration_is_named(tmp_path, content, message):
@@ -127,7 +139,7 @@ def test_shipped_configuration_is_valid_by_itself(name, tmp_path):
 
 def test_cifar100_configuration_is_the_defaults():
     ours, defaults = (vars(parse(*argv)) for argv in (["cifar100_l2p"], []))
-    assert ours == defaults
+    assert {**ours, "explicit": None} == {**defaults, "explicit": None}
 
 
 def test_settings_survive_yaml(tmp_path):

@@ -27,7 +27,7 @@ def record():
         engine.TaskReport(t, {"Lr": 0.1}, [engine.Evaluation(0, stats)], 1.0, 2.0) for t in (0, 1)
     ]
     config = {"seed": 1, "epochs": 5}
-    return results.RunRecord(config, {"name": "vit"}, [[0], [1]], matrices, reports)
+    return results.RunRecord(config, {"name": "vit"}, [[0], [1]], ["a", "b"], matrices, reports)
 
 
 def test_table_shows_both_matrices_and_all_metrics():

@@ -293,10 +293,18 @@ def test_device_cuda_without_cuda_is_an_error(no_launcher, no_cuda, device):
 )
 def test_device_cuda_follows_local_rank_unless_numbered(monkeypatch, device, local_rank, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert utils.choose_device(device, local_rank) == torch.device("cuda", index)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x"])
+def test_device_beyond_the_gpus_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 3 asks for GPU 3 of 2"):
+        utils.choose_device("cuda", 3)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", "mps"])
 def test_device_of_unknown_name_is_a_value_error(no_launcher, device):
     with pytest.raises(ValueError, match=device):
         utils.init_processes(device)
@@ -312,12 +320,12 @@ def test_main_process_first_runs_body_of_a_single_process():
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
-        (OSError("first line\nsecond"), "first line"),
+        (OSError("first line\nsecond"), "OSError: first line"),
         (EOFError(), "EOFError"),
         (ValueError("  \n"), "ValueError"),
     ],
 )
-def test_reason_is_the_first_line_or_the_name(error, shown):
+def test_reason_is_the_name_and_the_first_line(error, shown):
     assert utils.reason(error) == shown
 
 
