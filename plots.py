@@ -65,7 +65,7 @@ def _draw_curves(axes: Axes, results: dict[str, Any]) -> None:
             **_STYLES[name],
         )
     axes.set_xticks(range(1, matrix.shape[1] + 1))
-    axes.set_ylim(0, 101)
+    axes.set_ylim(0, 104)
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("average accuracy in percent")
     axes.set_title("Average accuracy over the tasks so far")
