@@ -202,7 +202,7 @@ def _finish(experiment: Experiment, output_dir: Path | None) -> None:
     picture = output_dir / "results.png"
     plots.draw_results(experiment.record.as_dict(), picture)
     logger.info("Results: %s and %s", output_dir / "results.json", picture)
-    logger.info("Evaluate again: python main.py --eval --output_dir %s", output_dir)
+    logger.info("Evaluate again: bash train.sh --eval --output_dir %s", output_dir)
 
 
 if __name__ == "__main__":
