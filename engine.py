@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,7 +43,9 @@ class Scheduler(Protocol):
         """Sets the learning rate of an epoch (0-based)."""
 
 
-TrainLoader = Any  #: Batches of one task; `batch_sampler` has `set_epoch`, `global_batch_size`.
+#: Batches of (images, targets), and their number as its length. For training its `batch_sampler`
+#: has `set_epoch(epoch)` and `global_batch_size(step)`.
+Loader = Any
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
 
@@ -126,7 +128,7 @@ class NonFiniteLossError(RuntimeError):
 
 def train_one_epoch(
     model: PromptedVisionTransformer,
-    loader: TrainLoader,
+    loader: Loader,
     optimizer: torch.optim.Optimizer,
     task: Task,
     epoch: int,
@@ -158,14 +160,15 @@ def train_one_epoch(
     for step, (images, targets) in progress.over(loader, len(loader)):
         size = loader.batch_sampler.global_batch_size(step)
         batch = (images.to(options.device), targets.to(options.device))
-        loss, correct1, correct5 = train_step(
-            model, optimizer, batch, task.index, allowed, size, options
-        )
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"loss is {loss} in task {task.index + 1}, epoch {epoch + 1}, step {step + 1}: "
-                "lower --lr, or set --clip-grad"
+        try:
+            loss, correct1, correct5 = train_step(
+                model, optimizer, batch, task.index, allowed, size, options
             )
+        except NonFiniteLossError as error:
+            place = f"task {task.index + 1}, epoch {epoch + 1}, step {step + 1}"
+            raise NonFiniteLossError(
+                f"{error} in {place}: lower --lr, or set --clip-grad"
+            ) from None
         progress.update({"Lr": optimizer.param_groups[0]["lr"], "Loss": loss})
         progress.update(
             {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
@@ -184,7 +187,7 @@ def train_step(
     global_size: int,
     options: EngineOptions,
 ) -> list[float]:
-    """One step of all processes; nothing changes if the loss is not finite.
+    """One step of all processes.
 
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`, in training mode.
@@ -197,22 +200,28 @@ def train_step(
 
     Returns:
         Loss, correct@1 and correct@5 over all processes.
+
+    Raises:
+        NonFiniteLossError: If the loss or its gradient is not finite; nothing has changed then.
     """
     optimizer.zero_grad()
     values = _forward_backward(model, batch, task_id, allowed, global_size, options)
     totals = utils.sum_over_processes(values).tolist()
-    if math.isfinite(totals[0]):
-        utils.sum_gradients(model.parameters())
-        if options.clip_grad is not None:
-            nn.utils.clip_grad_norm_(_trained(model), options.clip_grad)
-        optimizer.step()
+    if not math.isfinite(totals[0]):
+        raise NonFiniteLossError(f"loss is {totals[0]}")
+    utils.sum_gradients(model.parameters())
+    limit = math.inf if options.clip_grad is None else options.clip_grad
+    norm = nn.utils.clip_grad_norm_(_trained(model), limit).item()
+    if not math.isfinite(norm):
+        raise NonFiniteLossError(f"the norm of the gradient is {norm} (loss {totals[0]})")
+    optimizer.step()
     return totals
 
 
 @torch.inference_mode()
 def evaluate(
     model: PromptedVisionTransformer,
-    loader: Iterable[Any],
+    loader: Loader,
     test_set: TestSet,
     options: EngineOptions,
 ) -> Evaluation:
@@ -237,7 +246,7 @@ def evaluate(
     usage = _Usage(model)
     num_images = torch.zeros((), dtype=torch.float64)
     progress = utils.Progress(f"Test: [Task {test_set.index + 1}]", options.print_freq)
-    for _, (images, targets) in progress.over(loader, _length(loader)):
+    for _, (images, targets) in progress.over(loader, len(loader)):
         images, targets = images.to(options.device), targets.to(options.device)
         out = model(images, vote_group_size=options.vote_group_size)
         logits = {"batch": out["logits"], "instance": _instance_logits(model, images, out)}
@@ -255,7 +264,7 @@ def evaluate(
 
 def evaluate_till_now(
     model: PromptedVisionTransformer,
-    test_loader: Callable[[TestSet], Iterable[Any]],
+    test_loader: Callable[[TestSet], Loader],
     task: Task,
     matrices: dict[str, metrics.Matrix],
     options: EngineOptions,
@@ -297,8 +306,8 @@ def evaluate_till_now(
 def train_and_evaluate(
     model: PromptedVisionTransformer,
     tasks: Sequence[Task],
-    train_loader: Callable[[Task], TrainLoader],
-    test_loader: Callable[[TestSet], Iterable[Any]],
+    train_loader: Callable[[Task], Loader],
+    test_loader: Callable[[TestSet], Loader],
     make_optimizer: MakeOptimizer,
     make_scheduler: MakeScheduler,
     matrices: dict[str, metrics.Matrix],
@@ -491,10 +500,6 @@ def _restrict(logits: Tensor, allowed: Tensor | None) -> Tensor:
 
 def _trained(model: PromptedVisionTransformer) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _length(loader: Iterable[Any]) -> int:
-    return len(loader)  # type: ignore[arg-type]
 
 
 def _on(values: Tensor, options: EngineOptions) -> Tensor:

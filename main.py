@@ -8,7 +8,6 @@ Exit code: 0 done, 1 stopped by an error that is told, 2 refused command line.
 
 import argparse
 import logging
-import os
 import sys
 import time
 from datetime import timedelta
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if utils.is_main_process():
             problems = "".join(f"  - {problem}\n" for problem in error.problems)
             print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
         return 2

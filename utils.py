@@ -97,18 +97,20 @@ def close_processes() -> None:
 
 def is_main_process() -> bool:
     """Whether this process is the one that logs and writes files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Runs its body in the main process, then in all others (downloads, preparation)."""
-    if not is_main_process():
+    if dist.is_initialized() and not is_main_process():
         dist.barrier()
     try:
         yield
     finally:
-        if is_main_process() and dist.is_initialized():
+        if dist.is_initialized() and is_main_process():
             dist.barrier()
 
 
