@@ -353,6 +353,16 @@ def test_non_finite_loss_names_place_and_value_and_keeps_the_last_good_weights(c
         assert torch.equal(bad.state_dict()[name], value), name
 
 
+def test_non_finite_gradient_is_named_before_it_spoils_the_weights():
+    model = make_model({})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(engine.NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
+        engine.train_one_epoch(model, Loader(*data(FIRST, 4)), sgd(model), FIRST, 0, OPTIONS)
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_non_finite_loss_of_a_target_outside_the_mask_is_named():
     model = make_model({})
     images, _ = data()
