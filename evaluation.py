@@ -157,7 +157,7 @@ def _adopt_original(args: argparse.Namespace, stored: dict) -> dict:
     stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
     if "shuffle" in stored:
         stored["shuffle"] = bool(stored["shuffle"])  # any text counts as yes there
-    return {**stored, "vote_ties": "topk"}
+    return {**stored, "vote_ties": "topk", "vote_group_size": stored.get("batch_size")}
 
 
 def _load(run: Experiment, checkpoint: Checkpoint, path: Path) -> None:

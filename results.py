@@ -14,10 +14,9 @@ from engine import SELECTIONS, TaskReport, average_stats
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
-#: What a run and its evaluation write into their folder.
+#: What a run writes into its folder.
 _RUN_FILES = (
     "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png",
-    "eval_results.json",
 )  # fmt: skip
 
 #: Lines of the table: name in `results.json`, name for people.
@@ -129,6 +128,7 @@ def set_aside(output_dir: Path) -> Path | None:
         The folder `previous/DATE`, or None if there was nothing.
     """
     found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    found += output_dir.glob("eval_results*.json")
     if not found:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")

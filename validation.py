@@ -255,7 +255,7 @@ def _evaluation(args: argparse.Namespace) -> Iterator[str]:
 def _output(args: argparse.Namespace) -> Iterator[str]:
     if not args.output_dir:
         return
-    folder = Path(args.output_dir).expanduser().absolute()
+    folder = Path(args.output_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         yield f"--output_dir {args.output_dir}: {nearest} is a file, not a folder"

@@ -491,6 +491,14 @@ def test_original_checkpoints_evaluate_to_the_same_numbers(trained, tmp_path):
     assert found["backbone"]["sha256"] == stored["backbone"]["sha256"]
 
 
+def test_original_checkpoints_keep_their_votes_in_other_batches(trained, tmp_path):
+    write_original(trained, tmp_path)
+    assert eval_original(trained, tmp_path, "--batch-size", "8") == 0
+    found = read(tmp_path / "eval_results.json")
+    assert found["config"]["vote_group_size"] == 4
+    assert found["batch"] == read(trained[0] / "results.json")["batch"]
+
+
 def test_original_checkpoint_with_another_width_is_named(trained, tmp_path, capsys):
     write_original(trained, tmp_path, length=3)
     assert eval_original(trained, tmp_path) == 1

@@ -48,10 +48,12 @@ def test_earlier_run_is_set_aside_whole(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "a.pth").write_text("a")
     (tmp_path / "results.json").write_text("b")
+    (tmp_path / "eval_results_task1_checkpoint.json").write_text("c")
     (tmp_path / "notes.txt").write_text("the user's own")
     folder = results.set_aside(tmp_path)
     assert (folder / "checkpoint" / "a.pth").read_text() == "a"
     assert (folder / "results.json").read_text() == "b"
+    assert (folder / "eval_results_task1_checkpoint.json").read_text() == "c"
     assert {p.name for p in tmp_path.iterdir()} == {"previous", "notes.txt"}
 
 
