@@ -25,6 +25,8 @@ from vision_transformer import PromptedVisionTransformer
 logger = logging.getLogger(__name__)
 
 _WARM_UP, _REPETITIONS = 3, 10
+#: A slow machine is measured for about so many seconds, but at least three times.
+_LONG_ENOUGH = 20.0
 
 
 class _QueryPass(nn.Module):
@@ -150,17 +152,18 @@ def _step(
 
 
 def _images_per_second(work: Callable[[], None], images: Tensor) -> float:
-    """Throughput at the median time of several repetitions, synchronised."""
-    times = []
+    """Throughput at the median time of several repetitions after warm-up, synchronised."""
+    times: list[float] = []
     with torch.random.fork_rng():
-        for repetition in range(_WARM_UP + _REPETITIONS):
+        while len(times) < _WARM_UP + _REPETITIONS:
             start = time.perf_counter()
             work()
             if images.is_cuda:
                 torch.cuda.synchronize(images.device)
-            if repetition >= _WARM_UP:
-                times.append(time.perf_counter() - start)
-    return len(images) / statistics.median(times)
+            times.append(time.perf_counter() - start)
+            if len(times) >= _WARM_UP + 3 and sum(times) > _LONG_ENOUGH:
+                break
+    return len(images) / statistics.median(times[_WARM_UP:])
 
 
 def _count(model: nn.Module, *, trained: bool) -> int:
