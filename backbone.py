@@ -174,8 +174,7 @@ def _load_npz(vit: VisionTransformer, path: Path) -> None:
             _check_npz(vit, arrays)
         vit.load_pretrained(str(path))
     except KeyError as error:
-        reason = utils.reason(error).strip("'\"")
-        raise WeightsError(f"{path} lacks an array that --model needs: {reason}") from error
+        raise WeightsError(f"{path} lacks an array that --model needs: {error.args[0]}") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = utils.reason(error)
         raise WeightsError(f"{path} is damaged or does not fit --model: {reason}") from error

@@ -66,16 +66,7 @@ def find(output_dir: Path) -> dict[int, Path]:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
-    content = {
-        "format": FORMAT,
-        "model": checkpoint.model,
-        "task": checkpoint.task,
-        "config": checkpoint.config,
-        "class_order": checkpoint.class_order,
-        "class_names": checkpoint.class_names,
-        "backbone": checkpoint.backbone,
-        "accuracy": checkpoint.accuracy,
-    }
+    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _VALID}}
     utils.write_whole(path, lambda file: torch.save(content, file))
 
 

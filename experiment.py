@@ -2,15 +2,12 @@
 
 import argparse
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.utils import random_seed
 from torch.utils.data import DataLoader
 
 import backbone
@@ -73,10 +70,10 @@ def assemble(
         DataError: If the data are missing or damaged.
         WeightsError: If weights are missing, damaged or do not fit.
     """
-    seed_everything(args.seed)
+    random_seed(args.seed)
     stream = build_stream(args, task_classes)
     vit = settings.build_backbone(args, pretrained=not weights_follow)
-    identity = identify(args, vit)
+    identity = backbone.identify(vit, args.model, settings.backbone_source(args))
     model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
     loading = settings.loader_options(args, processes)
     num_test_sets = max(t.index for task in stream.tasks for t in task.test_sets) + 1
@@ -99,18 +96,6 @@ def assemble(
         test_loader=partial(data.build_test_loader, options=loading),
         record=record,
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds every generator that initial values are drawn from, alike in all processes."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def identify(args: argparse.Namespace, vit: VisionTransformer) -> BackboneIdentity:
-    """The identity of the backbone that the settings name."""
-    return backbone.identify(vit, args.model, settings.backbone_source(args))
 
 
 def build_stream(

@@ -192,10 +192,9 @@ def build_model(
 
 
 def backbone_trains(args: argparse.Namespace) -> bool:
-    """Whether anything of the backbone is not frozen."""
+    """Whether the settings leave anything of the backbone unfrozen, told without weights."""
     with backbone.without_memory():
-        model = build_model(args, build_backbone(args), num_classes=2)
-    return any(p.requires_grad for p in model.backbone.parameters())
+        return build_model(args, build_backbone(args), num_classes=2).backbone_trains
 
 
 def make_optimizer(

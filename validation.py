@@ -63,15 +63,14 @@ def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> Non
     Raises:
         UsageError: With everything that is wrong, one problem a line.
     """
+    of_the_model = [*_values(args), *_prompts(args), *_optimizer(args)]
     problems = [
         *problems,
-        *_values(args),
-        *_prompts(args),
-        *_optimizer(args),
+        *of_the_model,
         *_schedule(args),
         *_transforms(args),
         *_tasks(args),
-        *_model(args),
+        *_model(args, sound=not of_the_model),
         *_processes(args),
         *_evaluation(args),
         *_output(args),
@@ -200,7 +199,8 @@ def _tasks(args: argparse.Namespace) -> Iterator[str]:
         yield str(error)
 
 
-def _model(args: argparse.Namespace) -> Iterator[str]:
+def _model(args: argparse.Namespace, sound: bool) -> Iterator[str]:
+    """Problems of weights and backbone; of the whole model where its settings are sound."""
     file = settings.weight_file(args)
     if file is not None and not file.is_file():
         yield f"--pretrained {args.pretrained}: neither true, false, nor a file that exists"
@@ -208,7 +208,6 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         yield f"--pretrained {file}: must end in {', '.join(WEIGHT_SUFFIXES)}"
     if args.input_size < 1:
         return
-    sound = not any([*_values(args), *_prompts(args), *_optimizer(args)])
     try:
         with without_memory():
             vit = settings.build_backbone(args)

@@ -157,6 +157,11 @@ class PromptedVisionTransformer(nn.Module):
         return self.head.out_features
 
     @property
+    def backbone_trains(self) -> bool:
+        """Whether anything of the backbone is not frozen."""
+        return any(p.requires_grad for p in self.backbone.parameters())
+
+    @property
     def prompt_order_matters(self) -> bool:
         """Whether the same prompts in another order would give another result.
 
@@ -217,7 +222,7 @@ class PromptedVisionTransformer(nn.Module):
             )  # (1, 1+N, D)
             state["pos_embed_prompt"] = position[:, 1 : 1 + num_prompts]  # (1, P, D)
         copy_state(dict(self.public_parameters()), state, source)
-        if self.query_backbone is not None and not _trains(self.backbone):
+        if self.query_backbone is not None and not self.backbone_trains:
             self.query_backbone.load_state_dict(self.backbone.state_dict())
 
     def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -267,7 +272,7 @@ class PromptedVisionTransformer(nn.Module):
         """An untouched copy for the query where the backbone trains or drops at random."""
         if self.prompt is None:
             return None
-        if not _trains(self.backbone) and not _is_random(self.backbone):
+        if not self.backbone_trains and not _is_random(self.backbone):
             return None
         return copy.deepcopy(self.backbone).requires_grad_(False).eval()
 
@@ -327,10 +332,6 @@ def _class_position(vit: VisionTransformer) -> Tensor:
 def _place(vit: VisionTransformer, patches: Tensor) -> Tensor:
     """Adds class token and positions, as timm does before the blocks, (B, 1+N, D)."""
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
-
-
-def _trains(vit: VisionTransformer) -> bool:
-    return any(p.requires_grad for p in vit.parameters())
 
 
 def _is_random(vit: VisionTransformer) -> bool:
