@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def find(output_dir: Path) -> dict[int, Path]:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
-    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _VALID}}
+    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _ENTRIES}}
     utils.write_whole(path, lambda file: torch.save(content, file))
 
 
@@ -78,9 +78,9 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    content = _read(path)
+    content = read(path, str(path))
     if content.get("format") == FORMAT:
-        return _own(content, path)
+        return Checkpoint(**check_entries(content, _ENTRIES, str(path)))
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
         match = _NAME.fullmatch(path.name)
         if match is None:
@@ -93,16 +93,46 @@ def load(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
 
 
-def _own(content: dict[str, Any], path: Path) -> Checkpoint:
+#: What the entries of a file must be: in words, and as a test.
+Entries = dict[str, tuple[str, Callable[[Any], bool]]]
+
+
+def read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
+    """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them.
+
+    Args:
+        file: What to read.
+        source: What to call it in messages.
+
+    Raises:
+        CheckpointError: If it is damaged or something else.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader raise anything
+        reason = utils.reason(error)
+        raise CheckpointError(f"{source} is damaged or is no checkpoint: {reason}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{source} is no L2P checkpoint: it holds no `model` state dict")
+    return content
+
+
+def check_entries(content: dict[str, Any], entries: Entries, source: str) -> dict[str, Any]:
+    """The content without its format mark.
+
+    Raises:
+        CheckpointError: If an entry is missing, unknown, or not what it must be.
+    """
     found = {name: value for name, value in content.items() if name != "format"}
-    for name in _VALID.keys() ^ found.keys():
-        state = "missing" if name in _VALID else "not expected there"
-        raise CheckpointError(f"{path}: the entry {name} is {state}")
-    for name, (expected, is_valid) in _VALID.items():
+    for name in entries.keys() ^ found.keys():
+        state = "missing" if name in entries else "not expected there"
+        raise CheckpointError(f"{source}: the entry {name} is {state}")
+    for name, (expected, is_valid) in entries.items():
         if not is_valid(found[name]):
             shown = repr(found[name])[:60]
-            raise CheckpointError(f"{path}: the entry {name} is {shown}, expected {expected}")
-    return Checkpoint(**found)
+            raise CheckpointError(f"{source}: the entry {name} is {shown}, expected {expected}")
+    return found
 
 
 def _is_tensors(value: Any) -> bool:
@@ -128,10 +158,9 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
-#: Entries of our own format: what each must be, in words and as a test.
-_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+#: What every file of a run tells of it.
+ORIGIN_ENTRIES: Entries = {
     "model": ("tensors by name", _is_tensors),
-    "task": ("a task number", lambda value: isinstance(value, int) and value >= 0),
     "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),
     "class_order": ("class ids of each task, each once", _is_class_order),
     "class_names": ("names of classes", lambda value: _is_list(value, str)),
@@ -139,14 +168,7 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "accuracy": ("matrices by selection", _is_matrices),
 }
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader raise anything
-        reason = utils.reason(error)
-        raise CheckpointError(f"{path} is damaged or is no checkpoint: {reason}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{path} is no L2P checkpoint: it holds no `model` state dict")
-    return content
+_ENTRIES: Entries = {
+    **ORIGIN_ENTRIES,
+    "task": ("a task number", lambda value: isinstance(value, int) and value >= 0),
+}

@@ -26,17 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from datasets import DataError, ImageSource
 from image_transforms import Transform
-
-# First word of a random stream, so that no two purposes ever share one.
-_ORDER_STREAM, _AUGMENT_STREAM = 0, 1
-
-
-# Random streams
-
-
-def _random_words(seed: int, *stream: int, num_words: int) -> list[int]:
-    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=stream)
-    return sequence.generate_state(num_words).tolist()
+from preemption import outlive_stop_signals
+from random_streams import Stream, random_words
 
 
 @contextmanager
@@ -104,8 +95,8 @@ class TrainData(Dataset):
     def _load(self, epoch: int, position: int) -> tuple[Tensor, int]:
         index = int(self.indices[position])
         image, target = self.source[index]
-        stream = (_AUGMENT_STREAM, self.task, epoch, index)
-        _seed_global_rng(_random_words(self.seed, *stream, num_words=3))
+        place = (self.task, epoch, index)
+        _seed_global_rng(random_words(self.seed, Stream.AUGMENTATION, *place, num_words=3))
         return self.transform(image), target
 
 
@@ -291,12 +282,14 @@ class LoaderOptions:
 
     Attributes:
         batch_size: Images of one process in a batch.
-        vote_group_size: Images that choose their prompts together in evaluation.
+        vote_group_size: Images that choose their prompts together.
         num_workers: Worker processes of a loader; 0 loads in the process itself.
         pin_memory: Whether to load into pinned memory, when there is an accelerator.
         seed: Seed of the run; decides the order of training images.
         rank: This process among `world_size`.
         world_size: Processes that share the work.
+        global_batch: Images of all processes in a training step; None: as many as their batches
+            hold together.
     """
 
     batch_size: int
@@ -306,14 +299,29 @@ class LoaderOptions:
     seed: int = 42
     rank: int = 0
     world_size: int = 1
+    global_batch: int | None = None
+
+    @property
+    def full_batch(self) -> int:
+        """Images of all processes in a full training step."""
+        return self.global_batch or self.batch_size * self.world_size
+
+    def share(self, num_images: int) -> slice:
+        """Which of so many consecutive images are this process's: whole vote groups."""
+        num_groups = -(-num_images // self.vote_group_size)
+        first, stop = (
+            min(num_images, num_groups * rank // self.world_size * self.vote_group_size)
+            for rank in (self.rank, self.rank + 1)
+        )
+        return slice(first, stop)
 
 
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """This process's piece of every global batch, as (epoch, position) pairs.
 
-    The order of the images depends on seed, task and epoch alone. It is cut into global batches of
-    batch_size * world_size; of each, process r takes the r-th batch_size images. The last one may
-    be short: then a process may have fewer images or an empty batch, so that all take equally many
+    The order of the images depends on seed, task and epoch alone. It is cut into global batches;
+    of each, every process takes a run of whole vote groups, the same places of each batch. The last
+    batch may be short: then a process may have fewer images or none, so that all take equally many
     steps, and nothing is padded or dropped.
 
     Args:
@@ -327,33 +335,32 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.options = options
         self.task = task
         self.epoch = 0
+        self.first_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration delivers."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration delivers, and from which step on."""
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return -(-self.num_images // self._full_batch)
+        return -(-self.num_images // self.options.full_batch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._batches(self.epoch)
+        return self._batches(self.epoch, self.first_step)
 
     def global_batch_size(self, step: int) -> int:
         """Images of all processes together in a step of the epoch, counted from 0."""
-        return min(self._full_batch, self.num_images - step * self._full_batch)
+        full = self.options.full_batch
+        return min(full, self.num_images - step * full)
 
-    @property
-    def _full_batch(self) -> int:
-        return self.options.batch_size * self.options.world_size
-
-    def _batches(self, epoch: int) -> Iterator[list[tuple[int, int]]]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
         order = self._order(epoch)
-        for step in range(len(self)):
-            start = step * self._full_batch + self.options.rank * self.options.batch_size
-            yield [(epoch, i) for i in order[start : start + self.options.batch_size]]
+        full = self.options.full_batch
+        share = self.options.share(full)
+        for start in range(first_step * full, self.num_images, full):
+            yield [(epoch, i) for i in order[start : start + full][share]]
 
     def _order(self, epoch: int) -> list[int]:
-        words = _random_words(self.options.seed, _ORDER_STREAM, self.task, epoch, num_words=4)
+        words = random_words(self.options.seed, Stream.ORDER, self.task, epoch, num_words=4)
         return np.random.default_rng(words).permutation(self.num_images).tolist()
 
 
@@ -398,14 +405,11 @@ def build_test_loader(test_set: TestSet, options: LoaderOptions) -> DataLoader:
 
 
 def _test_batches(num_images: int, options: LoaderOptions) -> list[list[int]]:
-    group = options.vote_group_size
-    num_groups = -(-num_images // group)
-    first, stop = (
-        min(num_images, num_groups * rank // options.world_size * group)
-        for rank in (options.rank, options.rank + 1)
-    )
-    size = max(1, options.batch_size // group) * group
-    return [list(range(at, min(at + size, stop))) for at in range(first, stop, size)]
+    share = options.share(num_images)
+    size = max(1, options.batch_size // options.vote_group_size) * options.vote_group_size
+    return [
+        list(range(at, min(at + size, share.stop))) for at in range(share.start, share.stop, size)
+    ]
 
 
 def _loader(
@@ -422,5 +426,6 @@ def _loader(
         collate_fn=_Collate(data),
         pin_memory=options.pin_memory and torch.accelerator.is_available(),
         persistent_workers=persistent and num_workers > 0,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator(),  # else every iteration draws from the global one
     )

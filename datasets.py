@@ -10,6 +10,7 @@ Shapes: n images of a source, H height, W width in pixels.
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from utils import is_main_process, main_process_first
+from downloads import fetch, new_folder, one_at_a_time, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -168,28 +169,65 @@ def _reason(error: Exception, path: str | Path) -> str:
 
 
 def _load_cifar100(data_path: Path) -> tuple[ImageSource, ImageSource]:
-    with main_process_first():
-        train = _open_or_download_cifar100(data_path)
-    test = CIFAR100(data_path, train=False)
-    return (
-        ArraySource(train.data, train.targets, train.classes),
-        ArraySource(test.data, test.targets, test.classes),
+    # torchvision unpickles train, test and meta only after their MD5 sums equal its pinned ones.
+    def read() -> tuple[ImageSource, ImageSource]:
+        train, test = CIFAR100(data_path, train=True), CIFAR100(data_path, train=False)
+        return (
+            ArraySource(train.data, train.targets, train.classes),
+            ArraySource(test.data, test.targets, test.classes),
+        )
+
+    def download(workshop: Path) -> None:
+        checksum = f"md5:{CIFAR100.tgz_md5}"
+        unpack(fetch(CIFAR100.url, checksum, workshop, found_in=data_path), workshop)
+
+    return _read_or_download(
+        "CIFAR-100",
+        data_path / CIFAR100.base_folder,
+        contents="the files train, test and meta",
+        url=CIFAR100.url,
+        read=read,
+        download=download,
     )
 
 
-def _open_or_download_cifar100(data_path: Path) -> CIFAR100:
+def _read_or_download(
+    name: str,
+    target: Path,
+    contents: str,
+    url: str,
+    read: Callable[[], tuple[ImageSource, ImageSource]],
+    download: Callable[[Path], None],
+) -> tuple[ImageSource, ImageSource]:
+    """Read a data set; one that is not there, or damaged, is downloaded by one process first.
+
+    Args:
+        name: What to call the data set.
+        target: Folder of its own that it lies in; everything is written beside it.
+        contents: What belongs in that folder, in words.
+        url: Where it comes from.
+        read: Reads it; raises RuntimeError, as torchvision's readers do, where that cannot be done.
+        download: Makes a folder of target's name in the empty one that it is given.
+
+    Raises:
+        DataError: If the data set is not there and cannot be downloaded.
+    """
+    data_path = target.parent
+    with suppress(RuntimeError):
+        return read()  # complete data need neither a lock nor the right to write
     try:
-        return CIFAR100(data_path, train=True)
-    except RuntimeError:  # torchvision's word for missing or damaged files
-        logger.info("CIFAR-100 is not in %s: downloading %s", data_path, CIFAR100.url)
-    try:
-        return CIFAR100(data_path, train=True, download=is_main_process())
+        with one_at_a_time(data_path):
+            with suppress(RuntimeError):
+                return read()  # another process was faster
+            logger.info("%s is not in %s: downloading %s", name, data_path, url)
+            with new_folder(target) as workshop:
+                download(workshop)
+            return read()
     except Exception as error:  # sockets, HTTP, tar and the file system each have their own
-        folder = data_path / CIFAR100.base_folder
         raise DataError(
-            f"CIFAR-100 is missing or damaged: expected the files train, test and meta in {folder} "
-            f"and the download failed ({error or type(error).__name__}). Unpack {CIFAR100.url} in "
-            f"{data_path}, or give as --data-path the folder that holds {CIFAR100.base_folder}"
+            f"{name} is missing or damaged: expected {contents} in {target} and the download "
+            f"failed ({str(error) or type(error).__name__}). Unpack {url} in {data_path}, or give "
+            f"as --data-path the folder that holds {target.name}"
         ) from error
 
 

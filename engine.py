@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from torch.nn import functional as F
 
 import metrics
 import utils
+from processes import rank, sum_gradients, sum_over_processes
+from random_streams import seed_model
 
 if TYPE_CHECKING:
     from continual_dataloader import Task, TestSet
@@ -44,7 +47,7 @@ class Scheduler(Protocol):
 
 
 #: Batches of (images, targets), and their number as its length. For training its `batch_sampler`
-#: has `set_epoch(epoch)` and `global_batch_size(step)`.
+#: has `set_epoch(epoch, first_step)` and `global_batch_size(step)`.
 Loader = Any
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
@@ -68,6 +71,7 @@ class EngineOptions:
         shared_prompt_pool: Whether a task's prompts start from those of the task before.
         shared_prompt_key: The same for the keys.
         print_freq: Steps between two progress lines.
+        seed: Seed of what the model draws in training (dropout).
     """
 
     device: torch.device
@@ -83,6 +87,7 @@ class EngineOptions:
     shared_prompt_pool: bool = False
     shared_prompt_key: bool = False
     print_freq: int = 10
+    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,76 @@ class TaskReport:
     eval_seconds: float
 
 
+@dataclass
+class Position:
+    """Where a run stands: what comes next, and what the task has given so far.
+
+    Attributes:
+        task: 0-based number of the task; T when the run is complete.
+        epoch: Finished epochs of the task; all of them when it is being evaluated.
+        step: Finished steps of the epoch.
+        meters: Sum and count of every meter of the epoch.
+        epoch_stats: Averages over each finished epoch.
+        evaluations: Of the test sets that are evaluated already.
+        train_seconds: Wall time of training.
+        eval_seconds: Wall time of evaluation.
+    """
+
+    task: int = 0
+    epoch: int = 0
+    step: int = 0
+    meters: dict[str, list[float]] = field(default_factory=dict)
+    epoch_stats: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+
+    @property
+    def inside_task(self) -> bool:
+        """Whether the task has begun."""
+        return self.epoch > 0 or self.step > 0
+
+    def end_epoch(self, stats: dict[str, float]) -> None:
+        """Moves to the first step of the next epoch."""
+        self.epoch_stats.append(stats)
+        self.epoch, self.step, self.meters = self.epoch + 1, 0, {}
+
+    def report(self) -> TaskReport:
+        """What is known after the task."""
+        return TaskReport(
+            self.task,
+            self.epoch_stats[-1],
+            self.evaluations,
+            self.train_seconds,
+            self.eval_seconds,
+        )
+
+
+class Monitor:
+    """Watches a run, saves it, stops it; this one does nothing."""
+
+    def wants_to_stop(self) -> bool:
+        """Whether this process was asked to stop; if one was, all stop after the step."""
+        return False
+
+    def at_boundary(
+        self, position: Position, optimizer: torch.optim.Optimizer, stop: bool = False
+    ) -> None:
+        """Called after every step, epoch, test set and task: the run can go on from here.
+
+        Args:
+            position: Where it stands.
+            optimizer: The one in use.
+            stop: Whether the run shall end here, by an exception that this raises.
+        """
+
+    def in_evaluation(self) -> None:
+        """Called before every batch of an evaluation; may end the run by an exception."""
+
+    def at_task_end(self, report: TaskReport) -> None:
+        """Called after the evaluation of a task."""
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss is no number any more; the model still holds the values before that step."""
 
@@ -133,8 +208,10 @@ def train_one_epoch(
     task: Task,
     epoch: int,
     options: EngineOptions,
+    position: Position | None = None,
+    monitor: Monitor | None = None,
 ) -> dict[str, float]:
-    """Trains one epoch of one task.
+    """Trains one epoch of one task, or what is left of it.
 
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`.
@@ -143,6 +220,8 @@ def train_one_epoch(
         task: The task, for its class mask and prompt mask.
         epoch: 0-based epoch inside the task.
         options: See there.
+        position: Where in the epoch to begin; kept up to date.
+        monitor: Is told of every step.
 
     Returns:
         Averages over the epoch: `Lr`, `Loss` (mean over batches, pull term included), `Acc@1` and
@@ -151,18 +230,30 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: Naming task, epoch, step and value, before the step changes anything.
     """
+    position = position or Position(task.index, epoch)
+    monitor = monitor or Monitor()
     model.train()
     allowed = _mask(task.classes, model, options) if options.train_mask else None
     width = len(str(options.epochs))
     header = f"Train: Epoch[{epoch + 1:{width}d}/{options.epochs}]"
-    progress = utils.Progress(header, options.print_freq)
-    loader.batch_sampler.set_epoch(epoch)
-    for step, (images, targets) in progress.over(loader, len(loader)):
-        size = loader.batch_sampler.global_batch_size(step)
+    progress = utils.Progress(header, options.print_freq, position.meters)
+    sampler = loader.batch_sampler
+    sampler.set_epoch(epoch, position.step)
+    since = time.monotonic()
+    for step, (images, targets) in progress.over(loader, len(loader), position.step):
+        size = sampler.global_batch_size(step)
         batch = (images.to(options.device), targets.to(options.device))
+        seed_model(options.device, options.seed, task.index, epoch, step, rank())
         try:
-            loss, correct1, correct5 = train_step(
-                model, optimizer, batch, task.index, allowed, size, options
+            loss, correct1, correct5, stop = train_step(
+                model,
+                optimizer,
+                batch,
+                task.index,
+                allowed,
+                size,
+                options,
+                stop=monitor.wants_to_stop(),
             )
         except NonFiniteLossError as error:
             place = f"task {task.index + 1}, epoch {epoch + 1}, step {step + 1}"
@@ -173,6 +264,10 @@ def train_one_epoch(
         progress.update(
             {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
         )
+        now = time.monotonic()
+        position.step, position.meters = step + 1, progress.sums()
+        position.train_seconds, since = position.train_seconds + now - since, now
+        monitor.at_boundary(position, optimizer, stop=stop > 0)
     averages = progress.averages()
     logger.info("Averaged stats: %s", "  ".join(f"{k}: {v:.4f}" for k, v in averages.items()))
     return averages
@@ -186,6 +281,7 @@ def train_step(
     allowed: Tensor | None,
     global_size: int,
     options: EngineOptions,
+    stop: bool = False,
 ) -> list[float]:
     """One step of all processes.
 
@@ -197,19 +293,20 @@ def train_step(
         allowed: Which classes may be predicted, bool (C,); None: all.
         global_size: Images of all processes in this step.
         options: See there.
+        stop: Whether this process was asked to stop.
 
     Returns:
-        Loss, correct@1 and correct@5 over all processes.
+        Loss, correct@1 and correct@5 over all processes, and how many of them were asked to stop.
 
     Raises:
         NonFiniteLossError: If the loss or its gradient is not finite; nothing has changed then.
     """
     optimizer.zero_grad()
     values = _forward_backward(model, batch, task_id, allowed, global_size, options)
-    totals = utils.sum_over_processes(values).tolist()
+    totals = sum_over_processes(torch.cat([values, values.new_tensor([float(stop)])])).tolist()
     if not math.isfinite(totals[0]):
         raise NonFiniteLossError(f"loss is {totals[0]}")
-    utils.sum_gradients(model.parameters())
+    sum_gradients(model.parameters())
     limit = math.inf if options.clip_grad is None else options.clip_grad
     norm = nn.utils.clip_grad_norm_(_trained(model), limit).item()
     if not math.isfinite(norm):
@@ -224,6 +321,7 @@ def evaluate(
     loader: Loader,
     test_set: TestSet,
     options: EngineOptions,
+    monitor: Monitor | None = None,
 ) -> Evaluation:
     """Evaluates one test set, batch-wise and instance-wise in one pass.
 
@@ -234,12 +332,14 @@ def evaluate(
         loader: Batches of (images, targets), each of whole vote groups of this process's share.
         test_set: What is evaluated.
         options: See there.
+        monitor: Is asked before every batch.
 
     Returns:
         Accuracies over all images of all processes; `Loss` is the mean over vote groups of the
         group's mean cross-entropy, so it depends neither on the batch nor on the processes.
     """
     model.eval()
+    monitor = monitor or Monitor()
     classes = test_set.classes if options.task_inc else options.all_classes
     allowed = _mask(classes, model, options)
     totals = {name: torch.zeros(4, dtype=torch.float64) for name in SELECTIONS}
@@ -247,6 +347,7 @@ def evaluate(
     num_images = torch.zeros((), dtype=torch.float64)
     progress = utils.Progress(f"Test: [Task {test_set.index + 1}]", options.print_freq)
     for _, (images, targets) in progress.over(loader, len(loader)):
+        monitor.in_evaluation()
         images, targets = images.to(options.device), targets.to(options.device)
         out = model(images, vote_group_size=options.vote_group_size)
         logits = {"batch": out["logits"], "instance": _instance_logits(model, images, out)}
@@ -268,6 +369,9 @@ def evaluate_till_now(
     task: Task,
     matrices: dict[str, metrics.Matrix],
     options: EngineOptions,
+    position: Position | None = None,
+    monitor: Monitor | None = None,
+    on_test_set: Callable[[], None] = lambda: None,
 ) -> list[Evaluation]:
     """Evaluates every test set of a task and enters the accuracies in the matrices.
 
@@ -277,29 +381,27 @@ def evaluate_till_now(
         task: The task that was learned last.
         matrices: Accuracy matrix for each of `SELECTIONS`; column `task.index` is filled.
         options: See there.
+        position: Which test sets are evaluated already; kept up to date.
+        monitor: Is asked before every batch.
+        on_test_set: Called after every test set.
 
     Returns:
         One evaluation for each test set, in order.
     """
-    evaluations = []
-    for test_set in task.test_sets:
-        result = evaluate(model, test_loader(test_set), test_set, options)
+    position = position or Position(task.index)
+    evaluations = position.evaluations
+    for test_set in task.test_sets[len(evaluations) :]:
+        start = time.monotonic()
+        result = evaluate(model, test_loader(test_set), test_set, options, monitor)
         for name in SELECTIONS:
             matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
         batch, alone = result.stats["batch"], result.stats["instance"]
         line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**batch)
         logger.info("%s  (instance-wise %.3f)", line, alone["Acc@1"])
         evaluations.append(result)
-    labels = {"batch": "Average accuracy", "instance": "Instance-wise accuracy"}
-    for name in SELECTIONS:
-        means = average_stats(evaluations, name)
-        line = f"[{labels[name]} till task{task.index + 1}]"
-        line += "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
-        lost = metrics.forgetting(matrices[name], task.index)
-        backward = metrics.backward_transfer(matrices[name], task.index)
-        if lost is not None and backward is not None:
-            line += f"\tForgetting: {lost:.4f}\tBackward: {backward:.4f}"
-        logger.info(line)
+        position.eval_seconds += time.monotonic() - start
+        on_test_set()
+    _log_averages(task, evaluations, matrices)
     return evaluations
 
 
@@ -312,9 +414,14 @@ def train_and_evaluate(
     make_scheduler: MakeScheduler,
     matrices: dict[str, metrics.Matrix],
     options: EngineOptions,
-    on_task_end: Callable[[TaskReport], None] = lambda report: None,
+    monitor: Monitor | None = None,
+    position: Position | None = None,
+    optimizer_state: dict[str, Any] | None = None,
 ) -> None:
     """Learns the tasks one after the other and evaluates after each.
+
+    A run that stopped goes on where `position` says, with the model, the matrices and the
+    optimizer's state as they were then.
 
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`.
@@ -325,35 +432,59 @@ def train_and_evaluate(
         make_scheduler: Makes the learning rate schedule of one task, or None.
         matrices: Accuracy matrix for each of `SELECTIONS`, filled column by column.
         options: See there.
-        on_task_end: Called after each task (checkpoints, results).
+        monitor: Is told how the run goes.
+        position: Where to begin; None: with the first task.
+        optimizer_state: State dict of the optimizer at that position.
 
     Raises:
         NonFiniteLossError: See `train_one_epoch`.
     """
+    monitor, position = monitor or Monitor(), position or Position()
     optimizer = make_optimizer()
-    for task in tasks:
-        start = time.monotonic()
-        _inherit(model, task.index, options)
-        if task.index > 0 and options.reinit_optimizer:
-            optimizer = make_optimizer()
-        scheduler = make_scheduler(optimizer)
+    for task in tasks[position.task :]:
+        if not position.inside_task:
+            _inherit(model, task.index, options)
+            if task.index > 0 and options.reinit_optimizer:
+                optimizer, optimizer_state = make_optimizer(), None
+        scheduler = _continue_schedule(make_scheduler, optimizer, position, optimizer_state)
+        optimizer_state = None
         loader = train_loader(task)
-        for epoch in range(options.epochs):
-            train_stats = train_one_epoch(model, loader, optimizer, task, epoch, options)
+        while position.epoch < options.epochs:
+            stats = train_one_epoch(
+                model, loader, optimizer, task, position.epoch, options, position, monitor
+            )
+            position.end_epoch(stats)
             if scheduler is not None:
-                scheduler.step(epoch + 1, metric=train_stats["Acc@1"])
-        trained = time.monotonic()
-        evaluations = evaluate_till_now(model, test_loader, task, matrices, options)
-        evaluated = time.monotonic()
-        on_task_end(
-            TaskReport(task.index, train_stats, evaluations, trained - start, evaluated - trained)
+                scheduler.step(position.epoch, metric=stats["Acc@1"])
+            monitor.at_boundary(position, optimizer)
+        on_test_set = partial(monitor.at_boundary, position, optimizer)
+        evaluate_till_now(
+            model, test_loader, task, matrices, options, position, monitor, on_test_set
         )
+        monitor.at_task_end(position.report())
+        position = Position(task.index + 1)
+        monitor.at_boundary(position, optimizer)
 
 
 def average_stats(evaluations: Sequence[Evaluation], selection: str) -> dict[str, float]:
     """Unweighted mean over test sets of `Acc@1`, `Acc@5` and `Loss`."""
     keys = ("Acc@1", "Acc@5", "Loss")
     return {k: sum(e.stats[selection][k] for e in evaluations) / len(evaluations) for k in keys}
+
+
+def _log_averages(
+    task: Task, evaluations: Sequence[Evaluation], matrices: dict[str, metrics.Matrix]
+) -> None:
+    labels = {"batch": "Average accuracy", "instance": "Instance-wise accuracy"}
+    for name in SELECTIONS:
+        means = average_stats(evaluations, name)
+        line = f"[{labels[name]} till task{task.index + 1}]"
+        line += "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
+        lost = metrics.forgetting(matrices[name], task.index)
+        backward = metrics.backward_transfer(matrices[name], task.index)
+        if lost is not None and backward is not None:
+            line += f"\tForgetting: {lost:.4f}\tBackward: {backward:.4f}"
+        logger.info(line)
 
 
 def masked_cross_entropy(
@@ -456,19 +587,41 @@ def _evaluation(
     options: EngineOptions,
 ) -> Evaluation:
     stats = {}
-    total_images = utils.sum_over_processes(_on(num_images, options)).item()
+    total_images = sum_over_processes(_on(num_images, options)).item()
     for name in SELECTIONS:
-        loss, groups, *correct = utils.sum_over_processes(_on(totals[name], options)).tolist()
+        loss, groups, *correct = sum_over_processes(_on(totals[name], options)).tolist()
         top1, top5 = (100 * c / total_images for c in correct)
         stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
     if not usage.size:
         return Evaluation(test_set.index, stats)
     counts = {
-        name: [int(c) for c in utils.sum_over_processes(_on(usage.counts[name], options))]
+        name: [int(c) for c in sum_over_processes(_on(usage.counts[name], options))]
         for name in SELECTIONS
     }
-    total, number = utils.sum_over_processes(_on(usage.similarity, options)).tolist()
+    total, number = sum_over_processes(_on(usage.similarity, options)).tolist()
     return Evaluation(test_set.index, stats, counts, total / number)
+
+
+def _continue_schedule(
+    make_scheduler: MakeScheduler,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    optimizer_state: dict[str, Any] | None,
+) -> Scheduler | None:
+    """The schedule of a task after its finished epochs; the optimizer gets its state, if any.
+
+    A schedule follows from the accuracies of the epochs alone, so it is led through them again:
+    the state dicts of timm's schedulers do not hold all that counts.
+    """
+    if optimizer_state is not None and not position.inside_task:
+        optimizer.load_state_dict(optimizer_state)  # the schedule begins with what it finds
+    scheduler = make_scheduler(optimizer)
+    if scheduler is not None:
+        for epoch, stats in enumerate(position.epoch_stats):
+            scheduler.step(epoch + 1, metric=stats["Acc@1"])
+    if optimizer_state is not None and position.inside_task:
+        optimizer.load_state_dict(optimizer_state)
+    return scheduler
 
 
 def _inherit(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:

@@ -13,13 +13,12 @@ import numpy as np
 
 import backbone
 import checkpoints
-import datasets
 import engine
 import metrics
 import options
 import settings
 from checkpoints import Checkpoint, CheckpointError
-from experiment import Experiment
+from experiment import Experiment, check_same_run
 from options import UsageError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,9 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
     clashes = [
         f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}"
         for name in sorted(given)
-        if name in stored and name not in _CHANGEABLE and not _same(name, given[name], stored[name])
+        if name in stored
+        and name not in _CHANGEABLE
+        and not settings.same(name, given[name], stored[name])
     ]
     if clashes:
         raise UsageError(clashes)
@@ -178,24 +179,7 @@ def _check_belongs(run: Experiment, checkpoint: Checkpoint, number: int, path: P
         raise CheckpointError(f"{path} is of task {checkpoint.task}, expected {number}")
     if checkpoint.original:
         return
-    if checkpoint.class_order != run.stream.class_order:
-        raise CheckpointError(f"{path} has another class order than the other checkpoints")
-    found, wanted = list(run.stream.class_names), checkpoint.class_names or []
-    if found != wanted:
-        pairs = zip(wanted, found, strict=False)
-        differing = next((f"{a!r}, found {b!r}" for a, b in pairs if a != b), "")
-        raise CheckpointError(
-            f"{path} was trained on other data: it knows {len(wanted)} classes, --data-path has "
-            f"{len(found)}" + (f"; expected the class {differing}" if differing else "")
-        )
-    wanted_backbone = checkpoint.backbone
-    if wanted_backbone is not None and wanted_backbone["sha256"] != run.identity.sha256:
-        raise CheckpointError(
-            f"{path} was trained on the backbone {wanted_backbone['name']} "
-            f"({wanted_backbone['source']}, sha256 {wanted_backbone['sha256'][:12]}), found "
-            f"{run.identity.name} ({run.identity.source}, {run.identity.sha256[:12]}): "
-            "give the same weights with --pretrained"
-        )
+    check_same_run(run, checkpoint, path)
 
 
 def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
@@ -208,14 +192,3 @@ def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
         else:
             worst = np.nanmax(np.abs(stored - found))
             logger.warning("Differs from the stored accuracies (%s) by up to %.4f", name, worst)
-
-
-def _same(name: str, given: object, stored: object) -> bool:
-    if name == "model":
-        return backbone.resolve_name(str(given)) == backbone.resolve_name(str(stored))
-    if name == "dataset":
-        try:
-            return datasets.find_source(str(given)) is datasets.find_source(str(stored))
-        except ValueError:
-            return False
-    return given == stored

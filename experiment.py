@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from timm.utils import random_seed
 from torch.utils.data import DataLoader
@@ -16,12 +17,13 @@ import datasets
 import metrics
 import settings
 from backbone import BackboneIdentity
+from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
 from datasets import DataError
 from engine import SELECTIONS, EngineOptions
 from image_transforms import build_transform
+from processes import Processes
 from results import RunRecord
-from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class Experiment:
         train_loader: Gives the training batches of a task.
         test_loader: Gives the batches of a test set.
         record: Collects the results.
+        global_batch: Images of all processes in a training step.
     """
 
     stream: data.TaskStream
@@ -48,6 +51,7 @@ class Experiment:
     train_loader: Callable[[data.Task], DataLoader]
     test_loader: Callable[[data.TestSet], DataLoader]
     record: RunRecord
+    global_batch: int
 
 
 def assemble(
@@ -56,6 +60,7 @@ def assemble(
     *,
     task_classes: list[list[int]] | None = None,
     weights_follow: bool = False,
+    global_batch: int | None = None,
 ) -> Experiment:
     """Loads data and weights and puts the parts together.
 
@@ -65,6 +70,7 @@ def assemble(
         task_classes: Class ids of each task; None: as the settings say.
         weights_follow: Whether all weights come from a checkpoint later, so that the pretrained
             ones are not needed.
+        global_batch: Images of all processes in a training step; None: `--batch-size` of each.
 
     Raises:
         DataError: If the data are missing or damaged.
@@ -75,7 +81,8 @@ def assemble(
     vit = settings.build_backbone(args, pretrained=not weights_follow)
     identity = backbone.identify(vit, args.model, settings.backbone_source(args))
     model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
-    loading = settings.loader_options(args, processes)
+    global_batch = global_batch or args.batch_size * processes.world_size
+    loading = settings.loader_options(args, processes, global_batch)
     num_test_sets = max(t.index for task in stream.tasks for t in task.test_sets) + 1
     record = RunRecord(
         config={
@@ -95,6 +102,7 @@ def assemble(
         train_loader=partial(data.build_train_loader, options=loading),
         test_loader=partial(data.build_test_loader, options=loading),
         record=record,
+        global_batch=global_batch,
     )
 
 
@@ -136,6 +144,47 @@ def _flat_order(
     return class_order(len(classes), args.seed, args.shuffle)
 
 
+class Stored(Protocol):
+    """What a file that a run wrote tells of its data and of its backbone."""
+
+    @property
+    def class_order(self) -> list[list[int]] | None:
+        """Class ids of each task."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Name of every class."""
+
+    @property
+    def backbone(self) -> dict[str, str] | None:
+        """`name`, `source` and `sha256` of the frozen network."""
+
+
+def check_same_run(run: Experiment, stored: Stored, path: Path) -> None:
+    """Makes sure that a file was written by a run on the same data and the same backbone.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    if stored.class_order != run.stream.class_order:
+        raise CheckpointError(f"{path} has another class order than this run")
+    found, wanted = list(run.stream.class_names), stored.class_names or []
+    if found != wanted:
+        pairs = zip(wanted, found, strict=False)
+        differing = next((f"{a!r}, found {b!r}" for a, b in pairs if a != b), "")
+        raise CheckpointError(
+            f"{path} was trained on other data: it knows {len(wanted)} classes, --data-path has "
+            f"{len(found)}" + (f"; expected the class {differing}" if differing else "")
+        )
+    if stored.backbone is not None and stored.backbone["sha256"] != run.identity.sha256:
+        raise CheckpointError(
+            f"{path} was trained on the backbone {stored.backbone['name']} "
+            f"({stored.backbone['source']}, sha256 {stored.backbone['sha256'][:12]}), found "
+            f"{run.identity.name} ({run.identity.source}, {run.identity.sha256[:12]}): "
+            "give the same weights with --pretrained"
+        )
+
+
 def describe(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
     """Logs in a few lines what is about to happen."""
     if backbone.resolve_name(args.model) != args.model:
@@ -163,17 +212,25 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
         sum(trained),
     )
     logger.info(
-        "Training: %s, learning rate %g (--lr %g, scaled %s), batch %d x %d processes on %s, "
-        "votes of %d",
+        "Training: %s, learning rate %g (--lr %g, scaled %s), %d images a step, votes of %d; "
+        "%d process%s on %s",
         args.opt,
-        settings.learning_rate(args, processes.world_size),
+        settings.learning_rate(args, run.global_batch),
         args.lr,
         args.lr_scale,
-        args.batch_size,
-        processes.world_size,
-        processes.device,
+        run.global_batch,
         settings.vote_group_size(args),
+        processes.world_size,
+        "" if processes.world_size == 1 else "es",
+        processes.device,
     )
+    idle = processes.world_size - -(-run.global_batch // settings.vote_group_size(args))
+    if idle > 0:
+        logger.warning(
+            "%d of %d processes have nothing to train on: %d images a step are %d vote groups, and "
+            "a vote group stays in one process",
+            *(idle, processes.world_size, run.global_batch, processes.world_size - idle),
+        )
 
 
 def _short(values: list[int], limit: int = 20) -> str:

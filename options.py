@@ -160,6 +160,8 @@ def _add_run(add: Callable[..., None]) -> None:
     add("--device", "auto", "cuda, cuda:N, cpu, or auto: CUDA where there is one")
     add("--dist_url", "env://", "where processes meet (a launcher's environment by default)")
     add("--world_size", None, "processes of the run; checked against the launcher's", type=int)
+    add("--resume", None, "go on from a saved state: auto (the newest in --output_dir) or a path")
+    add("--save_every", 300.0, "seconds between two saved states inside an epoch", type=float)
     add("--print_freq", 10, "steps between two progress lines in a log file or pipe", type=int)
     add("--local-rank", None, argparse.SUPPRESS, type=int)
 

@@ -17,17 +17,18 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import backbone
+import datasets
 from continual_dataloader import LoaderOptions
 from engine import EngineOptions, Scheduler
 from image_transforms import TransformOptions
+from processes import Processes
 from prompt import Prompt
-from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
 #: Names in the namespace that describe a single command rather than the run.
 _TRANSIENT = (
     "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
-    "world_size",
+    "world_size", "resume", "save_every",
 )  # fmt: skip
 
 
@@ -36,19 +37,35 @@ def resolved(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
 
 
+def same(name: str, one: object, other: object) -> bool:
+    """Whether two values of a setting mean the same."""
+    if name == "model":
+        return backbone.resolve_name(str(one)) == backbone.resolve_name(str(other))
+    if name == "dataset":
+        try:
+            return datasets.find_source(str(one)) is datasets.find_source(str(other))
+        except ValueError:
+            return False
+    return one == other
+
+
 def vote_group_size(args: argparse.Namespace) -> int:
     """Images that vote for prompts together: the batch of one process unless set."""
     return args.vote_group_size or args.batch_size
 
 
-def learning_rate(args: argparse.Namespace, world_size: int) -> float:
+def learning_rate(args: argparse.Namespace, global_batch: int) -> float:
     """The rate that the optimizer gets: `--lr` scaled by the batch.
+
+    Args:
+        args: The settings.
+        global_batch: Images of all processes in a training step.
 
     Source: l2p-pytorch multiplies by the batch of one process / 256.
     """
     if args.lr_scale == "none":
         return args.lr
-    batch = args.batch_size * (world_size if args.lr_scale == "global" else 1)
+    batch = global_batch if args.lr_scale == "global" else args.batch_size
     return args.lr * batch / 256
 
 
@@ -82,7 +99,9 @@ def transform_options(args: argparse.Namespace) -> TransformOptions:
     )
 
 
-def loader_options(args: argparse.Namespace, processes: Processes) -> LoaderOptions:
+def loader_options(
+    args: argparse.Namespace, processes: Processes, global_batch: int
+) -> LoaderOptions:
     """How images are put into batches; never more workers than there are cores."""
     return LoaderOptions(
         batch_size=args.batch_size,
@@ -92,6 +111,7 @@ def loader_options(args: argparse.Namespace, processes: Processes) -> LoaderOpti
         seed=args.seed,
         rank=processes.rank,
         world_size=processes.world_size,
+        global_batch=global_batch,
     )
 
 
@@ -119,6 +139,7 @@ def engine_options(
         shared_prompt_pool=args.shared_prompt_pool,
         shared_prompt_key=args.shared_prompt_key,
         print_freq=args.print_freq,
+        seed=args.seed,
     )
 
 

@@ -20,6 +20,7 @@ from torchprofile import profile_macs
 
 import utils
 from engine import EngineOptions, train_step
+from processes import is_main_process
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def speed_test(
     ]
     for line in lines:
         logger.info(line)
-    if output_dir is not None and utils.is_main_process():
+    if output_dir is not None and is_main_process():
         path = output_dir / "speed_macs.txt"
         earlier = path.read_text() if path.exists() else ""
         utils.write_text(path, earlier + "\n".join(lines) + "\n")

@@ -11,6 +11,7 @@ import timm.optim
 
 import class_order
 import datasets
+import processes
 import prompt
 import settings
 import utils
@@ -72,6 +73,7 @@ def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> Non
         *_tasks(args),
         *_model(args, sound=not of_the_model),
         *_processes(args),
+        *_resume(args),
         *_evaluation(args),
         *_output(args),
     ]
@@ -231,16 +233,30 @@ def _trained(
 
 
 def _processes(args: argparse.Namespace) -> Iterator[str]:
+    launch = processes.find_launch()
     try:
-        utils.choose_device(args.device)
+        processes.choose_device(args.device, launch)
     except ValueError as error:
         yield str(error)
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    launched = 1 if launch is None else launch.world_size
     if args.world_size is not None and args.world_size != launched:
         yield (
             f"--world_size {args.world_size}: the launcher started {launched} processes; "
             f"use its own option, such as --nproc_per_node={args.world_size}"
         )
+
+
+def _resume(args: argparse.Namespace) -> Iterator[str]:
+    if not args.save_every > 0:
+        yield f"--save_every {args.save_every}: must be positive"
+    if args.resume is None:
+        return
+    if args.eval:
+        yield "--resume and --eval are two commands: give one of them"
+    elif args.resume == "auto" and not args.output_dir:
+        yield "--resume auto looks for the state in --output_dir, which is empty: give it"
+    elif args.resume != "auto" and not Path(args.resume).exists():
+        yield f"--resume {args.resume}: neither auto nor a state of a run that exists"
 
 
 def _evaluation(args: argparse.Namespace) -> Iterator[str]:

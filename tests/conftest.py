@@ -1,5 +1,7 @@
 """What all tests share: one thread, explicit attention, small models and data."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from PIL import Image
 from timm.layers import set_fused_attn
 
 torch.set_num_threads(1)
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -32,3 +36,15 @@ def image_folder(tmp_path_factory):
                 pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(target / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """The environment of a process that nobody launched."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in LAUNCHER]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

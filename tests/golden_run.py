@@ -31,7 +31,7 @@ class Batches:
     def __len__(self):
         return len(self.batches)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, first_step=0):
         pass
 
     def global_batch_size(self, step):
@@ -79,6 +79,8 @@ class GoldenRun:
 
     def train(self, on_epoch=lambda stats: None, on_task_end=lambda report: None):
         train_one_epoch = engine.train_one_epoch
+        monitor = engine.Monitor()
+        monitor.at_task_end = on_task_end
 
         def watched(*args):
             stats = train_one_epoch(*args)
@@ -96,7 +98,7 @@ class GoldenRun:
                 lambda optimizer: None,
                 self.matrices,
                 self.options,
-                on_task_end,
+                monitor,
             )
         finally:
             engine.train_one_epoch = train_one_epoch

@@ -374,7 +374,7 @@ def test_augmentation_is_the_same_for_any_number_of_workers_and_ranks():
     assert len(alone) == 18
     assert epoch_images(task, LoaderOptions(8, 8, num_workers=2), epoch=3) == alone
     for world_size in (2, 4):
-        options = LoaderOptions(8 // world_size, 8, num_workers=0, world_size=world_size)
+        options = LoaderOptions(8 // world_size, 2, num_workers=0, world_size=world_size)
         shares = [epoch_images(task, replace(options, rank=r), 3) for r in range(world_size)]
         assert sorted(chain.from_iterable(shares)) == sorted(alone)
         first = [image for share in shares for image in share[: options.batch_size]]

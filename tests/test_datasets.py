@@ -1,12 +1,8 @@
-import io
 import pickle
-import tarfile
-import threading
+import shutil
+import time
 import warnings
-from contextlib import contextmanager
-from functools import partial
 from hashlib import md5
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ from torchvision.datasets import CIFAR100
 
 import datasets
 from datasets import DataError, count_classes, find_source, load_source, open_image
+from test_downloads import finish, serve, start, write_tar
 
 # CIFAR-100
 
@@ -47,40 +44,19 @@ def cifar(monkeypatch, tmp_path):
     """A tiny CIFAR-100 that torchvision's reader takes for the true one, and its server."""
     contents = cifar_files()
     raw = {name: pickle.dumps(content) for name, content in contents.items()}
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, data in raw.items():
-            info = tarfile.TarInfo(f"cifar-100-python/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     (tmp_path / "server").mkdir()
-    (tmp_path / "server" / CIFAR100.filename).write_bytes(archive.getvalue())
+    archive = tmp_path / "server" / CIFAR100.filename
+    write_tar(archive, {f"cifar-100-python/{name}": data for name, data in raw.items()})
     (tmp_path / "server" / "login.html").write_text("log in to the wireless network")
     sums = {name: md5(data).hexdigest() for name, data in raw.items()}
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
-    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive.getvalue()).hexdigest())
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serve(tmp_path / "server") as address:
-        monkeypatch.setattr(CIFAR100, "url", f"{address}/{CIFAR100.filename}")
-        yield contents, raw
-
-
-@contextmanager
-def serve(folder):
-    handler = partial(QuietHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+    with serve(tmp_path / "server") as server:
+        monkeypatch.setattr(CIFAR100, "url", f"{server.address}/{CIFAR100.filename}")
+        yield contents, raw, server
 
 
 def unpack_cifar(raw, folder):
@@ -91,7 +67,7 @@ def unpack_cifar(raw, folder):
 
 @pytest.mark.parametrize("name", ["CIFAR100", "cifar100", "Split-CIFAR100", "split-cifar100"])
 def test_cifar100_is_read_from_the_original_layout(cifar, tmp_path, monkeypatch, name):
-    contents, raw = cifar
+    contents, raw, _ = cifar
     unpack_cifar(raw, tmp_path / "data")
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:1/nowhere")  # nothing may be fetched
     train, test = load_source(name, tmp_path / "data")
@@ -106,36 +82,118 @@ def test_cifar100_is_read_from_the_original_layout(cifar, tmp_path, monkeypatch,
     assert np.array_equal(np.asarray(image), planes.transpose(1, 2, 0))
 
 
-def test_cifar100_is_downloaded_inside_main_process_first(cifar, tmp_path, monkeypatch):
-    events = []
-
-    class Recorded:
-        def __enter__(self):
-            events.append("enter")
-
-        def __exit__(self, *_):
-            events.append("exit")
-
-    true_download = CIFAR100.download
-
-    def download(self):
-        events.append("download")
-        true_download(self)
-
-    monkeypatch.setattr(datasets, "main_process_first", Recorded)
-    monkeypatch.setattr(CIFAR100, "download", download)
-    train, _ = load_source("CIFAR100", tmp_path / "new" / "folder")
-    assert events == ["enter", "download", "exit"]
-    assert train.targets.tolist() == cifar[0]["train"]["fine_labels"]
-    load_source("CIFAR100", tmp_path / "new" / "folder")
-    assert events.count("download") == 1
+def test_cifar100_is_downloaded_once_by_processes_that_start_together(cifar, tmp_path):
+    _, raw, server = cifar
+    data_path = tmp_path / "new" / "folder"
+    server.pause()
+    together = [start(load_source, "CIFAR100", data_path) for _ in range(2)]
+    assert server.half_sent.wait(20)
+    time.sleep(0.5)  # the other one has time to download, too, if nothing stops it
+    server.go_on.set()
+    for process in together:
+        finish(process)
+    assert server.downloads == [f"/{CIFAR100.filename}"]
+    names = sorted(path.name for path in data_path.iterdir())
+    assert names == [".l2p.lock", "cifar-100-python"]
+    for name, data in raw.items():
+        assert (data_path / "cifar-100-python" / name).read_bytes() == data
 
 
-def test_cifar100_damaged_file_is_downloaded_again(cifar, tmp_path):
-    contents, raw = cifar
-    unpack_cifar({**raw, "test": raw["test"][:-10]}, tmp_path / "data")
-    _, test = load_source("CIFAR100", tmp_path / "data")
+def test_cifar100_is_downloaded_after_a_killed_download(cifar, tmp_path):
+    contents, _, server = cifar
+    server.pause()
+    killed = start(load_source, "CIFAR100", tmp_path / "data")
+    assert server.half_sent.wait(20)
+    killed.kill()
+    killed.join(20)
+    server.go_on.set()
+    assert not (tmp_path / "data" / "cifar-100-python").exists()
+    train, _ = load_source("CIFAR100", tmp_path / "data")
+    assert train.targets.tolist() == contents["train"]["fine_labels"]
+    assert len(server.downloads) == 2
+
+
+def test_cifar100_complete_folder_is_read_without_lock_or_write(cifar, tmp_path, monkeypatch):
+    _, raw, server = cifar
+    unpack_cifar(raw, tmp_path / "data")
+    folders = [tmp_path / "data" / "cifar-100-python", tmp_path / "data"]
+    monkeypatch.setattr(datasets, "one_at_a_time", lambda _: pytest.fail("took the lock"))
+    try:
+        for folder in folders:
+            folder.chmod(0o555)
+        before = [folder.stat().st_mtime_ns for folder in folders]  # root writes all the same
+        load_source("CIFAR100", tmp_path / "data")
+        assert [folder.stat().st_mtime_ns for folder in folders] == before
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert server.downloads == []
+
+
+@pytest.mark.parametrize("damaged", ["train", "test", "meta"])
+def test_cifar100_damaged_folder_is_kept_and_replaced(cifar, tmp_path, caplog, damaged):
+    contents, raw, _ = cifar
+    data_path = tmp_path / "data"
+    unpack_cifar({**raw, damaged: raw[damaged][:-10]}, data_path)
+    train, test = load_source("CIFAR100", data_path)
+    assert train.targets.tolist() == contents["train"]["fine_labels"]
     assert test.targets.tolist() == contents["test"]["fine_labels"]
+    (aside,) = data_path.glob("cifar-100-python.damaged-*")
+    assert (aside / damaged).read_bytes() == raw[damaged][:-10]
+    assert f"moved to {aside}" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["train", "test", "meta"])
+def test_cifar100_is_unpickled_only_with_the_right_checksum(cifar, tmp_path, monkeypatch, damaged):
+    _, raw, _ = cifar
+    unpickled = tmp_path / "unpickled"
+    unpack_cifar({**raw, damaged: pickle.dumps(MakesFolder(unpickled))}, tmp_path / "data")
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:1/nowhere")
+    with pytest.raises(DataError):
+        load_source("CIFAR100", tmp_path / "data")
+    assert not unpickled.exists()
+    pickle.loads((tmp_path / "data" / "cifar-100-python" / damaged).read_bytes())
+    assert unpickled.exists()
+
+
+class MakesFolder:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+def test_cifar100_failed_download_leaves_the_damaged_folder(cifar, tmp_path, monkeypatch):
+    _, raw, _ = cifar
+    unpack_cifar({"train": raw["train"]}, tmp_path / "data")
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:1/nowhere")
+    with pytest.raises(DataError):
+        load_source("CIFAR100", tmp_path / "data")
+    names = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert names == [".l2p.lock", "cifar-100-python"]
+    assert (tmp_path / "data" / "cifar-100-python" / "train").read_bytes() == raw["train"]
+
+
+def test_cifar100_archive_that_was_put_there_is_unpacked(cifar, tmp_path):
+    _, _, server = cifar
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "server" / CIFAR100.filename, tmp_path / "data")
+    train, _ = load_source("CIFAR100", tmp_path / "data")
+    assert len(train) == 200
+    assert server.downloads == []
+    assert (tmp_path / "data" / CIFAR100.filename).is_file()
+
+
+def test_cifar100_archive_with_a_member_outside_is_named(cifar, tmp_path, monkeypatch):
+    archive = tmp_path / "server" / CIFAR100.filename
+    write_tar(archive, {"cifar-100-python/train": b"", "../evil": b"evil"})
+    monkeypatch.setattr(CIFAR100, "tgz_md5", md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(DataError) as caught:
+        load_source("CIFAR100", tmp_path / "data")
+    assert CIFAR100.filename in str(caught.value)
+    assert "'../evil'" in str(caught.value)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".l2p.lock"]
 
 
 @pytest.mark.parametrize("page", ["missing.tar.gz", "login.html"])

@@ -55,7 +55,7 @@ class Loader:
     def __len__(self):
         return len(self.batches)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, first_step=0):
         self.epochs.append(epoch)
 
     def global_batch_size(self, step):
@@ -115,8 +115,13 @@ def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
     return engine.evaluate(model, Loader(*data(test_set, size), batch_size), test_set, options)
 
 
-def run(model, options=OPTIONS, *, make_optimizer=None, make_scheduler=None, **hooks):
+def run(
+    model, options=OPTIONS, *, make_optimizer=None, make_scheduler=None, on_task_end=None, **hooks
+):
     """The whole stream; returns the accuracy matrices."""
+    monitor = engine.Monitor()
+    if on_task_end is not None:
+        monitor.at_task_end = on_task_end
     matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
     engine.train_and_evaluate(
         model,
@@ -127,7 +132,7 @@ def run(model, options=OPTIONS, *, make_optimizer=None, make_scheduler=None, **h
         make_scheduler or (lambda optimizer: None),
         matrices,
         options,
-        **hooks,
+        **{"monitor": monitor, **hooks},
     )
     return matrices
 

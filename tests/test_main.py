@@ -65,6 +65,8 @@ def test_run_leaves_its_files(trained):
         "log_stats.txt",
         "results.json",
         "results.png",
+        "checkpoint/last.pth",
+        "checkpoint/last_but_one.pth",
         "checkpoint/task1_checkpoint.pth",
         "checkpoint/task2_checkpoint.pth",
     }

@@ -7,22 +7,10 @@ import stat
 import sys
 
 import pytest
-import torch
 
 import utils
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
-
-
-@pytest.fixture
-def no_launcher(monkeypatch):
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def no_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture
@@ -248,75 +236,6 @@ def test_setup_logging_of_other_processes_shows_warnings_only(root_logger, capsy
     assert "trouble" in captured.err
 
 
-# Processes
-
-
-def test_init_processes_without_launcher_is_one_process(no_launcher):
-    assert utils.init_processes("cpu") == utils.Processes(0, 1, torch.device("cpu"))
-    assert not torch.distributed.is_initialized()
-    assert utils.is_main_process()
-
-
-def test_init_processes_ignores_an_interactive_slurm_shell(no_launcher, monkeypatch):
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert utils.init_processes("cpu").world_size == 1
-
-
-def test_init_processes_joins_the_group_of_a_launcher(no_launcher, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    try:
-        processes = utils.init_processes("cpu", dist_url=f"file://{tmp_path}/rendezvous")
-        assert processes == utils.Processes(0, 1, torch.device("cpu"))
-        assert torch.distributed.is_initialized()
-        assert utils.is_main_process()
-        values = torch.ones(2)
-        assert utils.sum_over_processes(values).tolist() == [1, 1]
-    finally:
-        utils.close_processes()
-    assert not torch.distributed.is_initialized()
-
-
-def test_device_auto_is_cpu_without_cuda(no_launcher, no_cuda):
-    assert utils.init_processes("auto").device == torch.device("cpu")
-
-
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_device_cuda_without_cuda_is_an_error(no_launcher, no_cuda, device):
-    with pytest.raises(ValueError, match=f"--device {device}: torch finds no CUDA device"):
-        utils.init_processes(device)
-
-
-@pytest.mark.parametrize(
-    ("device", "local_rank", "index"), [("cuda", 3, 3), ("auto", 2, 2), ("cuda:1", 3, 1)]
-)
-def test_device_cuda_follows_local_rank_unless_numbered(monkeypatch, device, local_rank, index):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert utils.choose_device(device, local_rank) == torch.device("cuda", index)
-
-
-def test_device_beyond_the_gpus_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="process 3 asks for GPU 3 of 2"):
-        utils.choose_device("cuda", 3)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", "mps"])
-def test_device_of_unknown_name_is_a_value_error(no_launcher, device):
-    with pytest.raises(ValueError, match=device):
-        utils.init_processes(device)
-
-
-def test_main_process_first_runs_body_of_a_single_process():
-    ran = []
-    with utils.main_process_first():
-        ran.append(True)
-    assert ran
-
-
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
@@ -327,10 +246,3 @@ def test_main_process_first_runs_body_of_a_single_process():
 )
 def test_reason_is_the_name_and_the_first_line(error, shown):
     assert utils.reason(error) == shown
-
-
-def test_sums_of_a_single_process_change_nothing():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    assert utils.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    utils.sum_gradients([parameter])
-    assert parameter.grad is None

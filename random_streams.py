@@ -1,0 +1,42 @@
+"""Random numbers that depend on what they are for, not on what was drawn before.
+
+Whatever a run draws is a pure function of its seed and of a place in the run (task, epoch, image or
+step), so neither the number of processes and workers nor a stop in between has a say in it.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """What random numbers are for, so that no two purposes ever share them."""
+
+    ORDER = 0
+    AUGMENTATION = 1
+    MODEL = 2
+
+
+def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list[int]:
+    """Words of 32 random bits.
+
+    Args:
+        seed: Seed of the run.
+        stream: What they are for.
+        place: Numbers that tell the place in the run.
+        num_words: How many.
+    """
+    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(int(stream), *place))
+    return sequence.generate_state(num_words).tolist()
+
+
+def seed_model(device: torch.device, seed: int, *place: int) -> None:
+    """Seeds what a model draws by itself (dropout, stochastic depth) on a device.
+
+    Not `torch.manual_seed`: that seeds every accelerator of the machine, too.
+    """
+    (word,) = random_words(seed, Stream.MODEL, *place, num_words=1)
+    torch.default_generator.manual_seed(word)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(word)
