@@ -47,8 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with StopSignals() as signals:
+        code = _run(sys.argv[1:] if argv is None else argv, signals)
+    if code == preemption.EXIT_CODE:
+        signals.hand_on()
+    return code
+
+
+def _run(argv: list[str], signals: StopSignals) -> int:
+    """Runs one command line to its end, which it tells."""
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
+        return _main(argv, signals)
     except (Exception, Preempted, KeyboardInterrupt) as error:
         code, reason = _tell(error)
         processes.announce_end(code, reason)
@@ -80,7 +89,7 @@ def _tell(error: BaseException) -> tuple[int, str]:
     return 1, utils.reason(error)
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], signals: StopSignals) -> int:
     utils.setup_logging()
     args, problems = options.parse_args(argv)
     paths: dict[int, Path] = {}
@@ -90,14 +99,13 @@ def _main(argv: list[str]) -> int:
         first = checkpoints.load(next(iter(paths.values())))
         args = evaluation.adopt(args, first)
     validate_args(args, problems)
-    with StopSignals() as signals:
-        places = processes.init_processes(args.device, args.dist_url)
-        utils.setup_logging()
-        if first is not None:
-            code = run_evaluation(args, places, paths, first)
-        else:
-            code = run(args, places, signals)
-        processes.close_processes()
+    places = processes.init_processes(args.device, args.dist_url)
+    utils.setup_logging()
+    if first is None:
+        code = run(args, places, signals)
+    else:
+        code = run_evaluation(args, places, paths, first)
+    processes.close_processes()
     return code
 
 

@@ -4,7 +4,7 @@ Schedulers warn a job before they kill it: SIGTERM, or SIGUSR1 or SIGUSR2 some t
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 #: Exit code of a run that stopped so and can be continued ("temporary failure" of sysexits.h).
 EXIT_CODE = 75
 
-#: How long a DataLoader worker goes on after SIGTERM; schedulers rarely wait longer before they kill.
+#: How long a DataLoader worker goes on after SIGTERM; schedulers rarely wait longer to kill.
 _WORKER_SECONDS = 30
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,15 +26,11 @@ class StopSignals:
     """Listens for signals that ask the run to stop, inside a `with` block.
 
     At first a signal raises `Preempted` wherever the program is. Inside `deferred()` it is only
-    remembered in `received`, so that the program can stop where it is ready to. Afterwards whoever
-    listened before gets the signal too.
-
-    Attributes:
-        received: The first signal that came, if any.
+    remembered, so that the program can stop where it is ready to.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self._came: list[signal.Signals] = []
         self._deferring = False
         self._earlier: dict[signal.Signals, Any] = {}
 
@@ -42,28 +38,34 @@ class StopSignals:
         self._earlier = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
-        handler = self._earlier.get(self.received) if self.received else None
-        if kind is Preempted and callable(handler):
-            handler(self.received, None)
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal that came, if any."""
+        return self._came[0] if self._came else None
+
+    def hand_on(self) -> None:
+        """Calls whoever listened before for every signal that came."""
+        for number in self._came:
+            if callable(handler := self._earlier[number]):
+                handler(number, None)
 
     @contextmanager
-    def deferred(self) -> Iterator[Callable[[], bool]]:
-        """Only remembers signals; gives a function that tells whether one came."""
+    def deferred(self) -> Iterator[None]:
+        """Only remembers signals."""
         self._deferring = True
         try:
-            yield lambda: self.received is not None
+            yield
         finally:
             self._deferring = False
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            return  # already on the way out
-        self.received = signal.Signals(number)
-        if not self._deferring:
-            raise Preempted(f"{self.received.name} came while nothing was being trained")
+        self._came.append(signal.Signals(number))
+        if not self._deferring and len(self._came) == 1:  # after the first it is on its way out
+            raise Preempted(f"{self._came[0].name} stopped the run while nothing was being trained")
 
 
 def outlive_stop_signals(_worker_id: int) -> None:

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=l2p
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --output=%x-%j.out
 #SBATCH --error=%x-%j.err
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
 #
 # Trains and evaluates L2P with one process on each GPU (one on the CPU where there is none).
 #
-#   bash train.sh digits_l2p                         the embedded example
-#   bash train.sh --data-path DIR                    Split CIFAR-100 as the original ran it
-#   sbatch --gpus=4 train.sh --data-path DIR         the same under Slurm
+#   bash train.sh digits_l2p                                      the embedded example
+#   bash train.sh --data-path DIR                                 Split CIFAR-100 as the original
+#   sbatch --gpus-per-node=4 train.sh --data-path DIR             the same under Slurm
+#   sbatch --nodes=2 --gpus-per-node=4 train.sh --data-path DIR   on two nodes
 #
-# All arguments go to main.py: configurations and flags, see python main.py --help.
+# All arguments go to main.py: configurations and flags, see python main.py --help. Processes of a
+# node: --ntasks-per-node of sbatch, else its GPUs.
+#
+# Two minutes before its time is over a job saves its state and puts itself back into the queue; when
+# it starts again, for this or another reason, it goes on from there.
 set -euo pipefail
 
 # Slurm runs a copy of this file from a folder of its own, but in the folder that sbatch was called in.
@@ -22,8 +28,45 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/environment.sh"
 use_environment "$here" "$here/requirements.txt"
 
-processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
-if [ "$processes" -eq 1 ]; then
-    exec python "$here/main.py" "$@"
+run_alone() {
+    local processes
+    processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    if [ "$processes" -eq 1 ]; then
+        exec python "$here/main.py" "$@"
+    fi
+    exec python -m torch.distributed.run --standalone --nproc_per_node="$processes" "$here/main.py" "$@"
+}
+
+run_in_batch_job() {
+    local nodes per_node cpus step ended code=0 warned='' signalled=yes
+    nodes=$SLURM_JOB_NUM_NODES
+    per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    cpus=$((${SLURM_CPUS_ON_NODE:-1} / per_node))
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+        set -- "$@" --resume auto
+    fi
+    trap 'signalled=yes warned=yes; kill -USR1 "$step"' USR1
+    trap 'signalled=yes' TERM # the processes get it, too, and save their state
+    srun --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" \
+        --cpus-per-task="$((cpus > 0 ? cpus : 1))" --overcommit --kill-on-bad-exit=1 --unbuffered \
+        python "$here/main.py" "$@" &
+    step=$!
+    while [ -n "$signalled" ]; do # a signal ends the wait, not the step
+        signalled=''
+        ended=0
+        wait "$step" || ended=$?
+        [ "$ended" -eq 127 ] || code=$ended # 127: the wait before this one was the last
+    done
+    if [ -n "$warned" ] && [ "$code" -eq 75 ]; then
+        echo "The state is saved; the job goes back into the queue."
+        scontrol requeue "$SLURM_JOB_ID"
+        sleep 600 # Slurm ends the job meanwhile
+    fi
+    exit "$code"
+}
+
+# A batch job, not the shell of an interactive allocation.
+if [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_JOB_NAME:-}" != interactive ] && [ "${ENVIRONMENT:-}" = BATCH ]; then
+    run_in_batch_job "$@"
 fi
-exec python -m torch.distributed.run --standalone --nproc_per_node="$processes" "$here/main.py" "$@"
+run_alone "$@"

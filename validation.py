@@ -54,12 +54,16 @@ _NOT_NEGATIVE = ("--weight-decay", "--pull_constraint_coeff", "--warmup-lr", "--
 _SHARES = ("--drop", "--drop-path", "--smoothing", "--momentum")
 
 
-def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> None:
+def validate_args(
+    args: argparse.Namespace, problems: Iterable[str] = (), *, elsewhere: bool = False
+) -> None:
     """Checks settings against each other, the files they name, and the environment.
 
     Args:
         args: The settings.
         problems: What is known to be wrong already.
+        elsewhere: Whether the run takes place on another machine, which may have other devices and
+            other data.
 
     Raises:
         UsageError: With everything that is wrong, one problem a line.
@@ -70,9 +74,9 @@ def validate_args(args: argparse.Namespace, problems: Iterable[str] = ()) -> Non
         *of_the_model,
         *_schedule(args),
         *_transforms(args),
-        *_tasks(args),
+        *(() if elsewhere else _tasks(args)),
         *_model(args, sound=not of_the_model),
-        *_processes(args),
+        *(() if elsewhere else _processes(args)),
         *_resume(args),
         *_evaluation(args),
         *_output(args),
