@@ -6,8 +6,19 @@
 # With L2P_SKIP_INSTALL set, the environment at hand is taken as it is (containers, offline machines).
 
 use_environment() {
-    local root=$1 requirements=$2 stamp wanted
+    local root=$1 lock
     [ -z "${L2P_SKIP_INSTALL:-}" ] || return 0
+    if command -v flock >/dev/null && { exec {lock}>"$root/.venv.lock"; } 2>/dev/null; then
+        flock -n "$lock" || { echo "Waiting for another job that installs"; flock "$lock"; } # one at a time
+        make_environment "$@" || return 1
+        exec {lock}>&-
+    else
+        make_environment "$@"
+    fi
+}
+
+make_environment() {
+    local root=$1 requirements=$2 stamp wanted
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
         if [ ! -x "$root/.venv/bin/python" ]; then
             python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

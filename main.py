@@ -71,7 +71,7 @@ def _tell(error: BaseException) -> tuple[int, str]:
         if processes.is_main_process():
             problems = "".join(f"  - {problem}\n" for problem in error.problems)
             print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
-        return 2, "the command line was refused"
+        return 2, f"this command line cannot run: {'; '.join(error.problems)}"
     if isinstance(error, Preempted):
         logger.warning("%s; the same command with --resume auto goes on", error)
         return preemption.EXIT_CODE, str(error)
@@ -92,6 +92,7 @@ def _tell(error: BaseException) -> tuple[int, str]:
 def _main(argv: list[str], signals: StopSignals) -> int:
     utils.setup_logging()
     args, problems = options.parse_args(argv)
+    processes.meet(args.dist_url)
     paths: dict[int, Path] = {}
     first = None
     if args.eval and not problems:
@@ -99,7 +100,7 @@ def _main(argv: list[str], signals: StopSignals) -> int:
         first = checkpoints.load(next(iter(paths.values())))
         args = evaluation.adopt(args, first)
     validate_args(args, problems)
-    places = processes.init_processes(args.device, args.dist_url)
+    places = processes.init_processes(args.device)
     utils.setup_logging()
     if first is None:
         code = run(args, places, signals)

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 #: Below the ports that Linux hands out by itself.
 _PORTS = range(12_000, 32_000)
 
+#: How long a process waits for others, be it in a collective.
+_PATIENCE = timedelta(minutes=10)
+
 #: Seconds for which a process may still leave by itself after another one has ended.
 _GRACE = 5.0
 
@@ -97,36 +100,53 @@ def _slurm_meeting_point(environ: Mapping[str, str]) -> str:
     return f"tcp://{environ.get('MASTER_ADDR', first)}:{environ.get('MASTER_PORT', port)}"
 
 
+def meet(dist_url: str = "env://") -> None:
+    """Waits for the other processes that the launcher has started, if there is a launcher.
+
+    From then on none of them ends early without the others; nothing of the device is touched.
+
+    Args:
+        dist_url: Where the processes meet; `env://`: where the launcher says.
+    """
+    launch = find_launch()
+    if launch is None:
+        return
+    if dist_url == "env://" and launch.meeting_point is not None:
+        dist_url = launch.meeting_point
+    place = (launch.rank, launch.world_size)
+    store, *_ = next(dist.rendezvous(dist_url, *place, timeout=_PATIENCE))
+    _Watch.begin(store)
+
+
 def init_processes(device: str, dist_url: str = "env://") -> Processes:
     """Joins the processes that a launcher describes in the environment, if one does.
 
     Args:
         device: `cuda`, `cuda:N`, `cpu` or `auto` (CUDA where there is one).
-        dist_url: Where the processes meet; `env://`: where the launcher says.
+        dist_url: Where the processes meet, unless they have met.
 
     Raises:
         ValueError: If CUDA is asked for and is not there.
+        LostProcessError: If another process has ended, or does not come.
     """
     launch = find_launch()
     chosen = choose_device(device, launch)
     if launch is None:
         return Processes(0, 1, chosen)
+    if _Watch.current is None:
+        meet(dist_url)
+    assert _Watch.current is not None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if dist_url == "env://" and launch.meeting_point is not None:
-        dist_url = launch.meeting_point
-    timeout = timedelta(minutes=30)
-    place = (launch.rank, launch.world_size)
-    store, *_ = next(dist.rendezvous(dist_url, *place, timeout=timeout))
+    _Watch.current.wait_for_all(launch.world_size)  # what follows waits with a deaf ear
     dist.init_process_group(
         backend="nccl" if chosen.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
+        store=dist.PrefixStore("group", _Watch.current.meeting_point),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timeout,
+        timeout=_PATIENCE,
     )
-    _Watch.begin(dist.PrefixStore("l2p", store))
-    return Processes(*place, chosen)
+    return Processes(launch.rank, launch.world_size, chosen)
 
 
 def choose_device(device: str, launch: Launch | None = None) -> torch.device:
@@ -160,8 +180,8 @@ def close_processes() -> None:
     """Leaves the process group when all processes have come to the end, if there is one."""
     if dist.is_initialized():
         sum_over_processes(torch.zeros(1, device=_group_device()))  # nobody leaves before the last
-        _Watch.end()
         dist.destroy_process_group()
+    _Watch.end()
 
 
 def announce_end(code: int, reason: str) -> None:
@@ -266,7 +286,8 @@ class _Watch(threading.Thread):
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__(name="watch over processes", daemon=True)
-        self.store = store
+        self.meeting_point = store
+        self.store = dist.PrefixStore("l2p", store)
         self.over = threading.Event()
 
     @classmethod
@@ -301,6 +322,14 @@ class _Watch(threading.Thread):
                 return _End(0, 1, "it is gone without a word")
             time.sleep(0.1)
         return None
+
+    def wait_for_all(self, world_size: int) -> None:
+        """Waits until all processes are here."""
+        self.store.add("here", 1)
+        latest = time.monotonic() + _PATIENCE.total_seconds()
+        while (here := self.store.add("here", 0)) < world_size:
+            if time.monotonic() > latest or self.look_for_end(wait=0.0) is not None:
+                raise LostProcessError(f"only {here} of {world_size} processes came")
 
     def run(self) -> None:
         """Looks once a second."""

@@ -13,8 +13,8 @@
 #   sbatch --gpus-per-node=4 train.sh --data-path DIR             the same under Slurm
 #   sbatch --nodes=2 --gpus-per-node=4 train.sh --data-path DIR   on two nodes
 #
-# All arguments go to main.py: configurations and flags, see python main.py --help. Processes of a
-# node: --ntasks-per-node of sbatch, else its GPUs.
+# All arguments go to main.py: configurations and flags, see python main.py --help. Under Slurm there
+# are as many processes as sbatch is given tasks (--ntasks-per-node), or else GPUs.
 #
 # Two minutes before its time is over a job saves its state and puts itself back into the queue; when
 # it starts again, for this or another reason, it goes on from there.
@@ -28,9 +28,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/environment.sh"
 use_environment "$here" "$here/requirements.txt"
 
-run_alone() {
-    local processes
-    processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+run_here() {
+    local processes=1
+    if [ "${SLURM_STEP_NUM_TASKS:-1}" -eq 1 ]; then # else srun has started them
+        processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
     if [ "$processes" -eq 1 ]; then
         exec python "$here/main.py" "$@"
     fi
@@ -38,16 +40,17 @@ run_alone() {
 }
 
 run_in_batch_job() {
-    local nodes per_node cpus step ended code=0 warned='' signalled=yes
+    local nodes tasks per_node cpus step ended code=0 warned='' signalled=yes
     nodes=$SLURM_JOB_NUM_NODES
-    per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    tasks=${SLURM_NTASKS:-$((nodes * ${SLURM_GPUS_ON_NODE:-1}))}
+    per_node=$(((tasks + nodes - 1) / nodes))
     cpus=$((${SLURM_CPUS_ON_NODE:-1} / per_node))
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         set -- "$@" --resume auto
     fi
     trap 'signalled=yes warned=yes; kill -USR1 "$step"' USR1
     trap 'signalled=yes' TERM # the processes get it, too, and save their state
-    srun --nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node" \
+    srun --nodes="$nodes" --ntasks="$tasks" --ntasks-per-node="$per_node" \
         --cpus-per-task="$((cpus > 0 ? cpus : 1))" --overcommit --kill-on-bad-exit=1 --unbuffered \
         python "$here/main.py" "$@" &
     step=$!
@@ -57,16 +60,15 @@ run_in_batch_job() {
         wait "$step" || ended=$?
         [ "$ended" -eq 127 ] || code=$ended # 127: the wait before this one was the last
     done
-    if [ -n "$warned" ] && [ "$code" -eq 75 ]; then
-        echo "The state is saved; the job goes back into the queue."
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 600 # Slurm ends the job meanwhile
+    # 75: saved; 137, 138: killed before, so an earlier state is the newest, or there is none yet.
+    if [ -n "$warned" ] && [[ $code =~ ^(75|137|138)$ ]]; then
+        echo "The job goes back into the queue, and on from its last state."
+        scontrol requeue "$SLURM_JOB_ID" && code=0
     fi
     exit "$code"
 }
 
-# A batch job, not the shell of an interactive allocation.
-if [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_JOB_NAME:-}" != interactive ] && [ "${ENVIRONMENT:-}" = BATCH ]; then
-    run_in_batch_job "$@"
-fi
-run_alone "$@"
+case ${BASH_SOURCE[0]} in
+    */slurm_script) run_in_batch_job "$@" ;; # what Slurm calls its copy
+    *) run_here "$@" ;;
+esac

@@ -2,78 +2,112 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import checkpoints
 import main
-from test_main import TINY
+from conftest import LAUNCHER
+from test_processes import (  # noqa: F401
+    alone,
+    assert_equal_runs,
+    by_slurm,
+    free_port,
+    pictures,
+    shape,
+)
 
 ROOT = Path(main.__file__).resolve().parent
+
+#: torch.distributed.launch and torchrun, without their number of processes.
+LAUNCH = ["-m", "torch.distributed.launch", "--use_env"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+
+
+def start(*words, **environment):
+    """Starts a command from another folder."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") and name not in LAUNCHER
+    }
+    env |= {"OMP_NUM_THREADS": "1", "L2P_SKIP_INSTALL": "1", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=ROOT.parent, env=env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def end(process, timeout=300):
+    """Waits for a command and returns it, with its output."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def command(*words, **environment):
     """Runs a command from another folder and returns it, with its output."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "L2P_SKIP_INSTALL": "1", **environment}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return subprocess.run(
-        [str(word) for word in words], cwd=ROOT.parent, env=env, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+    return end(start(*words, **environment))
 
 
-def launch(processes, *flags):
-    launcher = ["torch.distributed.launch", f"--nproc_per_node={processes}", "--use_env"]
-    return command(
-        sys.executable, "-m", *launcher, f"--master_port={29500 + os.getpid() % 1000}",
-        ROOT / "main.py", *flags,
-    )  # fmt: skip
+def launch(launcher, count, *flags):
+    if launcher is LAUNCH:
+        launcher = [*LAUNCH, f"--master_port={free_port()}"]
+    program = [f"--nproc_per_node={count}", ROOT / "main.py"]
+    return command(sys.executable, *launcher, *program, *flags)
 
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_two_processes_equal_one(image_folder, tmp_path):
-    flags = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    flags += ["--vote_group_size", "3", "--lr_scale", "none", "--lr", "0.02"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    assert main.main([*flags, "--batch-size", "6", "--output_dir", str(alone)]) == 0
-    done = launch(2, *flags, "--batch-size", "3", "--output_dir", together)
+def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):  # noqa: F811
+    done = launch(LAUNCH, 2, *shape(6, 3, pictures, tmp_path))
     assert done.returncode == 0, done.stderr
-
-    for name in ("batch", "instance"):
-        one, two = (results(folder)[name]["accuracy_matrix"] for folder in (alone, together))
-        assert one == two
-    assert results(alone)["prompt_usage"] != []
-    for entry_one, entry_two in zip(
-        results(alone)["prompt_usage"], results(together)["prompt_usage"], strict=True
-    ):
-        assert entry_one["batch"] == entry_two["batch"]
-        assert entry_one["instance"] == entry_two["instance"]
-    one, two = (checkpoints.load(checkpoints.task_path(f, 2)).model for f in (alone, together))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-4, rtol=1e-4)
-    losses = [
-        [json.loads(x)["train_Loss"] for x in (f / "log_stats.txt").read_text().splitlines()]
-        for f in (alone, together)
-    ]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert_equal_runs(tmp_path, alone(12, 3))
     assert done.stdout.count("[Average accuracy till task2]") == 1  # one process speaks
 
 
-def test_launcher_with_one_process_trains_and_evaluates(image_folder, tmp_path):
-    flags = [*TINY, "--dataset", "ImageFolder", "--data-path", image_folder]
-    done = launch(1, *flags, "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = launch(1, *flags, "--output_dir", tmp_path, "--eval")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "count"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["launch-1", "torchrun-2"]
+)
+def test_launcher_evaluates(alone, tmp_path, launcher, count):  # noqa: F811
+    folder = tmp_path / "run"
+    shutil.copytree(alone(12, 3), folder)
+    done = launch(launcher, count, "--eval", "--output_dir", folder, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Reproduces the stored accuracies") == 4
+
+
+@pytest.mark.slow
+def test_failing_process_ends_the_launcher(pictures, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    broken = data / "train" / "a" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    done = launch(TORCHRUN, 2, *shape(3, 3, data, tmp_path / "out"))
+    assert done.returncode != 0
+    assert f"{broken}: " in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):  # noqa: F811
+    """Started by hand with what srun puts into their environment."""
+    environment = by_slurm(2)
+    program = [sys.executable, ROOT / "main.py", *shape(6, 3, pictures, tmp_path)]
+    tasks = [start(*program, **environment(rank)) for rank in (0, 1)]
+    first, second = (end(task) for task in tasks)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "votes of 3; 2 processes" in first.stdout
+    assert (second.stdout, second.stderr) == ("", "")
+    assert_equal_runs(tmp_path, alone(12, 3))
 
 
 def test_refused_command_line_exits_with_two():

@@ -1,9 +1,676 @@
-"""Who a process is, and how several of them work and end together."""
+"""Who a process is, and how several of them work and end together.
 
+The processes of these tests are real ones that meet through the environment, as a launcher's do.
+They are forked from a server that has loaded the program, which saves seconds for each.
+"""
+
+import atexit
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import checkpoints
+import engine
+import main
 import processes
+import resume
+from conftest import LAUNCHER
+from preemption import EXIT_CODE
+from test_main import TINY
+
+ROOT = Path(main.__file__).resolve().parent
+
+#: With queries that differ from image to image, so that votes are held and lost.
+SMALL = [
+    *TINY, "--size", "20", "--embedding_key", "mean", "--norm", "half", "--lr_scale", "global",
+    "--no-shuffle", "--dataset", "ImageFolder", "--print_freq", "1",
+]  # fmt: skip
+
+KILLED = -signal.SIGKILL
+
+
+# Several processes
+
+
+@dataclass
+class Ended:
+    """How processes ended: exit code and output of each, and the seconds from start to end."""
+
+    codes: list
+    texts: list
+    seconds: float
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+
+def together(folder, count, work, environment=None, within=60):
+    """Runs `work(rank)` in so many processes; none may still run after so many seconds."""
+    environment = environment or by_launcher(count)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"process{rank}.txt" for rank in range(count)]
+    group = [
+        context().Process(target=_process, args=(partial(work, rank), environment(rank), path))
+        for rank, path in enumerate(paths)
+    ]
+    start = time.monotonic()
+    for process in group:
+        process.start()
+    left = list(group)
+    while left and (time_left := start + within - time.monotonic()) > 0:
+        wait([process.sentinel for process in left], time_left)
+        left = [process for process in left if process.is_alive()]
+    for process in left:
+        process.kill()
+    for process in group:
+        process.join()
+    done = Ended([p.exitcode for p in group], [p.read_text() for p in paths], 0.0)
+    done.seconds = time.monotonic() - start
+    hanging = [group.index(process) for process in left]
+    assert not hanging, f"processes {hanging} of {count} hang after {within} s:\n{done.text}"
+    return done
+
+
+def run(folder, count, flags, hook=None, **keywords):
+    """Runs main.py in so many processes."""
+    return together(folder, count, partial(_main, [str(flag) for flag in flags], hook), **keywords)
+
+
+def by_launcher(count, port=None):
+    """Environment of every process, as torch.distributed.launch gives it."""
+    port = port or free_port()
+    return lambda rank: {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def by_slurm(count, **more):
+    """Environment of every task of a step of one node, as srun gives it."""
+    while True:  # until the port that follows from the job's number is free
+        job = {"SLURM_JOB_ID": str(random.randrange(10**7)), "SLURM_STEP_ID": "0"}
+        step = {**job, "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
+        launch = processes.find_launch({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **more})
+        with socket.socket() as one:
+            if one.connect_ex(("localhost", int(launch.meeting_point.rpartition(":")[2]))):
+                break
+    return lambda rank: {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), **more}
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def context():
+    """Where processes are forked from: a server that does not know what pytest has done since."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["test_processes", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return server
+
+
+def _process(work, environment, path):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in LAUNCHER]:
+        del os.environ[name]
+    os.environ.update(environment)
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    try:
+        sys.exit(work())
+    finally:
+        atexit._run_exitfuncs()
+
+
+def _main(argv, hook, rank):
+    if hook is not None:
+        hook(rank)
+    return main.main(argv)
+
+
+def act(name, number, actions, rank, grace=0.5):
+    """Lets processes, by rank, do something when they call a function the n-th time.
+
+    Args:
+        name: Function of the engine.
+        number: Of the call, from 1.
+        actions: What each does then, just before the call.
+        rank: This process.
+        grace: Seconds for which a process may still leave by itself.
+    """
+    processes._GRACE = grace
+    calls, function = itertools.count(1), getattr(engine, name)
+
+    def call(*args, **keywords):
+        if next(calls) == number and rank in actions:
+            actions[rank]()
+        return function(*args, **keywords)
+
+    setattr(engine, name, call)
+
+
+def signal_itself(number):
+    os.kill(os.getpid(), number)
+
+
+def fail():
+    raise ValueError("boom")
+
+
+# Runs, and what they must agree in
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Two tasks of 13 and 12 training images and 7 test images each, no two of a colour."""
+    folder = tmp_path_factory.mktemp("uneven")
+    rng = np.random.default_rng(2)
+    for split, counts in (("train", (9, 4, 5, 7)), ("val", (5, 2, 4, 3))):
+        for name, count in zip("abcd", counts, strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize((20, 18), Image.Resampling.BICUBIC)
+                picture.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(pictures, tmp_path_factory):
+    """Gives the folder of a finished run of one process, by its global batch and vote group."""
+    made = {}
+
+    def folder(batch, group):
+        if (batch, group) not in made:
+            made[batch, group] = output = tmp_path_factory.mktemp("alone")
+            flags = shape(batch, group, pictures, output)
+            done = run(output, 1, flags, environment=lambda rank: {})
+            assert done.codes == [0], done.text
+        return made[batch, group]
+
+    return folder
+
+
+def shape(batch, group, data, output):
+    """Flags of a run whose processes have such a batch."""
+    flags = ["--batch-size", batch, "--vote_group_size", group]
+    return [*SMALL, *flags, "--data-path", data, "--output_dir", output]
+
+
+def results(folder, name="results"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def step_losses(folder):
+    """Loss of every step that the log tells, in order, with what was said of its place."""
+    text = (folder / "log.txt").read_text()
+    found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", text, re.MULTILINE)
+    return [place for place, _ in found], [float(loss) for _, loss in found]
+
+
+def assert_equal_runs(folder, reference, stopped=False):
+    """Evaluations are equal to the last image, losses and parameters to rounding.
+
+    The log of a run that was stopped need not tell the step after which it stopped.
+    """
+    one, two = results(reference), results(folder)
+    for selection in engine.SELECTIONS:
+        assert two[selection] == one[selection]
+    assert_equal_usage(two["prompt_usage"], one["prompt_usage"])
+    one, two = (
+        [json.loads(line) for line in (f / "log_stats.txt").read_text().splitlines()]
+        for f in (reference, folder)
+    )
+    for line, other in zip(one, two, strict=True):
+        assert other == {
+            name: pytest.approx(value, rel=1e-6) if "Loss" in name else value
+            for name, value in line.items()
+        }
+    for task in (1, 2):
+        one, two = (
+            checkpoints.load(checkpoints.task_path(f, task)).model for f in (reference, folder)
+        )
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
+    (places, losses), (same_places, same_losses) = map(step_losses, (reference, folder))
+    if stopped and len(same_places) == len(places) - 1:
+        pairs = enumerate(zip(places, same_places, strict=False))
+        lost = next((i for i, (place, same) in pairs if place != same), -1)
+        del places[lost], losses[lost]
+    assert same_places == places
+    np.testing.assert_allclose(same_losses, losses, atol=2e-4)  # the log has four decimals
+
+
+def assert_equal_usage(one, two):
+    for entry, other in zip(one, two, strict=True):
+        near = pytest.approx(other["mean_similarity"], rel=1e-5)
+        assert entry == {**other, "mean_similarity": near}
+
+
+def test_runs_of_these_tests_could_differ(alone):
+    """Votes overrule images, several prompts serve, some predictions are right, and losses move."""
+    found = results(alone(12, 3))
+    assert any(entry["batch"] != entry["instance"] for entry in found["prompt_usage"])
+    assert all(np.count_nonzero(entry["batch"]) > 2 for entry in found["prompt_usage"])
+    assert 0 < found["batch"]["average_accuracy"] < 100
+    assert len(set(step_losses(alone(12, 3))[1])) > 5
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "group"),
+    [
+        (2, 6, 3),  # steps of 12 and 1 images: nothing for one process
+        (4, 3, 3),  # and nothing for three; three vote groups of test images for four processes
+        (3, 3, 3),  # 9 and 4 images: 3, 1 and none
+    ],
+)
+def test_several_processes_equal_one(alone, pictures, tmp_path, count, batch, group):
+    done = run(tmp_path, count, shape(batch, group, pictures, tmp_path))
+    assert done.codes == [0] * count, done.text
+    assert_equal_runs(tmp_path, alone(count * batch, group))
+    assert f"{count * batch} images a step, votes of {group}; {count} processes" in done.texts[0]
+    assert done.texts[1:] == [""] * (count - 1)  # one process speaks
+
+
+def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(alone(12, 3), folder)
+    found = []
+    for count in (1, 2, 4):
+        flags = ["--eval", "--output_dir", folder, "--device", "cpu", "--num_workers", "0"]
+        done = run(tmp_path, count, flags)
+        assert done.codes == [0] * count, done.text
+        assert done.texts[0].count("Reproduces the stored accuracies") == 4
+        assert done.texts[1:] == [""] * (count - 1)
+        found.append(results(folder, "eval_results"))
+    for other in (results(folder), *found[1:]):
+        for selection in engine.SELECTIONS:
+            assert other[selection] == found[0][selection]
+        assert_equal_usage(other["prompt_usage"], found[0]["prompt_usage"])
+
+
+def test_one_process_of_a_launcher_is_a_group(alone, pictures, tmp_path):
+    assert run(tmp_path, 1, shape(12, 3, pictures, tmp_path)).codes == [0]
+    assert_equal_runs(tmp_path, alone(12, 3))
+
+
+# Stopped, and going on in another number of processes
+
+
+def stopped(folder, pictures, actions, *flags, where=("train_step", 6), batch=2, group=2):
+    """A run in two processes that do something in the sixth of its 14 steps.
+
+    That is the second of the second epoch; a signal that comes in it is found in the third.
+    """
+    flags = [*shape(batch, group, pictures, folder), *flags]
+    return run(folder, 2, flags, partial(act, *where, actions))
+
+
+def go_on(folder, count, pictures, *flags, batch=2, group=2):
+    return run(folder, count, [*shape(batch, group, pictures, folder), "--resume", "auto", *flags])
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "count"), [(signal.SIGTERM, 1, 1), (signal.SIGUSR1, 0, 4)]
+)
+def test_signal_to_one_process_stops_all_and_any_number_goes_on(
+    alone, pictures, tmp_path, number, rank, count
+):
+    done = stopped(tmp_path, pictures, {rank: partial(signal_itself, number)})
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    place = "stopped the run after task 1, epoch 2, step 3; the same command with --resume auto"
+    assert f"{number.name} {place}" in done.texts[rank]
+    assert f"another process {place}" in done.texts[1 - rank]
+    done = go_on(tmp_path, count, pictures)
+    assert done.codes == [0] * count, done.text
+    assert "task 1, 1 of 2 epochs and 3 steps done" in done.texts[0]
+    assert "4 images a step, votes of 2" in done.texts[0]
+    assert_equal_runs(tmp_path, alone(4, 2), stopped=True)
+
+
+def test_killed_run_goes_on_in_another_number(alone, pictures, tmp_path):
+    """From the state of the last step, by processes that cannot share the batch evenly."""
+    actions = {rank: partial(signal_itself, signal.SIGKILL) for rank in (0, 1)}
+    sizes = {"batch": 6, "group": 3}  # six steps
+    where = ("train_step", 4)
+    done = stopped(tmp_path, pictures, actions, "--save_every", "1e-9", where=where, **sizes)
+    assert done.codes == [KILLED, KILLED]
+    done = go_on(tmp_path, 3, pictures, **sizes)
+    assert done.codes == [0, 0, 0], done.text
+    assert "task 1, 1 of 2 epochs and 1 steps done" in done.texts[0]
+    assert "12 images a step, votes of 3; 3 processes" in done.texts[0]
+    assert_equal_runs(tmp_path, alone(12, 3), stopped=True)
+
+
+def test_run_goes_on_with_the_same_images_a_step(alone, pictures, tmp_path):
+    done = stopped(tmp_path, pictures, {1: partial(signal_itself, signal.SIGUSR2)})
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    newest = resume.newest_path(tmp_path).read_bytes()
+
+    done = go_on(tmp_path, 2, pictures, "--batch-size", "4")
+    assert done.codes == [2, 2]
+    problem = "--batch-size 4 in 2 processes, 8 images a step, where the run has 4"
+    assert problem in done.texts[0]
+    assert "Traceback" not in done.text
+    assert resume.newest_path(tmp_path).read_bytes() == newest
+
+    done = go_on(tmp_path, 1, pictures, "--batch-size", "4")
+    assert done.codes == [0], done.text
+    assert "4 images a step" in done.text
+    assert_equal_runs(tmp_path, alone(4, 2), stopped=True)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
+    """In the second evaluation after the second task; only one process knows."""
+    actions = {rank: partial(signal_itself, signal.SIGTERM)}
+    done = stopped(tmp_path, pictures, actions, where=("evaluate", 3))
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    assert "SIGTERM stopped the run in an evaluation" in done.texts[rank]
+    assert done.seconds < 15
+    done = go_on(tmp_path, 4, pictures)
+    assert done.codes == [0] * 4, done.text
+    assert "task 2, 2 of 2 epochs and 0 steps done" in done.texts[0]
+    assert_equal_runs(tmp_path, alone(4, 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank):
+    actions = {rank: partial(signal_itself, signal.SIGTERM)}
+    flags = ["--eval", "--output_dir", alone(12, 3), "--device", "cpu", "--num_workers", "0"]
+    done = run(tmp_path, 2, flags, partial(act, "evaluate", 2, actions), within=15)
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+
+
+def save_slowly(rank):
+    """Writing the state takes longer than another process waits."""
+    act("train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank)
+    save = resume.save
+
+    def slow(*args, **keywords):
+        if next(calls) > 0:  # not at the end of the first epoch
+            time.sleep(3)
+        save(*args, **keywords)
+
+    calls = itertools.count()
+    resume.save = slow
+
+
+def test_state_is_saved_however_long_it_takes(pictures, tmp_path):
+    done = run(tmp_path, 2, shape(2, 2, pictures, tmp_path), save_slowly)
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    state = torch.load(resume.newest_path(tmp_path), weights_only=True)
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 3)
+
+
+# Failing, together
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_failing_process_ends_all_with_its_error(pictures, tmp_path, rank):
+    """While the others wait in a collective."""
+    hook = partial(act, "train_step", 2, {rank: fail})
+    done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
+    assert done.codes == [1, 1, 1], done.text
+    assert "ValueError: boom" in done.texts[rank]
+    assert "Traceback" in done.texts[rank]
+    for other in {0, 1, 2} - {rank}:
+        assert "Traceback" not in done.texts[other]
+        assert "error: process " in done.texts[other]
+
+
+def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    broken = data / "train" / "a" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    done = run(tmp_path, 2, shape(3, 3, data, tmp_path / "out"), within=15)
+    assert done.codes == [1, 1]
+    assert "Traceback" not in done.text
+    own = [rank for rank in (0, 1) if f"error: {broken}: " in done.texts[rank]]
+    assert len(own) == 1
+    assert "error: process " in done.texts[1 - own[0]]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_process_ends_all(pictures, tmp_path, rank):
+    hook = partial(act, "train_step", 2, {rank: partial(signal_itself, signal.SIGKILL)})
+    done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
+    assert done.codes[rank] == KILLED
+    others = {0, 1, 2} - {rank}
+    assert [done.codes[other] for other in others] == [1, 1], done.text
+    assert "Traceback" not in done.text
+    for other in others:
+        assert " gone" in done.texts[other]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_hangs_outside_a_collective_is_ended(pictures, tmp_path, rank):
+    actions = {rank: partial(time.sleep, 100), 1 - rank: fail}
+    hook = partial(act, "train_step", 2, actions)
+    done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook, within=15)
+    assert done.codes == [1, 1]
+    assert "ValueError: boom" in done.texts[1 - rank]
+    assert "Stopped, for " in done.texts[rank]
+
+
+def test_process_may_still_leave_by_itself(pictures, tmp_path):
+    """It is busy for a while when the other fails, and comes to the collective in time."""
+    hook = partial(act, "train_step", 2, {0: partial(time.sleep, 2.5), 1: fail}, grace=20.0)
+    done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook)
+    assert done.codes == [1, 1]
+    assert "error: process 1 ended: ValueError: boom" in done.texts[0]
+    assert done.seconds < 15
+
+
+def test_every_exit_code_is_that_of_the_first_failure(pictures, tmp_path):
+    hook = partial(act, "train_step", 2, {1: partial(signal_itself, signal.SIGINT)})
+    done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook, within=15)
+    assert done.codes == [130, 130], done.text
+    assert "process 1 ended: interrupted" in done.texts[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_that_fails_before_the_others_have_joined_ends_all(pictures, tmp_path, rank):
+    """Such as on a machine of its own that lacks the data."""
+    flags = [shape(3, 3, pictures, tmp_path)] * 3
+    flags[rank] = shape(3, 3, tmp_path / "nowhere", tmp_path)
+    done = together(tmp_path, 3, partial(_main_each, flags), within=20)
+    assert done.codes == [2, 2, 2], done.text
+    assert "nowhere does not exist" in done.text
+
+
+def _main_each(flags, rank):
+    return main.main([str(flag) for flag in flags[rank]])
+
+
+# What they exchange
+
+
+def exchange(work, rank):
+    """Runs `work(rank)` as one of a group."""
+    place = processes.init_processes("cpu")
+    assert place.rank == processes.rank() == rank
+    assert processes.is_main_process() == (rank == 0)
+    work(rank)
+    processes.close_processes()
+    assert not torch.distributed.is_initialized()
+
+
+def share_in_turn(rank):
+    large = random.Random(0).randbytes(3_000_000)
+    for data in (b"", b"\0\xff state", large, b""):
+        assert processes.share_bytes(data if rank == 0 else b"of another process") == data
+
+
+def sum_in_turn(rank):
+    assert processes.sum_over_processes(torch.tensor([rank, 1.0])).tolist() == [3, 3]
+    given = [torch.arange(6.0).view(2, 3), torch.tensor(4.0)]
+    trained = [torch.nn.Parameter(torch.ones_like(value)) for value in given]
+    frozen = torch.nn.Parameter(torch.ones(5), requires_grad=False)
+    if rank > 0:  # the first has no image
+        for parameter, value in zip(trained, given, strict=True):
+            parameter.grad = rank * value
+    processes.sum_gradients([trained[0], frozen, trained[1]])
+    for parameter, value in zip(trained, given, strict=True):
+        torch.testing.assert_close(parameter.grad, 3 * value)
+    assert frozen.grad is None
+
+
+@pytest.mark.parametrize("work", [share_in_turn, sum_in_turn])
+def test_three_processes_exchange(tmp_path, work):
+    done = together(tmp_path, 3, partial(exchange, work))
+    assert done.codes == [0, 0, 0], done.text
+
+
+def join(rank):
+    processes.init_processes("cpu", "env://" if rank == 0 else os.environ["ELSEWHERE"])
+    assert processes.sum_over_processes(torch.ones(1)).item() == 2
+    processes.close_processes()
+
+
+def test_processes_meet_where_dist_url_says(tmp_path):
+    port = free_port()
+    environment = by_launcher(2, port)
+    done = together(
+        tmp_path,
+        2,
+        join,
+        lambda rank: {
+            **environment(rank),
+            "MASTER_PORT": str(port if rank == 0 else 1),
+            "ELSEWHERE": f"tcp://127.0.0.1:{port}",
+        },
+    )
+    assert done.codes == [0, 0], done.text
+
+
+def test_tasks_of_slurm_meet_by_themselves(alone, pictures, tmp_path):
+    flags = shape(6, 3, pictures, tmp_path)
+    done = run(tmp_path, 2, flags, environment=by_slurm(2))
+    assert done.codes == [0, 0], done.text
+    assert_equal_runs(tmp_path, alone(12, 3))
+
+
+# Who a process is
+
+
+STEP = {
+    "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[007-008]", "SLURM_JOB_NODELIST": "gpu[001-9]",
+}  # fmt: skip
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+
+#: What the shell of an allocation, or a batch script, finds.
+ALLOCATION = {
+    "SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4",
+    "SLURM_JOB_NODELIST": "gpu[007-008]", "SLURM_JOB_NUM_NODES": "2",
+}  # fmt: skip
+
+
+def without_meeting_point(launch):
+    return launch and (launch.rank, launch.world_size, launch.local_rank, launch.by_slurm)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "0"}, None),
+        (TORCHRUN, (5, 8, 2, False)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, False)),
+        ({**STEP, **TORCHRUN}, (5, 8, 2, False)),  # torchrun, itself started by srun
+        (STEP, (3, 4, 1, True)),
+        (ALLOCATION, None),
+        ({**ALLOCATION, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}, None),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({k: v for k, v in ALLOCATION.items() if k != "SLURM_PROCID"}, None),  # of salloc
+    ],
+    ids=[
+        "nothing", "a rank alone", "torchrun", "torchrun with one", "torchrun in a step", "srun",
+        "batch script", "interactive step", "srun with one", "salloc",
+    ],
+)  # fmt: skip
+def test_find_launch(environ, expected):
+    launch = processes.find_launch(environ)
+    assert without_meeting_point(launch) == expected
+    if expected is None or not expected[-1]:
+        assert launch is None or launch.meeting_point is None
+
+
+def meeting_point(**changes):
+    launch = processes.find_launch({**STEP, **changes})
+    host, port = re.fullmatch(r"tcp://(.*):(\d+)", launch.meeting_point).groups()
+    return host, int(port)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[007-009,12],x1", "gpu007"),
+        ("gpu[12,007-009]", "gpu12"),
+        ("a-b[1-2]-ib", "a-b1-ib"),
+        ("127.0.0.[11-12]", "127.0.0.11"),
+        ("rack[2-3]n[04-05]", "rack2n04"),
+        ("x1,gpu[007-009]", "x1"),
+        ("single", "single"),
+        ("a-1.cluster.org,a-2.cluster.org", "a-1.cluster.org"),
+    ],
+)
+def test_first_machine_of_a_step_is_where_to_meet(nodes, first):
+    assert meeting_point(SLURM_STEP_NODELIST=nodes)[0] == first
+    assert meeting_point(SLURM_STEP_NODELIST="", SLURM_JOB_NODELIST=nodes)[0] == first
+
+
+def test_ports_differ_between_steps_and_stay_in_range():
+    ports = [meeting_point(SLURM_JOB_ID=str(job))[1] for job in range(7_000, 7_200)]
+    ports += [meeting_point(SLURM_STEP_ID=str(step))[1] for step in range(4, 20)]
+    assert len(set(ports)) > 200  # of 216
+    assert all(1024 < port < 32768 for port in ports)
+    assert len({meeting_point(SLURM_PROCID=str(rank)) for rank in range(4)}) == 1
+
+
+def test_address_and_port_of_the_user_win():
+    assert meeting_point(MASTER_ADDR="10.0.0.7") == ("10.0.0.7", meeting_point()[1])
+    assert meeting_point(MASTER_PORT="2345") == ("gpu007", 2345)
+
+
+def test_port_of_the_user_holds_among_tasks(tmp_path):
+    work = partial(exchange, check_port)
+    done = together(tmp_path, 3, work, by_slurm(3, MASTER_PORT=str(free_port())))
+    assert done.codes == [0, 0, 0], done.text
+
+
+def check_port(rank):
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    assert store.port == int(os.environ["MASTER_PORT"])
 
 
 def test_init_processes_without_launcher_is_one_process(no_launcher):
@@ -12,25 +679,34 @@ def test_init_processes_without_launcher_is_one_process(no_launcher):
     assert processes.is_main_process()
 
 
-def test_init_processes_ignores_an_interactive_slurm_shell(no_launcher, monkeypatch):
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert processes.init_processes("cpu").world_size == 1
+def test_run_in_an_interactive_shell_of_slurm_is_alone(alone, pictures, tmp_path):
+    done = run(tmp_path, 1, shape(12, 3, pictures, tmp_path), environment=lambda rank: ALLOCATION)
+    assert done.codes == [0], done.text
+    assert "; 1 process on cpu" in done.text
+    assert_equal_runs(tmp_path, alone(12, 3))
 
 
-def test_init_processes_joins_the_group_of_a_launcher(no_launcher, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    try:
-        place = processes.init_processes("cpu", dist_url=f"file://{tmp_path}/rendezvous")
-        assert place == processes.Processes(0, 1, torch.device("cpu"))
-        assert torch.distributed.is_initialized()
-        assert processes.is_main_process()
-        values = torch.ones(2)
-        assert processes.sum_over_processes(values).tolist() == [1, 1]
-    finally:
-        processes.close_processes()
-    assert not torch.distributed.is_initialized()
+def test_world_size_is_checked_against_the_launcher(no_launcher, monkeypatch, tmp_path, capsys):
+    for name, value in {**STEP, "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--world_size", "2", "--device", "cpu", "--data-path", str(tmp_path)]
+    monkeypatch.setattr(processes, "meet", lambda *_: None, raising=False)
+    assert main.main(argv) == 2
+    assert "--world_size 2: the launcher started 4 processes" in capsys.readouterr().err
+
+
+# Where a process computes
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that so many GPUs are visible."""
+
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
 
 
 def test_device_auto_is_cpu_without_cuda(no_launcher, no_cuda):
@@ -44,27 +720,49 @@ def test_device_cuda_without_cuda_is_an_error(no_launcher, no_cuda, device):
 
 
 @pytest.mark.parametrize(
-    ("device", "local_rank", "index"), [("cuda", 3, 3), ("auto", 2, 2), ("cuda:1", 3, 1)]
+    ("device", "local_rank", "index"),
+    [("cuda", 3, 3), ("auto", 2, 2), ("cuda:1", 3, 1), ("cuda:1", 0, 1), ("cuda", 0, 0)],
 )
-def test_device_cuda_follows_local_rank_unless_numbered(monkeypatch, device, local_rank, index):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert processes.choose_device(device, processes.Launch(local_rank=local_rank)) == torch.device(
-        "cuda", index
-    )
+@pytest.mark.parametrize("by_slurm", [False, True])
+def test_device_cuda_follows_local_rank_unless_numbered(gpus, device, local_rank, index, by_slurm):
+    gpus(4)
+    launch = processes.Launch(local_rank=local_rank, by_slurm=by_slurm)
+    assert processes.choose_device(device, launch) == torch.device("cuda", index)
 
 
-def test_device_beyond_the_gpus_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="process 3 asks for GPU 3 of 2"):
-        processes.choose_device("cuda", processes.Launch(local_rank=3))
+def test_device_of_a_task_that_sees_one_gpu_is_the_first(gpus):
+    gpus(1)
+    launch = processes.Launch(rank=3, world_size=4, local_rank=3, by_slurm=True)
+    for device in ("cuda", "auto"):
+        assert processes.choose_device(device, launch) == torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", "mps"])
+@pytest.mark.parametrize(("count", "by_slurm"), [(2, False), (2, True), (1, False)])
+def test_device_beyond_the_gpus_is_an_error(gpus, count, by_slurm):
+    gpus(count)
+    with pytest.raises(ValueError, match=f"process 3 asks for GPU 3 of {count}"):
+        processes.choose_device("cuda", processes.Launch(local_rank=3, by_slurm=by_slurm))
+
+
+def test_numbered_device_beyond_the_gpus_is_an_error(gpus):
+    gpus(2)
+    with pytest.raises(ValueError, match="--device cuda:2: process 0 asks for GPU 2 of 2"):
+        processes.choose_device("cuda:2")
+
+
+def test_device_cpu_ignores_gpus(gpus):
+    gpus(2)
+    launch = processes.Launch(local_rank=3)
+    assert processes.choose_device("cpu", launch) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", "mps", "cuda:", "cuda:-1", ""])
 def test_device_of_unknown_name_is_a_value_error(no_launcher, device):
-    with pytest.raises(ValueError, match=device):
+    with pytest.raises(ValueError, match=f"--device {device} is unknown"):
         processes.init_processes(device)
+
+
+# One process alone
 
 
 def test_sums_of_a_single_process_change_nothing():
@@ -72,3 +770,10 @@ def test_sums_of_a_single_process_change_nothing():
     assert processes.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
     processes.sum_gradients([parameter])
     assert parameter.grad is None
+    assert processes.share_bytes(b"state") == b"state"
+
+
+def test_nobody_else_ends(no_launcher):
+    processes.announce_end(1, "boom")
+    assert processes.announced_end(wait=0.0) is None
+    processes.close_processes()
