@@ -73,7 +73,7 @@ def _tell(error: BaseException) -> tuple[int, str]:
             print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
         return 2, f"this command line cannot run: {'; '.join(error.problems)}"
     if isinstance(error, Preempted):
-        logger.warning("%s; the same command with --resume auto goes on", error)
+        logger.warning("%s", error)
         return preemption.EXIT_CODE, str(error)
     if isinstance(error, KeyboardInterrupt):
         logger.error("interrupted: --resume auto goes on from the last state that was saved")

@@ -65,7 +65,7 @@ class StopSignals:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._came.append(signal.Signals(number))
         if not self._deferring and len(self._came) == 1:  # after the first it is on its way out
-            raise Preempted(f"{self._came[0].name} stopped the run while nothing was being trained")
+            raise Preempted(f"{self._came[0].name} stopped the program before it trained")
 
 
 def outlive_stop_signals(_worker_id: int) -> None:

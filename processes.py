@@ -138,7 +138,7 @@ def init_processes(device: str, dist_url: str = "env://") -> Processes:
     assert _Watch.current is not None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    _Watch.current.wait_for_all(launch.world_size)  # what follows waits with a deaf ear
+    _Watch.current.wait_for_all("here", launch.world_size)  # what follows waits with a deaf ear
     dist.init_process_group(
         backend="nccl" if chosen.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", _Watch.current.meeting_point),
@@ -178,10 +178,18 @@ def choose_device(device: str, launch: Launch | None = None) -> torch.device:
 
 def close_processes() -> None:
     """Leaves the process group when all processes have come to the end, if there is one."""
-    if dist.is_initialized():
-        sum_over_processes(torch.zeros(1, device=_group_device()))  # nobody leaves before the last
-        dist.destroy_process_group()
+    watch = _Watch.current
+    if watch is None or not dist.is_initialized():
+        return
+    num_processes = dist.get_world_size()
+    # Not a collective: older versions of torch can hang if the group is destroyed right behind one.
+    watch.wait_for_all("done", num_processes)
+    dist.destroy_process_group()
     _Watch.end()
+    if is_main_process():  # it may hold the store, so it leaves last
+        watch.wait_for_all("gone", num_processes)
+    else:
+        watch.store.add("gone", 1)
 
 
 def announce_end(code: int, reason: str) -> None:
@@ -323,13 +331,13 @@ class _Watch(threading.Thread):
             time.sleep(0.1)
         return None
 
-    def wait_for_all(self, world_size: int) -> None:
-        """Waits until all processes are here."""
-        self.store.add("here", 1)
+    def wait_for_all(self, event: str, world_size: int) -> None:
+        """Waits until all processes have come so far."""
+        self.store.add(event, 1)
         latest = time.monotonic() + _PATIENCE.total_seconds()
-        while (here := self.store.add("here", 0)) < world_size:
+        while (number := self.store.add(event, 0)) < world_size:
             if time.monotonic() > latest or self.look_for_end(wait=0.0) is not None:
-                raise LostProcessError(f"only {here} of {world_size} processes came")
+                raise LostProcessError(f"only {number} of {world_size} processes are {event}")
 
     def run(self) -> None:
         """Looks once a second."""

@@ -7,6 +7,7 @@ time saves its state, is requeued, and goes on by itself; so does one that loses
 """
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -46,6 +47,7 @@ class Trainer:
         Raises:
             RuntimeError: If it does not end with exit code 0.
         """
+        logging.getLogger("submitit").propagate = False  # it has its own handlers
         job = submitit.JobEnvironment()
         job.paths.result_pickle.unlink(missing_ok=True)  # an earlier start's, which counts as done
         submitit.helpers.TorchDistributedEnvironment().export(

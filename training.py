@@ -103,6 +103,7 @@ class Keeper(engine.Monitor):
         found: tuple[Path, RunState] | None = None,
     ) -> None:
         self.experiment, self.signals = experiment, signals
+        self.saves = output_dir is not None
         self.output_dir = output_dir if is_main_process() else None
         self.save_every = save_every
         self.saved = time.monotonic()
@@ -145,7 +146,8 @@ class Keeper(engine.Monitor):
     def _word(self, place: str) -> str:
         signal = self.signals.received
         by = "another process" if signal is None else signal.name
-        return f"{by} stopped the run {place}"
+        how = "the same command with --resume auto goes on" if self.saves else "nothing is saved"
+        return f"{by} stopped the run {place}: {how}"
 
 
 def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
