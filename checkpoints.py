@@ -6,18 +6,23 @@ Namespace) are read too: the Namespace is taken as plain values.
 """
 
 import argparse
+import hashlib
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import utils
 
-FORMAT = "l2p checkpoint 1"
+FORMAT = "l2p checkpoint 2"
+#: The same without a checksum.
+_FIRST_FORMAT = "l2p checkpoint 1"
+_SEAL, _DIGEST = b"l2p sha256", hashlib.sha256().digest_size
 _NAME = re.compile(r"task(\d+)_checkpoint\.pth")
 
 
@@ -67,7 +72,7 @@ def find(output_dir: Path) -> dict[int, Path]:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _ENTRIES}}
-    utils.write_whole(path, lambda file: torch.save(content, file))
+    utils.write_bytes(path, sealed(content))
 
 
 def load(path: Path) -> Checkpoint:
@@ -78,8 +83,11 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    content = read(path, str(path))
+    data = path.read_bytes()
+    content = read(data, str(path))
     if content.get("format") == FORMAT:
+        content = read(unsealed(data, str(path)), str(path))
+    if content.get("format") in (FORMAT, _FIRST_FORMAT):
         return Checkpoint(**check_entries(content, _ENTRIES, str(path)))
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
         match = _NAME.fullmatch(path.name)
@@ -97,11 +105,32 @@ def load(path: Path) -> Checkpoint:
 Entries = dict[str, tuple[str, Callable[[Any], bool]]]
 
 
-def read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
+def sealed(content: dict[str, Any]) -> bytes:
+    """What torch.save writes, and a checksum of it: torch.load does not notice every damage."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    return data + _SEAL + hashlib.sha256(data).digest()
+
+
+def unsealed(data: bytes, source: str) -> bytes:
+    """What was sealed.
+
+    Raises:
+        CheckpointError: If the checksum is missing or wrong.
+    """
+    content, digest = data[: -len(_SEAL) - _DIGEST], data[-_DIGEST:]
+    is_sealed = data[:-_DIGEST].endswith(_SEAL)
+    if not is_sealed or hashlib.sha256(content).digest() != digest:
+        raise CheckpointError(f"{source} is damaged or is no checkpoint: its checksum is wrong")
+    return content
+
+
+def read(data: bytes, source: str) -> dict[str, Any]:
     """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them.
 
     Args:
-        file: What to read.
+        data: Content of the file.
         source: What to call it in messages.
 
     Raises:
@@ -109,7 +138,7 @@ def read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = utils.reason(error)
         raise CheckpointError(f"{source} is damaged or is no checkpoint: {reason}") from error

@@ -30,7 +30,7 @@ _PORTS = range(12_000, 32_000)
 _PATIENCE = timedelta(minutes=10)
 
 #: Seconds for which a process may still leave by itself after another one has ended.
-_GRACE = 5.0
+_GRACE = 3.0
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,7 @@ def close_processes() -> None:
     watch.wait_for_all("done", num_processes)
     dist.destroy_process_group()
     _Watch.end()
-    if is_main_process():  # it may hold the store, so it leaves last
-        watch.wait_for_all("gone", num_processes)
-    else:
-        watch.store.add("gone", 1)
+    watch.leave(num_processes)
 
 
 def announce_end(code: int, reason: str) -> None:
@@ -199,8 +196,9 @@ def announce_end(code: int, reason: str) -> None:
         code: Exit code that all of them shall have.
         reason: One line for people.
     """
-    if _Watch.current is not None:
-        _Watch.current.announce(_End(rank(), code, reason))
+    launch = find_launch()
+    if _Watch.current is not None and launch is not None:
+        _Watch.current.announce(_End(launch.rank, code, reason), launch.world_size)
 
 
 def announced_end(wait: float = 2.0) -> tuple[int, str] | None:
@@ -312,11 +310,27 @@ class _Watch(threading.Thread):
             cls.current.join(timeout=_GRACE)
         cls.current = None
 
-    def announce(self, end: _End) -> None:
+    def announce(self, end: _End, num_processes: int) -> None:
         """The first announcement counts; this process is on its way out from now on."""
         self.over.set()
         try:
             self.store.compare_set("end", "", json.dumps(vars(end)))
+        except RuntimeError:
+            logger.debug("the process that holds the store is gone already")
+        self.leave(num_processes)
+
+    def leave(self, num_processes: int) -> None:
+        """Says that this process needs the store no more; the main one, which may hold it, waits.
+
+        Whoever does not leave within the time of grace is ended by its own watch.
+        """
+        latest = time.monotonic() + _GRACE + 2
+        try:
+            self.store.add("gone", 1)
+            while is_main_process() and self.store.add("gone", 0) < num_processes:
+                if time.monotonic() > latest:
+                    break
+                time.sleep(0.05)
         except RuntimeError:
             logger.debug("the process that holds the store is gone already")
 
@@ -344,6 +358,7 @@ class _Watch(threading.Thread):
         while not self.over.wait(1.0):
             end = self.look_for_end(wait=0.0)
             if end is not None and not self.over.wait(_GRACE):
-                logger.error("Stopped, for %s", end.told())
+                logger.error("error: %s", end.told())
                 logging.shutdown()
+                self.leave(1)
                 os._exit(end.code)

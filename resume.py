@@ -10,7 +10,6 @@ and any number may go on from it.
 
 import argparse
 import dataclasses
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +97,15 @@ def save(output_dir: Path, state: RunState, keep_newest: bool = True) -> None:
     Args:
         output_dir: Folder of the run.
         state: What to write.
-        keep_newest: Whether what was the newest state takes the place of the one before it; not
-            if it is damaged.
+        keep_newest: Whether what was the newest state takes the place of the one before it; a
+            damaged one is put aside.
     """
     content = {"format": FORMAT, **{name: getattr(state, name) for name in _ENTRIES}}
     content["position"] = dataclasses.asdict(state.position)
     content["reports"] = [dataclasses.asdict(report) for report in state.reports]
     path = newest_path(output_dir)
-    keep = _before(path) if keep_newest else None
-    utils.write_whole(path, lambda file: torch.save(content, file), keep=keep)
+    keep = _before(path) if keep_newest else path.with_name("last_damaged.pth")
+    utils.write_bytes(path, checkpoints.sealed(content), keep=keep)
 
 
 def find(args: argparse.Namespace, output_dir: Path | None) -> tuple[Path, RunState] | None:
@@ -191,6 +190,7 @@ def belongs_to(path: Path, output_dir: Path) -> bool:
 
 def copy_task_checkpoints(path: Path, state: RunState, output_dir: Path) -> None:
     """Copies the checkpoints of finished tasks from beside a state into another run's folder."""
+    path = path.resolve()
     if path.parent.name != "checkpoint":
         return
     for number, source in checkpoints.find(path.parent.parent).items():
@@ -237,7 +237,7 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
 
 
 def _parse(content: bytes, name: str) -> RunState:
-    found = checkpoints.read(io.BytesIO(content), name)
+    found = checkpoints.read(checkpoints.unsealed(content, name), name)
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "

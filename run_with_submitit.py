@@ -175,8 +175,9 @@ def _problems(args: argparse.Namespace, rest: list[str]) -> list[str]:
         )
         if (value := getattr(args, name)) is not None and value < least
     ]  # fmt: skip
-    if args.cluster == "local" and args.nodes > 1:
-        problems.append(f"--nodes {args.nodes}: --cluster local is this machine alone")
+    if args.nodes > 1 and (args.cluster or submitit.AutoExecutor.which()) == "local":
+        why = "" if args.cluster else ", and there is no Slurm here"
+        problems.append(f"--nodes {args.nodes}: --cluster local is this machine alone{why}")
     main_args, found = _main_args(rest)
     if main_args.resume == "auto" and not _names_output_dir(rest):
         found.append("--resume auto: a new job has a new folder; give --output_dir or --resume DIR")

@@ -22,7 +22,7 @@ from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
 from experiment import Experiment, assemble, check_same_run, describe
 from preemption import Preempted, StopSignals
-from processes import Processes, is_main_process
+from processes import Processes, is_main_process, sum_over_processes
 from resume import RunState
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,10 @@ class Keeper(engine.Monitor):
     def at_boundary(
         self, position: Position, optimizer: torch.optim.Optimizer, stop: bool = False
     ) -> None:
-        """Saves the state after an epoch, when it is due, and before the run stops."""
+        """Saves the state after an epoch, when it is due, and before the run stops.
+
+        No process stops before the state is saved: the others would be stopped with it.
+        """
         if self.output_dir is not None:
             due = time.monotonic() - self.saved >= self.save_every
             if due or stop or _between_epochs(position):
@@ -131,6 +134,7 @@ class Keeper(engine.Monitor):
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
         if stop:
+            sum_over_processes(torch.zeros(1, device=self.experiment.options.device))
             place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {position.step}"
             raise Preempted(self._word(f"after {place}"))
 

@@ -161,13 +161,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
             os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    write_whole(path, lambda file: file.write(content))
+def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes a file whole or not at all; see `write_whole`."""
+    write_whole(path, lambda file: file.write(content), keep)
 
 
 def write_text(path: Path, text: str) -> None:

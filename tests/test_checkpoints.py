@@ -42,7 +42,7 @@ def write_original(path, **changes):
         "epoch": 5,
         "args": args,
     }
-    torch.save({**content, **changes}, path)
+    path.write_bytes(checkpoints.sealed({**content, **changes}))
     return path
 
 
@@ -282,6 +282,7 @@ def test_load_of_own_format_with_other_entries_names_the_file(tmp_path, change):
     path = tmp_path / "task1_checkpoint.pth"
     checkpoints.save(path, checkpoint())
     content = {**torch.load(path, weights_only=True), **change}
-    torch.save({k: v for k, v in content.items() if v is not None}, path)
+    kept = {k: v for k, v in content.items() if v is not None}
+    path.write_bytes(checkpoints.sealed(kept))
     with pytest.raises(CheckpointError, match=r"task1_checkpoint.pth"):
         checkpoints.load(path)

@@ -458,6 +458,63 @@ def test_global_batches_hold_every_image_once(num_images, world_size):
     assert sorted(seen) == [(5, i) for i in range(num_images)]
 
 
+@pytest.mark.parametrize("num_images", [1, 11, 12, 13, 31])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
+def test_global_batch_of_a_run_holds_in_any_number_of_processes(num_images, world_size):
+    """As when it goes on in another number: four vote groups a step, of which each has a few."""
+    options = LoaderOptions(6, 3, world_size=world_size, global_batch=12)
+    alone = GlobalBatchSampler(num_images, LoaderOptions(12, 3), task=1)
+    ranks = [
+        GlobalBatchSampler(num_images, replace(options, rank=r), task=1) for r in range(world_size)
+    ]
+    assert {len(sampler) for sampler in ranks} == {len(alone)}
+    pieces = list(zip(*ranks, strict=True))
+    assert len(pieces) == len(alone)
+    for step, (expected, pieces_of_step) in enumerate(zip(alone, pieces, strict=True)):
+        assert list(chain.from_iterable(pieces_of_step)) == expected
+        assert {s.global_batch_size(step) for s in ranks} == {len(expected)}
+        places = [i for i, piece in enumerate(pieces_of_step) for _ in piece]
+        groups = [places[i : i + 3] for i in range(0, len(places), 3)]
+        assert all(len(set(group)) == 1 for group in groups)  # each in one process
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 7, 24, 25])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_shares_are_whole_vote_groups_evenly(num_images, world_size, group):
+    shares = [
+        LoaderOptions(8, group, rank=rank, world_size=world_size).share(num_images)
+        for rank in range(world_size)
+    ]
+    images = range(num_images)
+    assert list(chain.from_iterable(images[share] for share in shares)) == list(images)
+    assert all(share.start % group == 0 or share.start == num_images for share in shares)
+    groups = [-(-len(images[share]) // group) for share in shares]
+    assert sum(groups) == -(-num_images // group)
+    assert max(groups) - min(groups) <= 1
+
+
+def test_epoch_can_begin_with_a_later_step():
+    task = make_stream(per_class=9).tasks[0]  # 18 images: 8 + 8 + 2
+    for rank in (0, 1):
+        options = LoaderOptions(4, 4, rank=rank, world_size=2)
+        sampler = GlobalBatchSampler(18, options, task=0)
+        loaders = [build_train_loader(task, replace(options, num_workers=n)) for n in (0, 1)]
+        for one in (sampler, *(loader.batch_sampler for loader in loaders)):
+            one.set_epoch(2)
+        whole = list(sampler)
+        targets = [targets.tolist() for _, targets in loaders[0]]
+        for first_step in (0, 1, 2, 3):
+            sampler.set_epoch(2, first_step)
+            assert list(sampler) == whole[first_step:]
+            assert len(sampler) == 3
+            for loader in loaders:
+                loader.batch_sampler.set_epoch(2, first_step)
+                assert [targets.tolist() for _, targets in loader] == targets[first_step:]
+        sampler.set_epoch(2)
+        assert list(sampler) == whole
+
+
 def test_order_depends_on_seed_task_and_epoch_alone():
     def order(seed=42, task=0, epoch=0):
         sampler = GlobalBatchSampler(64, LoaderOptions(64, 4, seed=seed), task)

@@ -75,13 +75,10 @@ def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):  # no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "count"), [(LAUNCH, 1), (TORCHRUN, 2)], ids=["launch-1", "torchrun-2"]
-)
-def test_launcher_evaluates(alone, tmp_path, launcher, count):  # noqa: F811
+def test_two_processes_of_torchrun_evaluate(alone, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     shutil.copytree(alone(12, 3), folder)
-    done = launch(launcher, count, "--eval", "--output_dir", folder, "--device", "cpu")
+    done = launch(TORCHRUN, 2, "--eval", "--output_dir", folder, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Reproduces the stored accuracies") == 4
 

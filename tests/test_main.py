@@ -370,7 +370,7 @@ def test_eval_with_other_shapes_names_file_key_and_shapes(trained, tmp_path, cap
     path = checkpoints.task_path(output, 2)
     content = torch.load(path, weights_only=True)
     content["model"]["head.weight"] = torch.zeros(7, 16)
-    torch.save(content, path)
+    path.write_bytes(checkpoints.sealed(content))
     assert main.main(["--eval", "--output_dir", str(output)]) == 1
     text = capsys.readouterr().out
     assert f"{path} does not fit the model: head.weight is (7, 16), expected (4, 16)" in text
@@ -385,7 +385,8 @@ def test_eval_with_another_backbone_is_refused(trained, tmp_path, capsys):
 
 def edit_checkpoint(output, number=1, **changes):
     path = checkpoints.task_path(output, number)
-    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    content = {**torch.load(path, weights_only=True), **changes}
+    path.write_bytes(checkpoints.sealed(content))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from PIL import Image
 import checkpoints
 import engine
 import main
+import plots
 import processes
 import resume
 from conftest import LAUNCHER
@@ -139,6 +140,7 @@ def _process(work, environment, path):
     output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process of its own
     torch.set_num_threads(1)
     try:
         sys.exit(work())
@@ -147,6 +149,7 @@ def _process(work, environment, path):
 
 
 def _main(argv, hook, rank):
+    plots.draw_results = lambda *_: None  # takes as long as all the rest
     if hook is not None:
         hook(rank)
     return main.main(argv)
@@ -156,21 +159,22 @@ def act(name, number, actions, rank, grace=0.5):
     """Lets processes, by rank, do something when they call a function the n-th time.
 
     Args:
-        name: Function of the engine.
+        name: Module and function.
         number: Of the call, from 1.
         actions: What each does then, just before the call.
         rank: This process.
         grace: Seconds for which a process may still leave by itself.
     """
     processes._GRACE = grace
-    calls, function = itertools.count(1), getattr(engine, name)
+    module, name = name.split(".")
+    calls, function = itertools.count(1), getattr(sys.modules[module], name)
 
     def call(*args, **keywords):
         if next(calls) == number and rank in actions:
             actions[rank]()
         return function(*args, **keywords)
 
-    setattr(engine, name, call)
+    setattr(sys.modules[module], name, call)
 
 
 def signal_itself(number):
@@ -278,7 +282,10 @@ def test_runs_of_these_tests_could_differ(alone):
     assert any(entry["batch"] != entry["instance"] for entry in found["prompt_usage"])
     assert all(np.count_nonzero(entry["batch"]) > 2 for entry in found["prompt_usage"])
     assert 0 < found["batch"]["average_accuracy"] < 100
-    assert len(set(step_losses(alone(12, 3))[1])) > 5
+    assert {sum(entry["batch"]) for entry in found["prompt_usage"]} == {2 * 7}  # of every image
+    places, losses = step_losses(alone(12, 3))
+    assert [place[-4:-1] for place in places] == ["0/2", "1/2", "0/2", "1/2", "0/1", "0/1"]
+    assert len(set(losses)) > 5
 
 
 @pytest.mark.parametrize(
@@ -322,7 +329,7 @@ def test_one_process_of_a_launcher_is_a_group(alone, pictures, tmp_path):
 # Stopped, and going on in another number of processes
 
 
-def stopped(folder, pictures, actions, *flags, where=("train_step", 6), batch=2, group=2):
+def stopped(folder, pictures, actions, *flags, where=("engine.train_step", 6), batch=2, group=2):
     """A run in two processes that do something in the sixth of its 14 steps.
 
     That is the second of the second epoch; a signal that comes in it is found in the third.
@@ -343,13 +350,15 @@ def test_signal_to_one_process_stops_all_and_any_number_goes_on(
 ):
     done = stopped(tmp_path, pictures, {rank: partial(signal_itself, number)})
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
-    place = "stopped the run after task 1, epoch 2, step 3; the same command with --resume auto"
+    place = "stopped the run after task 1, epoch 2, step 3"
     assert f"{number.name} {place}" in done.texts[rank]
     assert f"another process {place}" in done.texts[1 - rank]
     done = go_on(tmp_path, count, pictures)
     assert done.codes == [0] * count, done.text
     assert "task 1, 1 of 2 epochs and 3 steps done" in done.texts[0]
     assert "4 images a step, votes of 2" in done.texts[0]
+    warning = "2 of 4 processes have nothing to train on: 4 images a step are 2 vote groups"
+    assert (warning in done.texts[0]) == (count == 4)
     assert_equal_runs(tmp_path, alone(4, 2), stopped=True)
 
 
@@ -357,7 +366,7 @@ def test_killed_run_goes_on_in_another_number(alone, pictures, tmp_path):
     """From the state of the last step, by processes that cannot share the batch evenly."""
     actions = {rank: partial(signal_itself, signal.SIGKILL) for rank in (0, 1)}
     sizes = {"batch": 6, "group": 3}  # six steps
-    where = ("train_step", 4)
+    where = ("engine.train_step", 4)
     done = stopped(tmp_path, pictures, actions, "--save_every", "1e-9", where=where, **sizes)
     assert done.codes == [KILLED, KILLED]
     done = go_on(tmp_path, 3, pictures, **sizes)
@@ -389,7 +398,7 @@ def test_run_goes_on_with_the_same_images_a_step(alone, pictures, tmp_path):
 def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
     """In the second evaluation after the second task; only one process knows."""
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
-    done = stopped(tmp_path, pictures, actions, where=("evaluate", 3))
+    done = stopped(tmp_path, pictures, actions, where=("engine.evaluate", 3))
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
     assert "SIGTERM stopped the run in an evaluation" in done.texts[rank]
     assert done.seconds < 15
@@ -400,21 +409,23 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank):
+@pytest.mark.parametrize("where", [("experiment.build_stream", 1), ("engine.evaluate", 2)])
+def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank, where):
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
     flags = ["--eval", "--output_dir", alone(12, 3), "--device", "cpu", "--num_workers", "0"]
-    done = run(tmp_path, 2, flags, partial(act, "evaluate", 2, actions), within=15)
+    done = run(tmp_path, 2, flags, partial(act, *where, actions), within=15)
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    assert "SIGTERM stopped the " in done.texts[rank]
 
 
 def save_slowly(rank):
     """Writing the state takes longer than another process waits."""
-    act("train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank)
+    act("engine.train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank)
     save = resume.save
 
     def slow(*args, **keywords):
         if next(calls) > 0:  # not at the end of the first epoch
-            time.sleep(3)
+            time.sleep(2.5)
         save(*args, **keywords)
 
     calls = itertools.count()
@@ -434,7 +445,7 @@ def test_state_is_saved_however_long_it_takes(pictures, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_failing_process_ends_all_with_its_error(pictures, tmp_path, rank):
     """While the others wait in a collective."""
-    hook = partial(act, "train_step", 2, {rank: fail})
+    hook = partial(act, "engine.train_step", 2, {rank: fail})
     done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes == [1, 1, 1], done.text
     assert "ValueError: boom" in done.texts[rank]
@@ -449,7 +460,8 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
     shutil.copytree(pictures, data)
     broken = data / "train" / "a" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    done = run(tmp_path, 2, shape(3, 3, data, tmp_path / "out"), within=15)
+    flags = [*shape(3, 3, data, tmp_path / "out"), "--num_workers", "1"]
+    done = run(tmp_path, 2, flags, within=15)
     assert done.codes == [1, 1]
     assert "Traceback" not in done.text
     own = [rank for rank in (0, 1) if f"error: {broken}: " in done.texts[rank]]
@@ -459,7 +471,7 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_process_ends_all(pictures, tmp_path, rank):
-    hook = partial(act, "train_step", 2, {rank: partial(signal_itself, signal.SIGKILL)})
+    hook = partial(act, "engine.train_step", 2, {rank: partial(signal_itself, signal.SIGKILL)})
     done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes[rank] == KILLED
     others = {0, 1, 2} - {rank}
@@ -472,24 +484,40 @@ def test_killed_process_ends_all(pictures, tmp_path, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_process_that_hangs_outside_a_collective_is_ended(pictures, tmp_path, rank):
     actions = {rank: partial(time.sleep, 100), 1 - rank: fail}
-    hook = partial(act, "train_step", 2, actions)
+    hook = partial(act, "engine.train_step", 2, actions)
     done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes == [1, 1]
     assert "ValueError: boom" in done.texts[1 - rank]
-    assert "Stopped, for " in done.texts[rank]
+    assert f"error: process {1 - rank} ended: ValueError: boom" in done.texts[rank]
 
 
 def test_process_may_still_leave_by_itself(pictures, tmp_path):
     """It is busy for a while when the other fails, and comes to the collective in time."""
-    hook = partial(act, "train_step", 2, {0: partial(time.sleep, 2.5), 1: fail}, grace=20.0)
+    hook = partial(act, "engine.train_step", 2, {0: partial(time.sleep, 2), 1: fail}, grace=20.0)
     done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook)
     assert done.codes == [1, 1]
     assert "error: process 1 ended: ValueError: boom" in done.texts[0]
     assert done.seconds < 15
 
 
+def test_refusal_by_the_first_process_alone_is_the_exit_code_of_all(pictures, tmp_path):
+    """It looks for the state; the others wait for what it finds."""
+    flags = [*shape(3, 3, pictures, tmp_path / "out"), "--resume", tmp_path]
+    done = run(tmp_path, 2, flags, within=15)
+    assert done.codes == [2, 2], done.text
+    assert "there is no state of a run, such as last.pth" in done.texts[0]
+
+
+def test_loss_that_is_no_number_ends_all_and_is_saved(pictures, tmp_path):
+    flags = ["--lr", "1e30", "--lr_scale", "none", "--clip-grad", "none"]
+    done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], within=15)
+    assert done.codes == [1, 1]
+    assert all("in task 1, epoch 1, step " in text for text in done.texts)
+    assert (tmp_path / "checkpoint" / "last_finite_checkpoint.pth").exists()
+
+
 def test_every_exit_code_is_that_of_the_first_failure(pictures, tmp_path):
-    hook = partial(act, "train_step", 2, {1: partial(signal_itself, signal.SIGINT)})
+    hook = partial(act, "engine.train_step", 2, {1: partial(signal_itself, signal.SIGINT)})
     done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes == [130, 130], done.text
     assert "process 1 ended: interrupted" in done.texts[0]
@@ -506,6 +534,7 @@ def test_process_that_fails_before_the_others_have_joined_ends_all(pictures, tmp
 
 
 def _main_each(flags, rank):
+    processes._GRACE = 0.5
     return main.main([str(flag) for flag in flags[rank]])
 
 
