@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -83,10 +83,9 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    data = path.read_bytes()
-    content = read(data, str(path))
+    content = _read(path, str(path))
     if content.get("format") == FORMAT:
-        content = read(unsealed(data, str(path)), str(path))
+        content = read_sealed(path.read_bytes(), str(path))
     if content.get("format") in (FORMAT, _FIRST_FORMAT):
         return Checkpoint(**check_entries(content, _ENTRIES, str(path)))
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
@@ -113,21 +112,8 @@ def sealed(content: dict[str, Any]) -> bytes:
     return data + _SEAL + hashlib.sha256(data).digest()
 
 
-def unsealed(data: bytes, source: str) -> bytes:
-    """What was sealed.
-
-    Raises:
-        CheckpointError: If the checksum is missing or wrong.
-    """
-    content, digest = data[: -len(_SEAL) - _DIGEST], data[-_DIGEST:]
-    is_sealed = data[:-_DIGEST].endswith(_SEAL)
-    if not is_sealed or hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(f"{source} is damaged or is no checkpoint: its checksum is wrong")
-    return content
-
-
-def read(data: bytes, source: str) -> dict[str, Any]:
-    """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them.
+def read_sealed(data: bytes, source: str) -> dict[str, Any]:
+    """Reads what was sealed.
 
     Args:
         data: Content of the file.
@@ -136,9 +122,18 @@ def read(data: bytes, source: str) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is damaged or something else.
     """
+    content, digest = data[: -len(_SEAL) - _DIGEST], data[-_DIGEST:]
+    is_sealed = data[:-_DIGEST].endswith(_SEAL)
+    if not is_sealed or hashlib.sha256(content).digest() != digest:
+        raise CheckpointError(f"{source} is damaged or is no checkpoint: its checksum is wrong")
+    return _read(io.BytesIO(content), source)
+
+
+def _read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
+    """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = utils.reason(error)
         raise CheckpointError(f"{source} is damaged or is no checkpoint: {reason}") from error

@@ -237,7 +237,7 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
 
 
 def _parse(content: bytes, name: str) -> RunState:
-    found = checkpoints.read(checkpoints.unsealed(content, name), name)
+    found = checkpoints.read_sealed(content, name)
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "

@@ -42,7 +42,7 @@ def write_original(path, **changes):
         "epoch": 5,
         "args": args,
     }
-    path.write_bytes(checkpoints.sealed({**content, **changes}))
+    torch.save({**content, **changes}, path)
     return path
 
 

@@ -573,21 +573,31 @@ class Broken(BaseException):
     """Ends a saving."""
 
 
+class HalfFile:
+    """A file that breaks when it is written to."""
+
+    def __init__(self, file, crash):
+        self.file, self.crash = file, crash
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        self.crash()
+
+
 def break_off(patch, point, crash):
     """Lets the next saving end at that point."""
-    when, name, *number = point.split()
-    if when == "half":
-        write = torch.save
-
-        def save_half(content, file):
-            whole = io.BytesIO()
-            write(content, whole)
-            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-            file.flush()
-            crash()
-
-        patch.setattr(torch, "save", save_half)
+    if point == "half written":
+        fdopen = os.fdopen
+        patch.setattr(os, "fdopen", lambda *args: HalfFile(fdopen(*args), crash))
         return
+    when, name, *number = point.split()
     function, count = getattr(os, name), itertools.count(1)
     wanted = int(number[0]) if number else 1
 
@@ -737,9 +747,7 @@ def edit(path, **changes):
 
 
 def with_tensor(path, name, value):
-    content = torch.load(path, weights_only=True)
-    content["model"][name] = value
-    path.write_bytes(checkpoints.sealed(content))
+    edit(path, model={**torch.load(path, weights_only=True)["model"], name: value})
 
 
 def damage_tensor(path):
@@ -825,14 +833,17 @@ def test_two_damaged_states_end_the_command_and_nothing_is_overwritten(command, 
 def test_state_with_pickled_code_is_refused_and_runs_nothing(tmp_path, good, form):
     path, payload = tmp_path / "last.pth", Payload(tmp_path / "ran")
     content = torch.load(io.BytesIO(good), weights_only=True)
-    if form == "pickle":
-        data = pickle.dumps({**content, "config": payload})
-        path.write_bytes(data + checkpoints._SEAL + hashlib.sha256(data).digest())
-    elif form == "inside":
+    if form == "inside":
         content["optimizer"]["state"][0]["exp_avg"] = payload
-        path.write_bytes(checkpoints.sealed(content))
     else:
-        path.write_bytes(checkpoints.sealed({**content, "position": payload}))
+        content["position"] = payload
+    buffer = io.BytesIO()
+    if form == "pickle":
+        pickle.dump(content, buffer)
+    else:
+        torch.save(content, buffer, _use_new_zipfile_serialization=form != "legacy")
+    digest = hashlib.sha256(buffer.getvalue()).digest()
+    path.write_bytes(buffer.getvalue() + checkpoints._SEAL + digest)
     with pytest.raises(CheckpointError, match="no state is left that could be read"):
         resume.find(argparse.Namespace(resume=str(path)), None)
     assert not (tmp_path / "ran").exists()
