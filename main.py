@@ -57,8 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], signals: StopSignals) -> int:
     """Runs one command line to its end, which it tells."""
     try:
-        return _main(argv, signals)
+        code = _main(argv, signals)
+        signals.defer()
+        return code
     except (Exception, Preempted, KeyboardInterrupt) as error:
+        signals.defer()
         code, reason = _tell(error)
         processes.announce_end(code, reason)
         traceback.clear_frames(error.__traceback__)  # ends the DataLoader workers of its loops

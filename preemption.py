@@ -47,6 +47,10 @@ class StopSignals:
         """The first signal that came, if any."""
         return self._came[0] if self._came else None
 
+    def defer(self) -> None:
+        """Only remembers signals from now on: the program ends anyway."""
+        self._deferring = True
+
     def hand_on(self) -> None:
         """Calls whoever listened before for every signal that came."""
         for number in self._came:

@@ -51,6 +51,7 @@ class RunState:
         reports: One for each finished task.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
         global_batch: Images of all processes in a training step.
+        num_images: Training images of each task.
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task.
         class_names: Name of every class.
@@ -63,6 +64,7 @@ class RunState:
     reports: list[TaskReport]
     accuracy: dict[str, list[list[float | None]]]
     global_batch: int
+    num_images: list[int]
     config: dict[str, Any]
     class_order: list[list[int]] | None
     class_names: list[str] | None
@@ -84,6 +86,7 @@ def take(run: Experiment, position: Position, optimizer: torch.optim.Optimizer) 
         reports=record.reports,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
         global_batch=run.global_batch,
+        num_images=_num_images(run),
         config=record.config,
         class_order=record.class_order,
         class_names=record.class_names,
@@ -174,6 +177,11 @@ def restore(run: Experiment, path: Path, state: RunState) -> None:
     Raises:
         CheckpointError, WeightsError: If it belongs to another run or does not fit the model.
     """
+    if state.num_images != _num_images(run):
+        raise CheckpointError(
+            f"{path} belongs to a run on {state.num_images} training images in the tasks, "
+            f"--data-path has {_num_images(run)}: give the same data"
+        )
     run.model.load_trained_state(state.model, str(path))
     for name, rows in state.accuracy.items():
         matrix = metrics.from_lists(rows)
@@ -196,6 +204,10 @@ def copy_task_checkpoints(path: Path, state: RunState, output_dir: Path) -> None
     for number, source in checkpoints.find(path.parent.parent).items():
         if number <= len(state.reports):
             utils.write_bytes(checkpoints.task_path(output_dir, number), source.read_bytes())
+
+
+def _num_images(run: Experiment) -> list[int]:
+    return [len(task.data) for task in run.stream.tasks]
 
 
 def _before(newest: Path) -> Path:
@@ -253,6 +265,8 @@ def _parse(content: bytes, name: str) -> RunState:
 
 
 def _position(content: dict[str, Any]) -> Position:
+    if missing := {field.name for field in dataclasses.fields(Position)} - content.keys():
+        raise KeyError(*missing)
     return Position(**{**content, "evaluations": _evaluations(content)})
 
 
@@ -273,4 +287,5 @@ _ENTRIES: Entries = {
     "position": ("a place in the run", lambda value: isinstance(value, dict)),
     "reports": ("reports of tasks", lambda value: isinstance(value, list)),
     "global_batch": ("a number", lambda value: isinstance(value, int) and value > 0),
+    "num_images": ("numbers", lambda value: isinstance(value, list)),
 }

@@ -109,7 +109,8 @@ class Keeper(engine.Monitor):
         self.saved = time.monotonic()
         self.newest_is_good = True
         if found is not None and self.output_dir is not None:
-            self.newest_is_good = found[0] == resume.newest_path(self.output_dir)
+            newest = resume.newest_path(self.output_dir)
+            self.newest_is_good = found[0].resolve() == newest.resolve()
 
     def wants_to_stop(self) -> bool:
         """Whether a signal came to this process."""
@@ -216,7 +217,9 @@ def _start_output(
         logger.info("The results of an earlier run were moved to %s", earlier)
     if found is not None:
         _tell_resumed(*found)
-        if not goes_on_here:
+        if goes_on_here:
+            utils.remove_unfinished(found[0].parent)
+        else:
             resume.copy_task_checkpoints(*found, output_dir)
     elif args.resume is not None:
         logger.info("There is no state to go on from yet: the run begins")

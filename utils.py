@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+#: What is in the name of a file that is being written.
+_UNFINISHED = ".unfinished-"
+
 
 def setup_logging() -> None:
     """Main process: plain lines to standard output; others: warnings to standard error."""
@@ -150,7 +153,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
         keep: Name that the file which was there before gets; None: it is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_UNFINISHED}")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -163,6 +166,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_whole` left in a folder when the program was killed."""
+    for path in folder.glob(f".*{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:

@@ -356,3 +356,12 @@ def test_worker_ends_some_time_after_a_signal():
     time.sleep(0.2)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     assert exit_code(pid) == -signal.SIGALRM
+
+
+def test_signal_while_an_error_is_told_changes_nothing(monkeypatch, capsys):
+    def tell(error):
+        signal.raise_signal(signal.SIGTERM)
+        return 2, str(error)
+
+    monkeypatch.setattr(main, "_tell", tell)
+    assert main.main(["--bogus"]) == 2

@@ -155,7 +155,7 @@ def _main(argv, hook, rank):
     return main.main(argv)
 
 
-def act(name, number, actions, rank, grace=0.5):
+def act(name, number, actions, rank, grace=None):
     """Lets processes, by rank, do something when they call a function the n-th time.
 
     Args:
@@ -163,9 +163,9 @@ def act(name, number, actions, rank, grace=0.5):
         number: Of the call, from 1.
         actions: What each does then, just before the call.
         rank: This process.
-        grace: Seconds for which a process may still leave by itself.
+        grace: Seconds for which a process may still leave by itself; None: as usual.
     """
-    processes._GRACE = grace
+    processes._GRACE = processes._GRACE if grace is None else grace
     module, name = name.split(".")
     calls, function = itertools.count(1), getattr(sys.modules[module], name)
 
@@ -175,6 +175,10 @@ def act(name, number, actions, rank, grace=0.5):
         return function(*args, **keywords)
 
     setattr(sys.modules[module], name, call)
+
+
+def impatient(rank):
+    processes._GRACE = 0.5
 
 
 def signal_itself(number):
@@ -329,13 +333,15 @@ def test_one_process_of_a_launcher_is_a_group(alone, pictures, tmp_path):
 # Stopped, and going on in another number of processes
 
 
-def stopped(folder, pictures, actions, *flags, where=("engine.train_step", 6), batch=2, group=2):
+def stopped(
+    folder, pictures, actions, *flags, where=("engine.train_step", 6), batch=2, group=2, **more
+):
     """A run in two processes that do something in the sixth of its 14 steps.
 
     That is the second of the second epoch; a signal that comes in it is found in the third.
     """
     flags = [*shape(batch, group, pictures, folder), *flags]
-    return run(folder, 2, flags, partial(act, *where, actions))
+    return run(folder, 2, flags, partial(act, *where, actions, **more))
 
 
 def go_on(folder, count, pictures, *flags, batch=2, group=2):
@@ -398,7 +404,7 @@ def test_run_goes_on_with_the_same_images_a_step(alone, pictures, tmp_path):
 def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
     """In the second evaluation after the second task; only one process knows."""
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
-    done = stopped(tmp_path, pictures, actions, where=("engine.evaluate", 3))
+    done = stopped(tmp_path, pictures, actions, where=("engine.evaluate", 3), grace=0.5)
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
     assert "SIGTERM stopped the run in an evaluation" in done.texts[rank]
     assert done.seconds < 15
@@ -413,23 +419,15 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
 def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank, where):
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
     flags = ["--eval", "--output_dir", alone(12, 3), "--device", "cpu", "--num_workers", "0"]
-    done = run(tmp_path, 2, flags, partial(act, *where, actions), within=15)
+    done = run(tmp_path, 2, flags, partial(act, *where, actions, grace=0.5), within=15)
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
     assert "SIGTERM stopped the " in done.texts[rank]
 
 
 def save_slowly(rank):
     """Writing the state takes longer than another process waits."""
-    act("engine.train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank)
-    save = resume.save
-
-    def slow(*args, **keywords):
-        if next(calls) > 0:  # not at the end of the first epoch
-            time.sleep(2.5)
-        save(*args, **keywords)
-
-    calls = itertools.count()
-    resume.save = slow
+    act("engine.train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank, grace=0.5)
+    act("resume.save", 2, {0: partial(time.sleep, 2.5)}, rank)  # the first ends the first epoch
 
 
 def test_state_is_saved_however_long_it_takes(pictures, tmp_path):
@@ -445,14 +443,14 @@ def test_state_is_saved_however_long_it_takes(pictures, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_failing_process_ends_all_with_its_error(pictures, tmp_path, rank):
     """While the others wait in a collective."""
-    hook = partial(act, "engine.train_step", 2, {rank: fail})
+    hook = partial(act, "engine.train_step", 2, {rank: fail}, grace=0.5)
     done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes == [1, 1, 1], done.text
     assert "ValueError: boom" in done.texts[rank]
     assert "Traceback" in done.texts[rank]
     for other in {0, 1, 2} - {rank}:
         assert "Traceback" not in done.texts[other]
-        assert "error: process " in done.texts[other]
+        assert f"error: process {rank} ended: ValueError: boom" in done.texts[other]
 
 
 def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
@@ -461,17 +459,21 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
     broken = data / "train" / "a" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
     flags = [*shape(3, 3, data, tmp_path / "out"), "--num_workers", "1"]
-    done = run(tmp_path, 2, flags, within=15)
+    done = run(tmp_path, 2, flags, impatient, within=15)
     assert done.codes == [1, 1]
     assert "Traceback" not in done.text
     own = [rank for rank in (0, 1) if f"error: {broken}: " in done.texts[rank]]
     assert len(own) == 1
-    assert "error: process " in done.texts[1 - own[0]]
+    assert f"error: process {own[0]} ended: {broken}: " in done.texts[1 - own[0]]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_killed_process_ends_all(pictures, tmp_path, rank):
-    hook = partial(act, "engine.train_step", 2, {rank: partial(signal_itself, signal.SIGKILL)})
+@pytest.mark.parametrize(
+    ("rank", "where"),
+    [(0, ("engine.train_step", 2)), (1, ("engine.train_step", 2)), (0, ("training._finish", 1))],
+)
+def test_killed_process_ends_all(pictures, tmp_path, rank, where):
+    """Also where the others wait for the first one to finish."""
+    hook = partial(act, *where, {rank: partial(signal_itself, signal.SIGKILL)}, grace=0.5)
     done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes[rank] == KILLED
     others = {0, 1, 2} - {rank}
@@ -484,7 +486,7 @@ def test_killed_process_ends_all(pictures, tmp_path, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_process_that_hangs_outside_a_collective_is_ended(pictures, tmp_path, rank):
     actions = {rank: partial(time.sleep, 100), 1 - rank: fail}
-    hook = partial(act, "engine.train_step", 2, actions)
+    hook = partial(act, "engine.train_step", 2, actions, grace=0.5)
     done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes == [1, 1]
     assert "ValueError: boom" in done.texts[1 - rank]
@@ -503,14 +505,16 @@ def test_process_may_still_leave_by_itself(pictures, tmp_path):
 def test_refusal_by_the_first_process_alone_is_the_exit_code_of_all(pictures, tmp_path):
     """It looks for the state; the others wait for what it finds."""
     flags = [*shape(3, 3, pictures, tmp_path / "out"), "--resume", tmp_path]
-    done = run(tmp_path, 2, flags, within=15)
+    done = run(tmp_path, 2, flags, impatient, within=15)
     assert done.codes == [2, 2], done.text
     assert "there is no state of a run, such as last.pth" in done.texts[0]
 
 
-def test_loss_that_is_no_number_ends_all_and_is_saved(pictures, tmp_path):
+def test_loss_that_is_no_number_ends_all_and_the_model_is_saved(pictures, tmp_path):
     flags = ["--lr", "1e30", "--lr_scale", "none", "--clip-grad", "none"]
-    done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], within=15)
+    slow = {0: partial(time.sleep, 2.5)}
+    hook = partial(act, "training.save_checkpoint", 1, slow, grace=0.5)
+    done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], hook, within=15)
     assert done.codes == [1, 1]
     assert all("in task 1, epoch 1, step " in text for text in done.texts)
     assert (tmp_path / "checkpoint" / "last_finite_checkpoint.pth").exists()
@@ -534,7 +538,7 @@ def test_process_that_fails_before_the_others_have_joined_ends_all(pictures, tmp
 
 
 def _main_each(flags, rank):
-    processes._GRACE = 0.5
+    impatient(rank)
     return main.main([str(flag) for flag in flags[rank]])
 
 

@@ -501,6 +501,7 @@ def a_state(number, **changes):
         reports=[engine.TaskReport(0, {"Loss": 1.0}, [an_evaluation()], 0.1, 0.2)],
         accuracy={"batch": [[1 / 3, None]], "instance": [[50.0, None]]},
         global_batch=8,
+        num_images=[16, 16],
         config={"lr": 0.1, "batch_size": 8},
         class_order=[[1], [0]],
         class_names=["a", "b"],
@@ -1115,6 +1116,43 @@ def test_path_of_an_older_state_leaves_later_checkpoints_behind(command, whole, 
         stop_after(patch, 1)
         assert main.main(argv) == STOPPED
     assert list(checkpoints.find(tmp_path / "other")) == [1]
+
+
+def test_same_folder_by_another_name_keeps_its_states(command, whole, half, monkeypatch):
+    monkeypatch.chdir(half)
+    assert main.main([*command, "--resume", ".", "--output_dir", str(half)]) == 0
+    assert differing(outcome(whole), outcome(half)) == []
+    assert before(half).exists()
+    assert not (half / "checkpoint" / "last_damaged.pth").exists()
+
+
+def test_files_that_a_killed_run_left_unfinished_go_away(command, half):
+    def killed(file):
+        file.write(b"half a state")
+        os._exit(1)
+
+    path = half / "checkpoint" / "last.pth"
+    if (child := os.fork()) == 0:
+        utils.write_whole(path, killed)
+    os.waitpid(child, 0)
+    left = [name for name in os.listdir(path.parent) if name.startswith(".")]
+    assert len(left) == 1
+    assert main.main([*command, "--resume", "auto", "--output_dir", str(half)]) == 0
+    assert not (path.parent / left[0]).exists()
+
+
+def test_other_number_of_images_is_refused(command, half, capsys):
+    state = load(newest(half))
+    edit(newest(half), num_images=[n + 1 for n in state.num_images])
+    assert main.main([*command, "--resume", "auto", "--output_dir", str(half)]) == 1
+    assert "training images in the tasks" in capsys.readouterr().out
+
+
+def test_state_without_a_full_position_is_not_used(half):
+    content = torch.load(newest(half), weights_only=True)
+    del content["position"]["task"]
+    with pytest.raises(CheckpointError, match="task"):
+        resume._parse(checkpoints.sealed(content), "STATE")
 
 
 @pytest.mark.parametrize("name", ["", "checkpoint", "checkpoint/last.pth"])
