@@ -157,4 +157,6 @@ def run_evaluation(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    preemption.ignore_stop_signals()
+    sys.exit(exit_code)

@@ -72,6 +72,12 @@ class StopSignals:
             raise Preempted(f"{self._came[0].name} stopped the program before it trained")
 
 
+def ignore_stop_signals() -> None:
+    """Keeps the exit code of a process that ends anyway."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def outlive_stop_signals(_worker_id: int) -> None:
     """Lets a DataLoader worker serve the last step when a scheduler signals every process of a job.
 

@@ -129,9 +129,10 @@ def wait(job: submitit.Job) -> int:
     codes = [int(match[1]) for match in said if match]
     code = codes[0] if codes else 1
     print(f"error: job {job.job_id} failed (exit code {code}).", file=sys.stderr)
-    log = [*(job.task(0).stdout() or "").splitlines(), *str(failures[0]).splitlines()]
+    first = job.task(0)
+    log = f"{first.stdout() or ''}\n{first.stderr() or ''}".splitlines()
     told = [line for line in log if line.startswith(("error:", "  - "))]
-    print("\n".join(told or log[-10:]), file=sys.stderr)
+    print("\n".join(told or str(failures[0]).splitlines()[-10:]), file=sys.stderr)
     return code
 
 

@@ -60,8 +60,8 @@ run_in_batch_job() {
         wait "$step" || ended=$?
         [ "$ended" -eq 127 ] || code=$ended # 127: the wait before this one was the last
     done
-    # 75: saved; 137, 138: killed before, so an earlier state is the newest, or there is none yet.
-    if [ -n "$warned" ] && [[ $code =~ ^(75|137|138)$ ]]; then
+    # 75: saved; else ended by a signal: after saving (143: Slurm ends the last ones so) or too early.
+    if [ -n "$warned" ] && [[ $code =~ ^(75|137|138|143)$ ]]; then
         echo "The job goes back into the queue, and on from its last state."
         scontrol requeue "$SLURM_JOB_ID" && code=0
     fi
