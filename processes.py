@@ -346,12 +346,22 @@ class _Watch(threading.Thread):
         return None
 
     def wait_for_all(self, event: str, world_size: int) -> None:
-        """Waits until all processes have come so far."""
-        self.store.add(event, 1)
+        """Waits until all processes have come so far.
+
+        Raises:
+            LostProcessError: If one of them has ended, or does not come.
+        """
         latest = time.monotonic() + _PATIENCE.total_seconds()
-        while (number := self.store.add(event, 0)) < world_size:
-            if time.monotonic() > latest or self.look_for_end(wait=0.0) is not None:
-                raise LostProcessError(f"only {number} of {world_size} processes are {event}")
+        try:
+            number = self.store.add(event, 1)
+            while number < world_size and time.monotonic() < latest:
+                if self.look_for_end(wait=0.0) is not None:
+                    break
+                number = self.store.add(event, 0)
+        except RuntimeError as error:  # the process that holds the store
+            raise LostProcessError(f"another process of the run is gone ({error})") from error
+        if number < world_size:
+            raise LostProcessError(f"only {number} of {world_size} processes are {event}")
 
     def run(self) -> None:
         """Looks once a second."""
