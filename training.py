@@ -135,7 +135,7 @@ class Keeper(engine.Monitor):
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
         if stop:
-            sum_over_processes(torch.zeros(1, device=self.experiment.options.device))
+            _wait_for_all(self.experiment)
             place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {position.step}"
             raise Preempted(self._word(f"after {place}"))
 
@@ -201,7 +201,13 @@ def _train(
             path = keeper.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
             save_checkpoint(experiment, path, len(experiment.record.reports))
             logger.error("Saved the state before that step to %s", path)
+        _wait_for_all(experiment)
         raise
+
+
+def _wait_for_all(experiment: Experiment) -> None:
+    """Waits until the main process has saved: one that ends before would end it, too."""
+    sum_over_processes(torch.zeros(1, device=experiment.options.device))
 
 
 def _start_output(
