@@ -189,6 +189,18 @@ def close_processes() -> None:
     watch.leave(num_processes)
 
 
+def wait_for_all(event: str) -> None:
+    """Waits, on the host, until all processes have come to an event; each event happens once.
+
+    Not a collective: those of NCCL return before the others have come.
+
+    Raises:
+        LostProcessError: If another process is gone.
+    """
+    if _Watch.current is not None and dist.is_initialized():
+        _Watch.current.wait_for_all(event, dist.get_world_size())
+
+
 def announce_end(code: int, reason: str) -> None:
     """Tells the other processes that this one ends early, so that none waits for it.
 

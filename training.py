@@ -22,7 +22,7 @@ from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
 from experiment import Experiment, assemble, check_same_run, describe
 from preemption import Preempted, StopSignals
-from processes import Processes, is_main_process, sum_over_processes
+from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Keeper(engine.Monitor):
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
         if stop:
-            _wait_for_all(self.experiment)
+            wait_for_all("saved")  # one that ended before would end the main process, too
             place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {position.step}"
             raise Preempted(self._word(f"after {place}"))
 
@@ -201,13 +201,8 @@ def _train(
             path = keeper.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
             save_checkpoint(experiment, path, len(experiment.record.reports))
             logger.error("Saved the state before that step to %s", path)
-        _wait_for_all(experiment)
+        wait_for_all("saved")
         raise
-
-
-def _wait_for_all(experiment: Experiment) -> None:
-    """Waits until the main process has saved: one that ends before would end it, too."""
-    sum_over_processes(torch.zeros(1, device=experiment.options.device))
 
 
 def _start_output(
