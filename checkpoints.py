@@ -19,9 +19,9 @@ from torch import Tensor
 
 import utils
 
-FORMAT = "l2p checkpoint 2"
-#: The same without a checksum.
-_FIRST_FORMAT = "l2p checkpoint 1"
+FORMAT = "l2p checkpoint 3"
+#: The same without a buffer, and before that without a checksum.
+_SECOND_FORMAT, _FIRST_FORMAT = "l2p checkpoint 2", "l2p checkpoint 1"
 _SEAL, _DIGEST = b"l2p sha256", hashlib.sha256().digest_size
 _NAME = re.compile(r"task(\d+)_checkpoint\.pth")
 
@@ -42,6 +42,7 @@ class Checkpoint:
         class_names: Name of every class; None in the original's files.
         backbone: `name`, `source` and `sha256` of the frozen network; None in the original's files.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
+        buffer: Numbers of the training images to replay; None without replay.
         original: Whether l2p-pytorch wrote it.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
     class_names: list[str] | None = None
     backbone: dict[str, str] | None = None
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    buffer: Tensor | None = None
     original: bool = False
 
 
@@ -84,9 +86,11 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     content = _read(path, str(path))
-    if content.get("format") == FORMAT:
+    if content.get("format") in (FORMAT, _SECOND_FORMAT):
         content = read_sealed(path.read_bytes(), str(path))
-    if content.get("format") in (FORMAT, _FIRST_FORMAT):
+    if content.get("format") in (_SECOND_FORMAT, _FIRST_FORMAT):
+        content = {**upgraded(content), "format": FORMAT}
+    if content.get("format") == FORMAT:
         return Checkpoint(**check_entries(content, _ENTRIES, str(path)))
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
         match = _NAME.fullmatch(path.name)
@@ -98,6 +102,14 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(content["model"], int(match[1]), vars(content["args"]), original=True)
     keys = ", ".join(sorted(map(str, content)))
     raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file of an earlier format holds, under today's names."""
+    config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+    if "use_prompt_mask" in config:
+        config["diversify"] = "mask" if config.pop("use_prompt_mask") else "none"
+    return {"buffer": None, **content, "config": config}
 
 
 #: What the entries of a file must be: in words, and as a test.
@@ -164,8 +176,16 @@ def _is_tensors(value: Any) -> bool:
 
 
 def _is_class_order(value: Any) -> bool:
-    ids = [c for task in value for c in task] if _is_list(value, list) else [None]
-    return all(isinstance(c, int) and c >= 0 for c in ids) and len(set(ids)) == len(ids)
+    return _is_list(value, list) and all(
+        _is_list(ids, int) and min(ids, default=0) >= 0 and len(set(ids)) == len(ids)
+        for ids in value
+    )
+
+
+def _is_buffer(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 1
+    )
 
 
 def _is_matrices(value: Any) -> bool:
@@ -186,10 +206,11 @@ def _is_list(value: Any, kind: type) -> bool:
 ORIGIN_ENTRIES: Entries = {
     "model": ("tensors by name", _is_tensors),
     "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),
-    "class_order": ("class ids of each task, each once", _is_class_order),
+    "class_order": ("class ids of each task", _is_class_order),
     "class_names": ("names of classes", lambda value: _is_list(value, str)),
     "backbone": ("name, source and sha256", _is_identity),
     "accuracy": ("matrices by selection", _is_matrices),
+    "buffer": ("numbers of images, or None", _is_buffer),
 }
 
 _ENTRIES: Entries = {

@@ -1,22 +1,19 @@
-"""From raw data to a stream of tasks, and from tasks to batches.
-
-The engine is handed a `TaskStream`: a sequence of tasks, each with training data, the classes it
-may predict in training, and the test sets to evaluate after it. Class-incremental learning is one
-way to build such a sequence (`build_class_incremental`); nothing else in the program knows which
-one it was. Labels are never remapped: a target is the data set's own class id.
+"""The data of a task, and its batches.
 
 What an image looks like in training is a pure function of (seed, task, epoch, image): the number of
 processes, of workers, their order and the state of the global random generators have no say in it.
 For that the batch sampler asks for (epoch, position) pairs and every image brings its own seed.
+Replayed images are drawn, and augmented, as a pure function of (seed, task, epoch, step).
 
-Shapes: B images of a batch, n images of a data set, S input size in pixels. Images are (3, S, S).
+Shapes: B images of a batch, n images of a data set, S input size in pixels, V images that vote
+together, R replayed images that join each of these groups. Images are (3, S, S).
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from datasets import DataError, ImageSource
+from image_sources import ImageSource
 from image_transforms import Transform
 from preemption import outlive_stop_signals
 from random_streams import Stream, random_words
+from replay import ReplayBuffer
+from task_stream import LabelledData, Task, TestSet
 
 
 @contextmanager
@@ -87,17 +86,69 @@ class TrainData(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, int]]:
         """Load a batch; saving the generators once for all of it costs less than per image."""
         with _global_rng_kept():
             return [self._load(epoch, position) for epoch, position in keys]
 
     def _load(self, epoch: int, position: int) -> tuple[Tensor, int]:
         index = int(self.indices[position])
+        return self.augmented(index, Stream.AUGMENTATION, self.task, epoch, index)
+
+    def augmented(self, index: int, stream: Stream, *place: int) -> tuple[Tensor, int]:
+        """An image of the source, of this task or not, augmented as its place in the run says.
+
+        Leaves the global generators changed.
+        """
         image, target = self.source[index]
-        place = (self.task, epoch, index)
-        _seed_global_rng(random_words(self.seed, Stream.AUGMENTATION, *place, num_words=3))
+        _seed_global_rng(random_words(self.seed, stream, *place, num_words=3))
         return self.transform(image), target
+
+
+class Replayed(NamedTuple):
+    """Key of a replayed image.
+
+    Attributes:
+        epoch: 0-based epoch of the task.
+        draw: Number of the draw in the epoch.
+        image: Number of the image in the source.
+    """
+
+    epoch: int
+    draw: int
+    image: int
+
+
+class MixedData(Dataset):
+    """A task's data and replayed images; tells which of them are replayed.
+
+    Args:
+        data: The task's, indexed by (epoch, position); its source holds the replayed images, too,
+            which are asked for by a `Replayed`.
+    """
+
+    def __init__(self, data: TrainData) -> None:
+        self.data = data
+        self.targets = data.targets
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, bool]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, int, bool]]:
+        """Load a batch."""
+        own = iter(self.data.__getitems__([k for k in keys if not isinstance(k, Replayed)]))
+        with _global_rng_kept():
+            return [
+                (*self._again(key), True) if isinstance(key, Replayed) else (*next(own), False)
+                for key in keys
+            ]
+
+    def _again(self, key: Replayed) -> tuple[Tensor, int]:
+        place = (self.data.task, key.epoch, key.draw)
+        return self.data.augmented(key.image, Stream.REPLAY_AUGMENTATION, *place)
 
 
 class TestData(Dataset):
@@ -130,149 +181,6 @@ class TestData(Dataset):
         return self.transform(image), target
 
 
-class LabelledData(Protocol):
-    """What the loaders need of a task's or a test set's data.
-
-    `data[epoch, position]` (training) or `data[position]` (test) is an image (3, S, S) and its
-    class id.
-    """
-
-    targets: NDArray[np.int64]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any) -> tuple[Tensor, int]: ...
-
-
-# The stream of tasks
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """Images that are evaluated together and get one row of the accuracy matrix.
-
-    Attributes:
-        index: Row of the accuracy matrix, from 0.
-        name: What people call it.
-        data: Images by position.
-        classes: Ids of the classes in it.
-    """
-
-    __test__ = False  # no test class, whatever pytest thinks of the name
-
-    index: int
-    name: str
-    data: LabelledData
-    classes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One step of the stream.
-
-    Attributes:
-        index: Column of the accuracy matrix, from 0.
-        name: What people call it.
-        data: Training images by (epoch, position).
-        classes: Ids of the classes that may be predicted while it is trained.
-        test_sets: What to evaluate after it.
-    """
-
-    index: int
-    name: str
-    data: LabelledData
-    classes: tuple[int, ...]
-    test_sets: tuple[TestSet, ...]
-
-
-@dataclass(frozen=True)
-class TaskStream:
-    """All tasks in the order in which they are learned.
-
-    Attributes:
-        tasks: The tasks.
-        class_names: Names of all classes of the data set, indexed by class id.
-    """
-
-    tasks: tuple[Task, ...]
-    class_names: tuple[str, ...]
-
-    @property
-    def num_tasks(self) -> int:
-        """T, the number of tasks."""
-        return len(self.tasks)
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs that the head needs: all classes of the data set, in a task or not."""
-        return len(self.class_names)
-
-    @property
-    def class_order(self) -> list[list[int]]:
-        """Class ids of every task, in the order in which they were drawn."""
-        return [list(task.classes) for task in self.tasks]
-
-    @property
-    def classes(self) -> tuple[int, ...]:
-        """Sorted ids of the classes that any task holds."""
-        return tuple(sorted({class_id for task in self.tasks for class_id in task.classes}))
-
-
-def build_class_incremental(
-    train: ImageSource,
-    test: ImageSource,
-    order: Sequence[int],
-    num_tasks: int,
-    classes_per_task: int,
-    train_transform: Transform,
-    test_transform: Transform,
-    seed: int,
-) -> TaskStream:
-    """Split the classes into tasks; after each, evaluate on the classes of all tasks so far.
-
-    Args:
-        train: Training images.
-        test: Test images of the same classes.
-        order: Class ids in the order of their tasks; what num_tasks * classes_per_task leaves
-            over is not used.
-        num_tasks: T.
-        classes_per_task: New classes of every task.
-        train_transform: Augments a training image.
-        test_transform: Prepares a test image.
-        seed: Seed of the augmentation.
-
-    Raises:
-        DataError: If a class has no training or no test image.
-    """
-    assert num_tasks * classes_per_task <= len(order), "see check_split"
-    used = np.asarray(order[: num_tasks * classes_per_task], dtype=np.int64)
-    for split, source in (("training", train), ("test", test)):
-        _check_all_present(used, source, split)
-    tasks: list[Task] = []
-    test_sets: list[TestSet] = []
-    for index, ids in enumerate(used.reshape(num_tasks, classes_per_task)):
-        name, classes = f"task{index + 1}", tuple(ids.tolist())
-        test_data = TestData(test, _positions_of(ids, test), test_transform)
-        test_sets.append(TestSet(index, name, test_data, classes))
-        data = TrainData(train, _positions_of(ids, train), train_transform, seed, index)
-        tasks.append(Task(index, name, data, classes, tuple(test_sets)))
-    return TaskStream(tuple(tasks), tuple(train.classes))
-
-
-def _positions_of(classes: NDArray[np.int64], source: ImageSource) -> NDArray[np.int64]:
-    return np.flatnonzero(np.isin(source.targets, classes))  # (n,), in the data set's order
-
-
-def _check_all_present(classes: NDArray[np.int64], source: ImageSource, split: str) -> None:
-    missing = classes[~np.isin(classes, source.targets)]
-    if len(missing):
-        names = ", ".join(source.classes[class_id] for class_id in missing.tolist())
-        raise DataError(
-            f"no {split} image of class {names}: add images, or leave the class out of "
-            "--class_order"
-        )
-
-
 # Loaders
 
 
@@ -290,6 +198,8 @@ class LoaderOptions:
         world_size: Processes that share the work.
         global_batch: Images of all processes in a training step; None: as many as their batches
             hold together.
+        drop_last: Whether the images that do not fill a last training step are left out.
+        replayed_per_group: R, replayed images that join each vote group once the buffer has any.
     """
 
     batch_size: int
@@ -300,6 +210,8 @@ class LoaderOptions:
     rank: int = 0
     world_size: int = 1
     global_batch: int | None = None
+    drop_last: bool = False
+    replayed_per_group: int = 0
 
     @property
     def full_batch(self) -> int:
@@ -316,13 +228,13 @@ class LoaderOptions:
         return slice(first, stop)
 
 
-class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
+class GlobalBatchSampler(Sampler[list[tuple[int, ...]]]):
     """This process's piece of every global batch, as (epoch, position) pairs.
 
     The order of the images depends on seed, task and epoch alone. It is cut into global batches;
     of each, every process takes a run of whole vote groups, the same places of each batch. The last
     batch may be short: then a process may have fewer images or none, so that all take equally many
-    steps, and nothing is padded or dropped.
+    steps, and nothing is padded; or dropped, unless `drop_last` asks for it.
 
     Args:
         num_images: n, the images of the task.
@@ -342,9 +254,10 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return -(-self.num_images // self.options.full_batch)
+        full_steps, rest = divmod(self.num_images, self.options.full_batch)
+        return full_steps + (rest > 0 and not self.options.drop_last)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         return self._batches(self.epoch, self.first_step)
 
     def global_batch_size(self, step: int) -> int:
@@ -352,42 +265,105 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         full = self.options.full_batch
         return min(full, self.num_images - step * full)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, ...]]]:
         order = self._order(epoch)
         full = self.options.full_batch
         share = self.options.share(full)
-        for start in range(first_step * full, self.num_images, full):
-            yield [(epoch, i) for i in order[start : start + full][share]]
+        for step in range(first_step, len(self)):
+            piece = order[step * full : (step + 1) * full][share]
+            yield self._keys(epoch, step, piece)
+
+    def _keys(self, epoch: int, step: int, piece: list[int]) -> list[tuple[int, ...]]:
+        """Keys of this process's images of a step, given their positions."""
+        return [(epoch, position) for position in piece]
 
     def _order(self, epoch: int) -> list[int]:
         words = random_words(self.options.seed, Stream.ORDER, self.task, epoch, num_words=4)
         return np.random.default_rng(words).permutation(self.num_images).tolist()
 
 
+class ReplaySampler(GlobalBatchSampler):
+    """Lets R replayed images follow the images of every vote group, with which they vote.
+
+    Args:
+        num_images: n, the images of the task.
+        options: See `LoaderOptions`.
+        task: Index of the task.
+        buffer: Numbers of the images that may be replayed, (m,).
+    """
+
+    def __init__(
+        self, num_images: int, options: LoaderOptions, task: int, buffer: NDArray[np.int64]
+    ) -> None:
+        super().__init__(num_images, options, task)
+        self.buffer = buffer
+
+    def global_batch_size(self, step: int) -> int:
+        """Images of all processes together in a step of the epoch, replayed ones included."""
+        own = super().global_batch_size(step)
+        return own + self.options.replayed_per_group * self._num_groups(own)
+
+    def _keys(self, epoch: int, step: int, piece: list[int]) -> list[tuple[int, ...]]:
+        size, replayed = self.options.vote_group_size, self.options.replayed_per_group
+        first_group = self.options.share(self.options.full_batch).start // size
+        drawn = self._draw(epoch, step)  # (R * groups of a full step,)
+        keys: list[tuple[int, ...]] = []
+        for group in range(self._num_groups(len(piece))):
+            own = piece[group * size : (group + 1) * size]
+            keys += super()._keys(epoch, step, own)
+            first = (first_group + group) * replayed
+            keys += [
+                Replayed(epoch, step * len(drawn) + at, int(drawn[at]))
+                for at in range(first, first + replayed)
+            ]
+        return keys
+
+    def _num_groups(self, num_images: int) -> int:
+        return -(-num_images // self.options.vote_group_size)
+
+    def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Images replayed in a step by all processes: each once, if there are enough."""
+        number = self.options.replayed_per_group * self._num_groups(self.options.full_batch)
+        words = random_words(self.options.seed, Stream.REPLAY, self.task, epoch, step, num_words=4)
+        rng = np.random.default_rng(words)
+        return rng.choice(self.buffer, number, replace=number > len(self.buffer))
+
+
 class _Collate:
     """Stack samples; an empty batch becomes empty tensors of the right shape."""
 
-    def __init__(self, data: LabelledData) -> None:
+    def __init__(self, data: LabelledData | MixedData) -> None:
         self.data = data
 
-    def __call__(self, samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    def __call__(self, samples: list[tuple]) -> list[Tensor]:
         if samples:
-            return default_collate(samples)  # (B, 3, S, S), (B,)
-        image, _ = self.data[0, 0]
-        return [image.new_empty(0, *image.shape), torch.empty(0, dtype=torch.int64)]
+            return default_collate(samples)  # (B, 3, S, S), (B,), with replay (B,)
+        return [tensor[:0] for tensor in default_collate([self.data[0, 0]])]
 
 
-def build_train_loader(task: Task, options: LoaderOptions) -> DataLoader:
-    """Make the loader of a task's training images.
+def build_train_loader(
+    task: Task, options: LoaderOptions, buffer: ReplayBuffer | None = None
+) -> DataLoader:
+    """Make the loader of a task's training images, and of replayed ones if there are any.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before each epoch; the sampler also tells the
     `global_batch_size(step)` by which a mean over all processes divides.
 
+    Args:
+        task: The task.
+        options: See `LoaderOptions`.
+        buffer: Images of earlier tasks.
+
     Returns:
-        Loader of images (B, 3, S, S) and class ids (B,). B may be 0, see `GlobalBatchSampler`.
+        Loader of images (B, 3, S, S) and class ids (B,), with replayed images also of which they
+        are, bool (B,). B may be 0, see `GlobalBatchSampler`.
     """
-    sampler = GlobalBatchSampler(len(task.data), options, task.index)
-    return _loader(task.data, sampler, options, persistent=True)
+    if buffer is None or len(buffer) == 0:
+        sampler = GlobalBatchSampler(len(task.data), options, task.index)
+        return _loader(task.data, sampler, options, persistent=True)
+    assert isinstance(task.data, TrainData)
+    replaying = ReplaySampler(len(task.data), options, task.index, buffer.indices)
+    return _loader(MixedData(task.data), replaying, options, persistent=True)
 
 
 def build_test_loader(test_set: TestSet, options: LoaderOptions) -> DataLoader:
@@ -413,7 +389,7 @@ def _test_batches(num_images: int, options: LoaderOptions) -> list[list[int]]:
 
 
 def _loader(
-    data: LabelledData,
+    data: LabelledData | MixedData,
     batches: GlobalBatchSampler | list[list[int]],
     options: LoaderOptions,
     persistent: bool,

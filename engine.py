@@ -30,7 +30,7 @@ from processes import rank, sum_gradients, sum_over_processes
 from random_streams import seed_model
 
 if TYPE_CHECKING:
-    from continual_dataloader import Task, TestSet
+    from task_stream import Task, TestSet
     from vision_transformer import PromptedVisionTransformer
 
 #: The two ways of choosing prompts for test images.
@@ -47,7 +47,8 @@ class Scheduler(Protocol):
 
 
 #: Batches of (images, targets), and their number as its length. For training its `batch_sampler`
-#: has `set_epoch(epoch, first_step)` and `global_batch_size(step)`.
+#: has `set_epoch(epoch, first_step)` and `global_batch_size(step)`; a batch that holds replayed
+#: images tells which ones by a third tensor, bool (B,).
 Loader = Any
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
@@ -61,6 +62,7 @@ class EngineOptions:
         device: Where to compute.
         epochs: Epochs of each task.
         vote_group_size: Images that vote for prompts together.
+        replayed_per_group: Replayed images that join each vote group, where a batch has any.
         all_classes: Classes of the whole stream; test images may be given any of them.
         train_mask: Whether training may predict the task's own classes only.
         task_inc: Whether evaluation may predict the test set's own classes only.
@@ -88,6 +90,7 @@ class EngineOptions:
     shared_prompt_key: bool = False
     print_freq: int = 10
     seed: int = 42
+    replayed_per_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,9 +243,9 @@ def train_one_epoch(
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, position.step)
     since = time.monotonic()
-    for step, (images, targets) in progress.over(loader, len(loader), position.step):
+    for step, tensors in progress.over(loader, len(loader), position.step):
         size = sampler.global_batch_size(step)
-        batch = (images.to(options.device), targets.to(options.device))
+        batch = [tensor.to(options.device) for tensor in tensors]
         seed_model(options.device, options.seed, task.index, epoch, step, rank())
         try:
             loss, correct1, correct5, stop = train_step(
@@ -276,7 +279,7 @@ def train_one_epoch(
 def train_step(
     model: PromptedVisionTransformer,
     optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, Tensor],
+    batch: Sequence[Tensor],
     task_id: int,
     allowed: Tensor | None,
     global_size: int,
@@ -288,9 +291,10 @@ def train_step(
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`, in training mode.
         optimizer: Over the trainable parameters.
-        batch: This process's images (B, 3, S, S) and targets (B,), on the device; B may be 0.
+        batch: This process's images (B, 3, S, S) and targets (B,), on the device, and which of them
+            are replayed (B,), if any are; B may be 0.
         task_id: 0-based number of the task.
-        allowed: Which classes may be predicted, bool (C,); None: all.
+        allowed: Which classes may be predicted, bool (C,); None: all. Any for replayed images.
         global_size: Images of all processes in this step.
         options: See there.
         stop: Whether this process was asked to stop.
@@ -302,8 +306,9 @@ def train_step(
         NonFiniteLossError: If the loss or its gradient is not finite; nothing has changed then.
     """
     optimizer.zero_grad()
-    values = _forward_backward(model, batch, task_id, allowed, global_size, options)
-    totals = sum_over_processes(torch.cat([values, values.new_tensor([float(stop)])])).tolist()
+    values, served = _forward_backward(model, batch, task_id, allowed, global_size, options)
+    sums = sum_over_processes(torch.cat([values, values.new_tensor([float(stop)]), served]))
+    totals = sums[:4].tolist()
     if not math.isfinite(totals[0]):
         raise NonFiniteLossError(f"loss is {totals[0]}")
     sum_gradients(model.parameters())
@@ -312,6 +317,8 @@ def train_step(
     if not math.isfinite(norm):
         raise NonFiniteLossError(f"the norm of the gradient is {norm} (loss {totals[0]})")
     optimizer.step()
+    if model.prompt is not None:
+        model.prompt.count_served(sums[4:])
     return totals
 
 
@@ -386,7 +393,7 @@ def evaluate_till_now(
         on_test_set: Called after every test set.
 
     Returns:
-        One evaluation for each test set, in order.
+        One evaluation for each test set, in order; none where the task has no test sets.
     """
     position = position or Position(task.index)
     evaluations = position.evaluations
@@ -401,7 +408,8 @@ def evaluate_till_now(
         evaluations.append(result)
         position.eval_seconds += time.monotonic() - start
         on_test_set()
-    _log_averages(task, evaluations, matrices)
+    if evaluations:
+        _log_averages(task, evaluations, matrices)
     return evaluations
 
 
@@ -443,7 +451,7 @@ def train_and_evaluate(
     optimizer = make_optimizer()
     for task in tasks[position.task :]:
         if not position.inside_task:
-            _inherit(model, task.index, options)
+            _begin_task(model, task.index, options)
             if task.index > 0 and options.reinit_optimizer:
                 optimizer, optimizer_state = make_optimizer(), None
         scheduler = _continue_schedule(make_scheduler, optimizer, position, optimizer_state)
@@ -480,8 +488,8 @@ def _log_averages(
         means = average_stats(evaluations, name)
         line = f"[{labels[name]} till task{task.index + 1}]"
         line += "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
-        lost = metrics.forgetting(matrices[name], task.index)
-        backward = metrics.backward_transfer(matrices[name], task.index)
+        numbers = metrics.summarize(matrices[name], task.index)
+        lost, backward = numbers.get("forgetting"), numbers.get("backward_transfer")
         if lost is not None and backward is not None:
             line += f"\tForgetting: {lost:.4f}\tBackward: {backward:.4f}"
         logger.info(line)
@@ -495,30 +503,43 @@ def masked_cross_entropy(
     Args:
         logits: (B, C).
         targets: Class ids, (B,).
-        allowed: Which classes may be predicted, bool (C,); None: all.
+        allowed: Which classes may be predicted, bool (C,) or (B, C); None: all.
         smoothing: Part of the target that is spread over the allowed classes.
     """
     log_prob = F.log_softmax(_restrict(logits, allowed), dim=1)  # (B, C)
     loss = F.nll_loss(log_prob, targets)
     if smoothing == 0:
         return loss
-    spread = log_prob.mean() if allowed is None else log_prob[:, allowed].mean()
-    return (1 - smoothing) * loss - smoothing * spread
+    if allowed is None:
+        spread = log_prob.mean(dim=1)  # (B,)
+    else:
+        spread = log_prob.masked_fill(~allowed, 0).sum(dim=1) / allowed.sum(dim=-1)  # (B,)
+    return (1 - smoothing) * loss - smoothing * spread.mean()
 
 
 def _forward_backward(
     model: PromptedVisionTransformer,
-    batch: tuple[Tensor, Tensor],
+    batch: Sequence[Tensor],
     task_id: int,
     allowed: Tensor | None,
     global_size: int,
     options: EngineOptions,
-) -> Tensor:
-    """This process's part of a step: loss, correct@1 and correct@5 (3,), and its gradients."""
-    images, targets = batch
+) -> tuple[Tensor, Tensor]:
+    """This process's part of a step, and its gradients.
+
+    Returns:
+        Loss, correct@1 and correct@5 (3,), and how often each prompt served (M,), empty without
+        a pool.
+    """
+    images, targets, *flags = batch
+    served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=options.device)
     if len(images) == 0:
-        return torch.zeros(3, device=options.device)
-    out = model(images, task_id=task_id, vote_group_size=options.vote_group_size)
+        return torch.zeros(3, device=options.device), served
+    group = options.vote_group_size
+    if flags:
+        group += options.replayed_per_group
+        allowed = None if allowed is None else allowed | flags[0][:, None]  # (B, C)
+    out = model(images, task_id=task_id, vote_group_size=group)
     loss = masked_cross_entropy(out["logits"], targets, allowed, options.smoothing)
     if options.pull_coeff and "reduce_sim" in out:
         loss = loss - options.pull_coeff * out["reduce_sim"]
@@ -526,7 +547,10 @@ def _forward_backward(
     loss.backward()
     with torch.no_grad():
         correct = _correct(_restrict(out["logits"], allowed), targets)
-    return torch.cat([loss.detach()[None], correct.sum(dim=0).to(loss.dtype)])
+        if "prompt_idx" in out:
+            idx = out["prompt_idx"].flatten()  # (B*K,)
+            served.scatter_add_(0, idx, served.new_ones(1).expand_as(idx))
+    return torch.cat([loss.detach()[None], correct.sum(dim=0).to(loss.dtype)]), served
 
 
 def _correct(logits: Tensor, targets: Tensor) -> Tensor:
@@ -624,9 +648,10 @@ def _continue_schedule(
     return scheduler
 
 
-def _inherit(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:
+def _begin_task(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:
     if model.prompt is None:
         return
+    model.prompt.begin_task()
     wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
     if model.prompt.inherit(task_id, **wanted):
         logger.info("Task %d starts from the prompts of task %d", task_id + 1, task_id)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: to compute and evaluate.
 _CHANGEABLE = (
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "batch_size", "vote_group_size", "vote_ties", "task_inc",
+    "file_lists", "batch_size", "vote_group_size", "vote_ties", "task_inc",
 )  # fmt: skip
 
 #: Of these, what is never taken from a checkpoint.
@@ -138,7 +138,8 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
 
 def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
     """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
-    missing = sorted(set(range(1, run.stream.num_tasks + 1)) - set(paths))
+    evaluated = {task.index + 1 for task in run.stream.tasks if task.test_sets}
+    missing = sorted(evaluated - set(paths))
     if missing:
         names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
         folder = next(iter(paths.values())).parent

@@ -8,22 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from timm.utils import random_seed
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import backbone
 import continual_dataloader as data
 import datasets
 import metrics
+import scenarios
 import settings
 from backbone import BackboneIdentity
 from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
-from datasets import DataError
 from engine import SELECTIONS, EngineOptions
+from image_sources import DataError
 from image_transforms import build_transform
 from processes import Processes
+from replay import ReplayBuffer
 from results import RunRecord
+from scenarios import Preparation
+from task_stream import Task, TaskStream, TestSet
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -41,17 +47,23 @@ class Experiment:
         train_loader: Gives the training batches of a task.
         test_loader: Gives the batches of a test set.
         record: Collects the results.
-        global_batch: Images of all processes in a training step.
+        global_batch: Images of all processes in a training step, replayed ones not counted.
+        buffer: Images of earlier tasks that are replayed; None: none are.
     """
 
-    stream: data.TaskStream
+    stream: TaskStream
     model: PromptedVisionTransformer
     identity: BackboneIdentity
     options: EngineOptions
-    train_loader: Callable[[data.Task], DataLoader]
-    test_loader: Callable[[data.TestSet], DataLoader]
+    train_loader: Callable[[Task], DataLoader]
+    test_loader: Callable[[TestSet], DataLoader]
     record: RunRecord
     global_batch: int
+    buffer: ReplayBuffer | None
+
+    def buffered_images(self) -> Tensor | None:
+        """Numbers of the images in the buffer, as checkpoints hold them; None without one."""
+        return None if self.buffer is None else torch.from_numpy(self.buffer.indices)
 
 
 def assemble(
@@ -77,13 +89,14 @@ def assemble(
         WeightsError: If weights are missing, damaged or do not fit.
     """
     random_seed(args.seed)
-    stream = build_stream(args, task_classes)
+    global_batch = global_batch or args.batch_size * processes.world_size
+    stream = build_stream(args, global_batch, task_classes)
+    buffer = _build_buffer(args, stream)
     vit = settings.build_backbone(args, pretrained=not weights_follow)
     identity = backbone.identify(vit, args.model, settings.backbone_source(args))
     model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
-    global_batch = global_batch or args.batch_size * processes.world_size
     loading = settings.loader_options(args, processes, global_batch)
-    num_test_sets = max(t.index for task in stream.tasks for t in task.test_sets) + 1
+    shape = len(stream.test_sets), stream.num_tasks
     record = RunRecord(
         config={
             **settings.resolved(args),
@@ -92,45 +105,99 @@ def assemble(
         backbone=identity.as_dict(),
         class_order=stream.class_order,
         class_names=list(stream.class_names),
-        matrices={s: metrics.empty_matrix(num_test_sets, stream.num_tasks) for s in SELECTIONS},
+        matrices={s: metrics.empty_matrix(*shape) for s in SELECTIONS},
+        tasks=[task.name for task in stream.tasks],
+        test_sets=[test_set.name for test_set in stream.test_sets],
     )
     return Experiment(
         stream=stream,
         model=model,
         identity=identity,
         options=settings.engine_options(args, processes.device, stream.classes),
-        train_loader=partial(data.build_train_loader, options=loading),
+        train_loader=partial(data.build_train_loader, options=loading, buffer=buffer),
         test_loader=partial(data.build_test_loader, options=loading),
         record=record,
         global_batch=global_batch,
+        buffer=buffer,
     )
 
 
 def build_stream(
-    args: argparse.Namespace, task_classes: list[list[int]] | None = None
-) -> data.TaskStream:
+    args: argparse.Namespace, global_batch: int, task_classes: list[list[int]] | None = None
+) -> TaskStream:
     """The tasks that the settings describe.
 
+    Args:
+        args: The settings.
+        global_batch: Images of all processes in a training step.
+        task_classes: Class ids of each task; None: as the settings say.
+
     Raises:
-        DataError: If the data are missing or damaged, or the file of `--class_order` does not fit.
+        DataError: If the data are missing or damaged, do not fit the settings, or the file of
+            `--class_order` does not fit.
     """
-    train, test = datasets.load_source(args.dataset, Path(args.data_path))
+    transforms = settings.transform_options(args)
+    prepare = Preparation(
+        build_transform(True, transforms), build_transform(False, transforms), args.seed
+    )
     try:
-        order = _flat_order(args, train.classes, task_classes)
-        classes_per_task = check_split(len(order), args.num_tasks, args.classes_per_task)
+        stream = _scenario(args, prepare, global_batch, task_classes)
     except ValueError as error:
         raise DataError(str(error)) from error
-    transforms = settings.transform_options(args)
-    return data.build_class_incremental(
-        train,
-        test,
-        order=order,
-        num_tasks=args.num_tasks,
-        classes_per_task=classes_per_task,
-        train_transform=build_transform(True, transforms),
-        test_transform=build_transform(False, transforms),
-        seed=args.seed,
+    if args.joint:
+        stream = scenarios.joint(stream, prepare)
+    _check_steps(args, stream, global_batch)
+    return scenarios.evaluate_every(stream, args.eval_every)
+
+
+def _scenario(
+    args: argparse.Namespace,
+    prepare: Preparation,
+    global_batch: int,
+    task_classes: list[list[int]] | None,
+) -> TaskStream:
+    path = Path(args.data_path)
+    if args.scenario == "domain-incremental":
+        domains = datasets.load_domains(args.dataset, path, settings.file_lists(args))
+        return scenarios.domain_incremental(*domains, prepare)
+    parts = datasets.load_parts(args.dataset, path)
+    if len(parts) > 1:
+        return scenarios.several_data_sets(parts, prepare)
+    ((train, test),) = parts.values()
+    if args.scenario == "gaussian":
+        episodes = task_classes or _episodes(args, train.classes)
+        num_images = settings.images_per_episode(args, global_batch)
+        return scenarios.gaussian(train, test, episodes, num_images, prepare)
+    order = _flat_order(args, train.classes, task_classes)
+    num_tasks = settings.num_parts(args)
+    classes_per_task = check_split(len(order), num_tasks, args.classes_per_task)
+    return scenarios.class_incremental(train, test, order, num_tasks, classes_per_task, prepare)
+
+
+def _episodes(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[int, ...]]:
+    return scenarios.gaussian_episodes(
+        _flat_order(args, classes, None),
+        settings.num_parts(args),
+        settings.schedule_steps(args),
+        args.gaussian_sigma,
+        args.seed,
     )
+
+
+def _check_steps(args: argparse.Namespace, stream: TaskStream, global_batch: int) -> None:
+    for task in stream.tasks:
+        if args.drop_last and len(task.data) < global_batch:
+            raise DataError(
+                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
+                f"step {global_batch}; lower --batch-size or leave --drop_last out"
+            )
+
+
+def _build_buffer(args: argparse.Namespace, stream: TaskStream) -> ReplayBuffer | None:
+    if args.buffer_size is None and args.buffer_per_class is None:
+        return None
+    sizes = {"size": args.buffer_size, "per_class": args.buffer_per_class}
+    return ReplayBuffer(stream.train_targets, args.seed, **sizes)
 
 
 def _flat_order(
@@ -138,7 +205,10 @@ def _flat_order(
 ) -> list[int]:
     """Class ids in the order of their appearance: given, from a file, or drawn."""
     if given is not None:
-        return [c for task_classes in given for c in task_classes]
+        order = [c for task_classes in given for c in task_classes]
+        if len(set(order)) < len(order):
+            raise ValueError(f"the class order {given} gives a class to more than one task")
+        return order
     if args.class_order is not None:
         return read_class_order(Path(args.class_order), classes)
     return class_order(len(classes), args.seed, args.shuffle)
@@ -193,15 +263,27 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
             args.model,
             backbone.resolve_name(args.model),
         )
-    tasks = run.stream.tasks
+    stream = run.stream
+    sizes = sorted({len(task.classes) for task in stream.tasks})
     logger.info(
-        "Data: %s, %d tasks of %d classes, %d training images; class order %s",
-        args.dataset,
-        len(tasks),
-        len(tasks[0].classes),
-        sum(len(task.data) for task in tasks),
-        _short([c for classes in run.stream.class_order for c in classes]),
+        "Data: %s, %s%s, %d task%s of %s classes, %d training images, %d test set%s; classes %s",
+        *(args.dataset, args.scenario, " (joint)" if args.joint else ""),
+        *(stream.num_tasks, "" if stream.num_tasks == 1 else "s"),
+        str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+        sum(len(task.data) for task in stream.tasks),
+        *(len(stream.test_sets), "" if len(stream.test_sets) == 1 else "s"),
+        _short([c for classes in stream.class_order for c in classes]),
     )
+    if args.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
+        logger.info("--task_inc tells nothing here: the test images may be of any class")
+    if run.buffer is not None:
+        logger.info(
+            "Replay: %s, %d replayed images with each vote group from the second task on",
+            f"{args.buffer_size} images"
+            if args.buffer_size
+            else f"{args.buffer_per_class} images of each class",
+            settings.replayed_per_group(args),
+        )
     logger.info("Backbone: %s, weights %s, sha256 %.12s", *run.identity.as_dict().values())
     trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
     logger.info(

@@ -23,9 +23,9 @@ import speed
 import training
 import utils
 from checkpoints import Checkpoint, CheckpointError
-from datasets import DataError
 from engine import NonFiniteLossError
 from experiment import assemble
+from image_sources import DataError
 from options import UsageError
 from preemption import Preempted, StopSignals
 from processes import LostProcessError, Processes
@@ -95,6 +95,9 @@ def _tell(error: BaseException) -> tuple[int, str]:
 def _main(argv: list[str], signals: StopSignals) -> int:
     utils.setup_logging()
     args, problems = options.parse_args(argv)
+    if args.list:
+        print(options.list_configs())
+        return 0
     processes.meet(args.dist_url)
     paths: dict[int, Path] = {}
     first = None

@@ -3,9 +3,15 @@
 R[i, t] is the accuracy on test set i after training task t, in percent; not-a-number where it was
 not evaluated. T tasks.
 
+Forgetting and its kin compare the accuracy on a task with that right after it was learned, so they
+need a test set for each task. Where there is none (one test set for all tasks, all tasks learned at
+once) they do not exist; what there is then is the final accuracy, and the curve over the tasks.
+
 Source: Lopez-Paz and Ranzato 2017 (backward transfer); Chaudhry et al. 2018 (forgetting); the class
 incremental literature (average incremental accuracy); l2p-pytorch (its own reading of forgetting).
 """
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +24,13 @@ def empty_matrix(num_test_sets: int, num_tasks: int) -> Matrix:
     return np.full((num_test_sets, num_tasks), np.nan)
 
 
-def average_accuracy(matrix: Matrix, task: int) -> float:
-    """Mean over the test sets evaluated after a task, unweighted by their sizes, in percent."""
-    return float(np.nanmean(matrix[:, task]))
+def average_accuracy(matrix: Matrix, task: int) -> float | None:
+    """Mean over the test sets evaluated after a task, unweighted by their sizes, in percent.
+
+    None if none was.
+    """
+    evaluated = matrix[np.isfinite(matrix[:, task]), task]
+    return float(evaluated.mean()) if len(evaluated) else None
 
 
 def forgetting(matrix: Matrix, task: int) -> float | None:
@@ -57,10 +67,33 @@ def average_incremental_accuracy(matrix: Matrix, task: int) -> float | None:
     return float(np.mean([np.nanmean(column) for column in columns]))
 
 
-def summarize(matrix: Matrix, task: int) -> dict[str, float | None]:
-    """All numbers after a task, under the names of `results.json`, in percent; None: undefined."""
+def accuracy_curve(matrix: Matrix, task: int) -> list[dict[str, float]]:
+    """Average accuracy after each evaluated task up to this one: `after_task` (1-based)."""
+    averages = [average_accuracy(matrix, t) for t in range(task + 1)]
+    return [
+        {"after_task": t + 1, "accuracy": average}
+        for t, average in enumerate(averages)
+        if average is not None
+    ]
+
+
+def has_test_set_per_task(matrix: Matrix) -> bool:
+    """Whether row i is the test set of task i, which all metrics but the accuracies need."""
+    return matrix.shape[0] == matrix.shape[1]
+
+
+def summarize(matrix: Matrix, task: int) -> dict[str, Any]:
+    """All numbers after a task, under the names of `results.json`, in percent.
+
+    None where a number is undefined (forgetting after the first task); metrics that the kind of
+    experiment does not have are left out.
+    """
+    average = average_accuracy(matrix, task)
+    if not has_test_set_per_task(matrix):
+        curve = accuracy_curve(matrix, task)
+        return {"average_accuracy": average, "final_accuracy": average, "accuracy_curve": curve}
     return {
-        "average_accuracy": average_accuracy(matrix, task),
+        "average_accuracy": average,
         "forgetting": forgetting(matrix, task),
         "forgetting_literature": forgetting_literature(matrix, task),
         "backward_transfer": backward_transfer(matrix, task),

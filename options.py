@@ -46,6 +46,11 @@ def parse_unscale(text: str) -> str:
     return "per-device" if parse_bool(text) else "global"
 
 
+def parse_mask(text: str) -> str:
+    """Reads the original's `--use_prompt_mask` as a value of `--diversify`."""
+    return "mask" if parse_bool(text) else "none"
+
+
 def parse_bool_or_path(text: str) -> bool | str:
     """Reads a yes/no word, or else takes the text as a path."""
     return _WORDS.get(text.lower(), text)
@@ -98,7 +103,7 @@ class _Flags:
                 text = f"{text} (default: {_shown(default)})".replace("%", "%%")
             action = group.add_argument(*spellings, default=argparse.SUPPRESS, help=text, **kwargs)
             self.defaults[action.dest] = list(default) if isinstance(default, tuple) else default
-            if kwargs.get("type") in (parse_bool, parse_unscale):
+            if kwargs.get("type") in (parse_bool, parse_unscale, parse_mask):
                 self.switches |= set(spellings)
 
         return add
@@ -126,6 +131,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return argparse.Namespace(**settings, explicit=frozenset({*configured, *given})), problems
 
 
+def defaults() -> dict[str, Any]:
+    """Every setting by name, as it is when nobody sets it."""
+    return {**(known := _build().defaults), "model_kwargs": dict(known["model_kwargs"])}
+
+
 def check_settings(content: dict[str, Any]) -> list[str]:
     """What is wrong with settings by name, as a checkpoint holds them."""
     return _from_mapping(_build(), content)[1]
@@ -134,6 +144,27 @@ def check_settings(content: dict[str, Any]) -> list[str]:
 def config_names() -> list[str]:
     """Names of the configurations that ship with the program."""
     return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def list_configs() -> str:
+    """Every configuration that ships with the program, overlays last, with a line about it."""
+    lines = {name: _first_comment(CONFIG_DIR / f"{name}.yaml") for name in config_names()}
+    overlays = {name: line for name, line in lines.items() if line.startswith("Overlay: ")}
+    width = max(map(len, lines)) + 2
+    return "\n".join(
+        [
+            "Configurations (python main.py CONFIG):",
+            *(f"  {name:{width}}{line}" for name, line in lines.items() if name not in overlays),
+            "",
+            "Overlays (python main.py CONFIG OVERLAY ...):",
+            *(f"  {n:{width}}{line.removeprefix('Overlay: ')}" for n, line in overlays.items()),
+        ]
+    )
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
@@ -146,6 +177,7 @@ def _build() -> _Flags:
     _add_run(flags.group("run"))
     _add_data(flags.group("data"))
     _add_tasks(flags.group("tasks"))
+    _add_replay(flags.group("replay"))
     _add_model(flags.group("model"))
     _add_prompts(flags.group("prompts"))
     _add_optimizer(flags.group("optimizer and learning rate"))
@@ -155,6 +187,7 @@ def _build() -> _Flags:
 
 
 def _add_run(add: Callable[..., None]) -> None:
+    add("--list", False, "show the configurations and overlays, and stop", **_YN)
     add("--output_dir", "./output", "folder of results and checkpoints; empty: write nothing")
     add("--seed", 42, "seed of class order, initial values and augmentation", type=int)
     add("--device", "auto", "cuda, cuda:N, cpu, or auto: CUDA where there is one")
@@ -167,23 +200,63 @@ def _add_run(add: Callable[..., None]) -> None:
 
 
 def _add_data(add: Callable[..., None]) -> None:
-    add("--dataset", "CIFAR100", "CIFAR100, digits (ships with scikit-learn) or ImageFolder")
+    add(
+        "--dataset",
+        "CIFAR100",
+        "CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, NotMNIST, Flowers102, CORe50, Imagenet-R, "
+        "digits (ships with scikit-learn) or ImageFolder; several with commas between them are "
+        "learned one after the other; 5-datasets: five of them as in the original",
+    )
     add(
         "--data-path",
         "/local_datasets/",
-        "folder that holds the data; ImageFolder: with train/<class>/* and val/ or test/",
+        "folder that holds the data; ImageFolder: with train/<class>/* and val/ or test/; its "
+        "domains: with <domain>/train/<class>/*",
     )
+    add("--file_lists", None, "CORe50: folder of published file lists, instead of its sessions")
     add("--num_workers", 4, "processes that load images; 0: none beside the main one", type=int)
     add("--pin-mem", True, "page-locked memory for faster copies to a GPU", type=parse_bool)
 
 
 def _add_tasks(add: Callable[..., None]) -> None:
-    add("--num_tasks", 10, "tasks that the classes are split into", type=int)
+    add(
+        "--scenario",
+        "class-incremental",
+        "class-incremental, domain-incremental (CORe50, ImageFolder) or gaussian (task-free)",
+    )
+    add(
+        "--num_tasks",
+        None,
+        "tasks that the classes are split into, or episodes of the gaussian scenario; none: 10, "
+        "200 episodes, or as many as there are data sets or domains",
+        type=int,
+    )
     add("--classes_per_task", None, "classes of a task; none: all classes, evenly", type=int)
     add("--shuffle", True, "shuffle the classes by --seed before the split", type=parse_bool)
     add("--class_order", None, "file with the order of classes (ids or names; JSON or text)")
     add("--train_mask", True, "training predicts the task's own classes only", type=parse_bool)
     add("--task_inc", False, "evaluation is told the task of each image", type=parse_bool)
+    add("--joint", False, "all tasks at once: the upper bound", type=parse_bool)
+    add("--eval_every", 1, "tasks between two evaluations; the last is always evaluated", type=int)
+    add(
+        "--gaussian_reading",
+        "paper",
+        "episodes of --steps_per_task steps, every batch once (paper), or of whole epochs on all "
+        "images of their classes (released)",
+    )
+    add("--steps_per_task", 5, "steps of an episode of the paper's reading", type=int)
+    add("--gaussian_sigma", 50.0, "standard deviation of a class's presence, in steps", type=float)
+
+
+def _add_replay(add: Callable[..., None]) -> None:
+    add("--buffer_size", None, "images of earlier tasks to keep, shared by the classes", type=int)
+    add("--buffer_per_class", None, "images of each earlier class to keep", type=int)
+    add(
+        "--replay_batch",
+        None,
+        "replayed images of a step, of each process, on top of --batch-size; none: as many",
+        type=int,
+    )
 
 
 def _add_model(add: Callable[..., None]) -> None:
@@ -203,6 +276,11 @@ def _add_model(add: Callable[..., None]) -> None:
     add("--head_type", "prompt", "what the head reads: token, gap, prompt or token+prompt")
     add("--head_init", "trunc_normal", "first values of the head: trunc_normal or zero")
     add(
+        "--prompt_position",
+        "class",
+        "position rows of prompt tokens: the class token's (class) or none (official_v2)",
+    )
+    add(
         "--freeze",
         ("blocks", "patch_embed", "cls_token", "norm", "pos_embed"),
         "prefixes of the parameters that do not train; none given: everything trains",
@@ -218,7 +296,20 @@ def _add_prompts(add: Callable[..., None]) -> None:
     add("--initializer", "uniform", "first values of prompts: uniform, zero or official")
     add("--prompt_key", True, "keys are learned; false: the mean of the prompt's tokens", **_YN)
     add("--prompt_key_init", "uniform", "first values of keys: uniform, zero or official")
-    add("--use_prompt_mask", False, "train task t on the prompts [t*K, (t+1)*K) only", **_YN)
+    add(
+        "--diversify",
+        "none",
+        "spread what training selects: none, mask (task t trains the prompts [t*K, (t+1)*K) only) "
+        "or frequency (the paper's penalty on prompts that earlier tasks used)",
+    )
+    add(
+        "--use_prompt_mask",
+        "none",
+        "the original's name: true is --diversify mask, false is --diversify none",
+        type=parse_mask,
+        dest="diversify",
+        metavar="BOOL",
+    )
     add("--shared_prompt_pool", False, "a task's prompts start from the last task's", **_YN)
     add("--shared_prompt_key", False, "a task's keys start from the last task's", **_YN)
     add("--batchwise_prompt", True, "a vote group shares its most frequent prompts", **_YN)
@@ -232,6 +323,7 @@ def _add_prompts(add: Callable[..., None]) -> None:
 
 def _add_optimizer(add: Callable[..., None]) -> None:
     add("--batch-size", 16, "images of a step, of each process", type=int)
+    add("--drop_last", False, "leave out the images that do not fill a last step", **_YN)
     add("--epochs", 5, "epochs of each task", type=int)
     add("--opt", "adam", "any optimizer of timm")
     add("--opt-eps", 1e-8, "epsilon of the optimizer", type=float)

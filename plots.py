@@ -6,11 +6,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis
 from matplotlib.figure import Figure
 
 import metrics
 import utils
 
+#: Tasks between two labels of an axis, which has up to twenty.
+_TICK_STEPS = (1, 2, 5, *(10**n for n in range(1, 7)))
 _TITLES = {"batch": "batch-wise (as published)", "instance": "instance-wise"}
 #: Okabe and Ito's colours, told apart by colour-blind readers.
 _COLORS = {"batch": "#0072B2", "instance": "#D55E00"}
@@ -24,14 +27,19 @@ _STYLES: dict[str, dict[str, Any]] = {
 def draw_results(results: dict[str, Any], path: Path) -> None:
     """Draws the instance-wise accuracy matrix and the average accuracy over tasks.
 
+    A run with a single test set has no matrix worth drawing, only the curve.
+
     Args:
         results: Content of results.json.
         path: Picture to write; its ending tells the format.
     """
     matplotlib.use("Agg")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_matrix(left, metrics.from_lists(results["instance"]["accuracy_matrix"]))
+    matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
+    num_panels = 1 if len(matrix) == 1 else 2
+    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
+    *left, right = figure.subplots(1, num_panels, squeeze=False)[0]
+    for axes in left:
+        _draw_matrix(axes, matrix)
     _draw_curves(right, results)
     utils.write_whole(
         path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
@@ -46,7 +54,7 @@ def _draw_matrix(axes: Axes, matrix: metrics.Matrix) -> None:
             if np.isfinite(value):
                 color = "black" if value > 55 else "white"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(num_tasks), [str(t + 1) for t in range(num_tasks)])
+    _label_tasks(axes.xaxis, num_tasks, first=0)
     axes.set_yticks(range(num_rows), [str(i + 1) for i in range(num_rows)])
     axes.set_xlabel("after training task")
     axes.set_ylabel("test set of task")
@@ -56,18 +64,26 @@ def _draw_matrix(axes: Axes, matrix: metrics.Matrix) -> None:
 def _draw_curves(axes: Axes, results: dict[str, Any]) -> None:
     for name, title in _TITLES.items():
         matrix = metrics.from_lists(results[name]["accuracy_matrix"])
-        known = [t for t in range(matrix.shape[1]) if np.isfinite(matrix[:, t]).any()]
+        curve = metrics.accuracy_curve(matrix, matrix.shape[1] - 1)
         axes.plot(
-            [t + 1 for t in known],
-            [metrics.average_accuracy(matrix, t) for t in known],
+            [point["after_task"] for point in curve],
+            [point["accuracy"] for point in curve],
             color=_COLORS[name],
             label=title,
             **_STYLES[name],
         )
-    axes.set_xticks(range(1, matrix.shape[1] + 1))
+    _label_tasks(axes.xaxis, matrix.shape[1], first=1)
     axes.set_ylim(0, 104)
     axes.set_xlabel("tasks learned")
-    axes.set_ylabel("average accuracy in percent")
-    axes.set_title("Average accuracy over the tasks so far")
+    single = len(matrix) == 1
+    axes.set_ylabel("accuracy in percent" if single else "average accuracy in percent")
+    axes.set_title("Accuracy" if single else "Average accuracy over the tasks so far")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="best")
+
+
+def _label_tasks(axis: XAxis, num_tasks: int, first: int) -> None:
+    """Numbers the tasks from 1 where task 1 lies at `first`; not all of them if there are many."""
+    step = next(step for step in _TICK_STEPS if num_tasks <= 20 * step)
+    shown = range(step - 1, num_tasks, step)
+    axis.set_ticks([t + first for t in shown], [str(t + 1) for t in shown])

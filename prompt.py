@@ -25,6 +25,10 @@ INITIALIZERS = ("uniform", "zero", "official")
 #: every device), or whichever `torch.topk` names (l2p-pytorch; needed to repeat its runs exactly).
 VOTE_TIES = ("lowest", "topk")
 
+#: How training spreads its choice over the pool: not at all; each task on prompts of its own (the
+#: official release's stand-in); or by a penalty on prompts that served earlier tasks (the paper).
+DIVERSIFY = ("none", "mask", "frequency")
+
 
 class Selection(NamedTuple):
     """What the pool answers to a batch of queries.
@@ -32,7 +36,8 @@ class Selection(NamedTuple):
     Attributes:
         tokens: Chosen prompts one behind the other, (B, P, D).
         prompt_idx: Ids of the prompts that serve each image, (B, K).
-        own_prompt_idx: Ids that each image would choose alone, best first, (B, K).
+        own_prompt_idx: Ids that each image would choose alone, best first, (B, K); while training
+            with the frequency penalty, under that penalty.
         similarity: Cosine similarity of queries and keys, (B, M), in [-1, 1].
         reduce_sim: Pull term: similarity to the chosen keys, summed over K, mean over images, ().
     """
@@ -57,12 +62,16 @@ class Prompt(nn.Module):
         prompt_init: Distribution of the prompts' first values, one of `INITIALIZERS`.
         key_init: The same for the keys.
         batchwise: Whether a vote group shares the prompts that most of its images choose.
-        use_mask: Whether training on task t uses exactly the prompts [t*K, (t+1)*K).
+        diversify: One of `DIVERSIFY`, in training only. With `mask`, task t trains exactly the
+            prompts [t*K, (t+1)*K); `frequency` needs `begin_task` and `count_served` to be called.
         vote_ties: Who wins a tied vote, one of `VOTE_TIES`.
 
     Raises:
-        ValueError: If `top_k` exceeds `size`, or an initialiser or the tie rule is unknown.
+        ValueError: If `top_k` exceeds `size`, or an initialiser or a rule is unknown.
     """
+
+    served_before: Tensor
+    served_now: Tensor
 
     def __init__(
         self,
@@ -75,7 +84,7 @@ class Prompt(nn.Module):
         prompt_init: str = "uniform",
         key_init: str = "uniform",
         batchwise: bool = True,
-        use_mask: bool = False,
+        diversify: str = "none",
         vote_ties: str = "lowest",
     ) -> None:
         super().__init__()
@@ -83,12 +92,18 @@ class Prompt(nn.Module):
             raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
         if vote_ties not in VOTE_TIES:
             raise ValueError(f"vote ties {vote_ties!r} is not one of {', '.join(VOTE_TIES)}")
+        if diversify not in DIVERSIFY:
+            raise ValueError(f"diversify {diversify!r} is not one of {', '.join(DIVERSIFY)}")
         self.size, self.length, self.top_k = size, length, top_k
-        self.batchwise, self.use_mask, self.vote_ties = batchwise, use_mask, vote_ties
+        self.batchwise, self.diversify, self.vote_ties = batchwise, diversify, vote_ties
         self.prompt = nn.Parameter(_initial((size, length, embed_dim), prompt_init))  # (M, L, D)
         self.prompt_key: nn.Parameter | None = None
         if learnable_key:
             self.prompt_key = nn.Parameter(_initial((size, embed_dim), key_init))  # (M, D)
+        if diversify == "frequency":
+            # How often each prompt served a training image, in earlier tasks and in this one.
+            self.register_buffer("served_before", torch.zeros(size, dtype=torch.int64))  # (M,)
+            self.register_buffer("served_now", torch.zeros(size, dtype=torch.int64))  # (M,)
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +124,7 @@ class Prompt(nn.Module):
             The selection; gradients reach the keys through `reduce_sim` alone.
         """
         similarity = l2_normalize(query) @ l2_normalize(self._keys()).t()  # (B, M)
-        own_idx = top_k_lowest_id(similarity, self.top_k)  # (B, K)
+        own_idx = self._choose(similarity)  # (B, K)
         idx = self._serve(own_idx, task_id, vote_group_size)
         return Selection(
             tokens=self.prompt[idx].flatten(1, 2),  # (B, P, D)
@@ -152,12 +167,30 @@ class Prompt(nn.Module):
             self.prompt_key[new] = self.prompt_key[old].clone()
         return True
 
+    def begin_task(self) -> None:
+        """Lets what served the task before count in the frequency penalty from now on."""
+        if self.diversify == "frequency":
+            self.served_before += self.served_now
+            self.served_now.zero_()
+
+    def count_served(self, counts: Tensor) -> None:
+        """Counts how often each prompt served an image of a training step, (M,)."""
+        if self.diversify == "frequency":
+            self.served_now += counts.to(self.served_now.dtype)
+
+    def _choose(self, similarity: Tensor) -> Tensor:
+        """Ids that each image chooses alone, best first, (B, K)."""
+        if not self.training or self.diversify != "frequency":
+            return top_k_lowest_id(similarity, self.top_k)
+        frequency = self.served_before / self.served_before.sum().clamp(min=1)  # (M,)
+        return top_k_penalized(similarity, frequency, self.top_k)
+
     def _keys(self) -> Tensor:
         return self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
 
     def _serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
         """Ids that serve each image: masked, voted, or its own choice, best first, (B, K)."""
-        if self.training and self.use_mask and task_id is not None:
+        if self.training and self.diversify == "mask" and task_id is not None:
             slots = self.task_slots(task_id)
             masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
             return masked.expand(len(own_idx), -1)
@@ -186,6 +219,28 @@ def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
         Ids, (R, k). `torch.topk` promises no order among ties, so a stable sort is used.
     """
     return score.argsort(dim=-1, descending=True, stable=True)[..., :k]
+
+
+def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
+    """Ids of the k smallest products of cosine distance and frequency, best first.
+
+    Where products are equal, as those of prompts that never served are, the nearer key wins; so
+    without any frequencies yet the plain choice remains.
+
+    Args:
+        similarity: Cosine similarity to every key, (B, M).
+        frequency: How often each prompt served in earlier tasks, as a share, (M,).
+        k: How many ids per row.
+
+    Returns:
+        Ids, (B, k).
+
+    Source: equation 4 of the paper.
+    """
+    nearest_first = similarity.argsort(dim=-1, descending=True, stable=True)  # (B, M)
+    distance = (1 - similarity).clamp(min=0)  # rounding can give a similarity above 1
+    penalty = (distance * frequency).gather(-1, nearest_first)  # (B, M)
+    return nearest_first.gather(-1, penalty.argsort(dim=-1, stable=True))[..., :k]
 
 
 def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> Tensor:

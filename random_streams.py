@@ -16,6 +16,10 @@ class Stream(IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     MODEL = 2
+    SCHEDULE = 3
+    RESERVOIR = 4
+    REPLAY = 5
+    REPLAY_AUGMENTATION = 6
 
 
 def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list[int]:

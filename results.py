@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import metrics
 import utils
 from engine import SELECTIONS, TaskReport, average_stats
@@ -19,8 +21,12 @@ _RUN_FILES = (
     "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png",
 )  # fmt: skip
 
+#: Columns of the printed matrix that stand beside each other.
+_COLUMNS = 20
+
 #: Lines of the table: name in `results.json`, name for people.
 _TABLE_METRICS = {
+    "final_accuracy": "final accuracy",
     "average_accuracy": "average accuracy",
     "forgetting": "forgetting",
     "forgetting_literature": "forgetting (literature)",
@@ -41,6 +47,8 @@ class RunRecord:
         class_names: Name of every class.
         matrices: Accuracy matrix for each selection, percent.
         reports: One for each finished task.
+        tasks: Name of each task.
+        test_sets: Name of each test set.
     """
 
     config: dict[str, Any]
@@ -49,6 +57,8 @@ class RunRecord:
     class_names: list[str]
     matrices: dict[str, metrics.Matrix]
     reports: list[TaskReport] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    test_sets: list[str] = field(default_factory=list)
 
     @property
     def last_task(self) -> int:
@@ -61,6 +71,8 @@ class RunRecord:
             **{name: self._selection(name) for name in SELECTIONS},
             "class_order": self.class_order,
             "class_names": self.class_names,
+            "tasks": self.tasks,
+            "test_sets": self.test_sets,
             "backbone": self.backbone,
             "prompt_usage": [usage for report in self.reports for usage in _usage(report)],
             "timing": [
@@ -94,8 +106,9 @@ class RunRecord:
         summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
         for key, label in _TABLE_METRICS.items():
-            batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
-            blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
+            if key in summaries["batch"]:
+                batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
+                blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
         return "\n".join(blocks)
 
     def _selection(self, name: str) -> dict[str, Any]:
@@ -104,16 +117,25 @@ class RunRecord:
         return {"accuracy_matrix": metrics.to_lists(matrix), **numbers}
 
     def _log_stats(self, report: TaskReport) -> dict[str, Any]:
-        """One line of log_stats.txt; `test_*` is the last test set, as the original writes it."""
+        """One line of log_stats.txt; `test_*` is the last test set, as the original writes it.
+
+        What the task did not evaluate, or the kind of experiment does not have, is left out.
+        """
         stats: dict[str, Any] = {f"train_{k}": v for k, v in report.train_stats.items()}
-        stats |= {f"test_{k}": v for k, v in report.evaluations[-1].stats["batch"].items()}
-        for name, prefix in zip(SELECTIONS, ("", "instance_"), strict=True):
-            means = average_stats(report.evaluations, name)
-            stats |= {f"{prefix}average_{k}": v for k, v in means.items()}
-            stats[f"{prefix}forgetting"] = metrics.forgetting(self.matrices[name], report.task)
-            backward = metrics.backward_transfer(self.matrices[name], report.task)
-            stats[f"{prefix}backward"] = backward
+        if report.evaluations:
+            stats |= {f"test_{k}": v for k, v in report.evaluations[-1].stats["batch"].items()}
+            for name, prefix in zip(SELECTIONS, ("", "instance_"), strict=True):
+                stats |= self._averages(report, name, prefix)
         return {**stats, "task": report.task + 1, "epoch": self.config["epochs"] - 1}
+
+    def _averages(self, report: TaskReport, name: str, prefix: str) -> dict[str, Any]:
+        means = average_stats(report.evaluations, name)
+        stats: dict[str, Any] = {f"{prefix}average_{k}": v for k, v in means.items()}
+        numbers = metrics.summarize(self.matrices[name], report.task)
+        if metrics.has_test_set_per_task(self.matrices[name]):
+            stats[f"{prefix}forgetting"] = numbers["forgetting"]
+            stats[f"{prefix}backward"] = numbers["backward_transfer"]
+        return stats
 
 
 def versions() -> dict[str, str]:
@@ -154,12 +176,17 @@ def _usage(report: TaskReport) -> list[dict[str, Any]]:
 
 
 def _format_matrix(matrix: metrics.Matrix) -> str:
-    header = f"{'':12s}" + "".join(f"{t + 1:>7d}" for t in range(matrix.shape[1]))
-    rows = [
-        f"test set {i + 1:<3d}" + "".join(f"{_number(value):>7s}" for value in row)
-        for i, row in enumerate(metrics.to_lists(matrix))
-    ]
-    return "\n".join([header, *rows])
+    """The matrix without tasks that nothing was evaluated after; many columns are folded."""
+    evaluated = np.flatnonzero(np.isfinite(matrix).any(axis=0))
+    lines = []
+    for first in range(0, max(1, len(evaluated)), _COLUMNS):
+        columns = evaluated[first : first + _COLUMNS]
+        lines.append(f"{'':12s}" + "".join(f"{t + 1:>7d}" for t in columns))
+        for i, row in enumerate(metrics.to_lists(matrix[:, columns])):
+            lines.append(
+                f"test set {i + 1:<3d}" + "".join(f"{_number(value):>7s}" for value in row)
+            )
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:

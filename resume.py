@@ -20,6 +20,7 @@ from torch import Tensor
 
 import checkpoints
 import metrics
+import options
 import processes
 import settings
 import utils
@@ -28,13 +29,15 @@ from engine import Evaluation, Position, TaskReport
 from experiment import Experiment
 from options import UsageError
 
-FORMAT = "l2p run state 1"
+FORMAT = "l2p run state 2"
+#: The same without a buffer.
+_FIRST_FORMAT = "l2p run state 1"
 
 #: Settings that may differ when a run goes on: where things are, and how they are computed. What
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
 _FREE = (
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "batch_size", "lr", "lr_scale", "class_order",
+    "batch_size", "lr", "lr_scale", "class_order", "replay_batch", "file_lists",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class RunState:
         position: Where the run stands.
         reports: One for each finished task.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
+        buffer: Numbers of the training images to replay; None without replay.
         global_batch: Images of all processes in a training step.
         num_images: Training images of each task.
         config: Resolved settings of the run, plain values.
@@ -63,6 +67,7 @@ class RunState:
     position: Position
     reports: list[TaskReport]
     accuracy: dict[str, list[list[float | None]]]
+    buffer: Tensor | None
     global_batch: int
     num_images: list[int]
     config: dict[str, Any]
@@ -85,6 +90,7 @@ def take(run: Experiment, position: Position, optimizer: torch.optim.Optimizer) 
         position=position,
         reports=record.reports,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
+        buffer=run.buffered_images(),
         global_batch=run.global_batch,
         num_images=_num_images(run),
         config=record.config,
@@ -134,7 +140,7 @@ def check_settings(args: argparse.Namespace, world_size: int, path: Path, state:
     Raises:
         UsageError: With every setting that would change the mathematics.
     """
-    stored, given = state.config, settings.resolved(args)
+    stored, given = {**options.defaults(), **state.config}, settings.resolved(args)
     given["vote_group_size"] = settings.vote_group_size(args)
     differences = [
         f"--{name} {given[name]}, where the run has {stored[name]}"
@@ -146,6 +152,11 @@ def check_settings(args: argparse.Namespace, world_size: int, path: Path, state:
         differences.append(
             f"--batch-size {args.batch_size} in {world_size} processes, {batch} images a step, "
             f"where the run has {state.global_batch}"
+        )
+    replayed = [settings.replayed_per_group(a) for a in (args, argparse.Namespace(**stored))]
+    if replayed[0] != replayed[1]:
+        differences.append(
+            f"{replayed[0]} replayed images with each vote group, where the run has {replayed[1]}"
         )
     lr = settings.learning_rate(args, batch)
     stored_lr = settings.learning_rate(argparse.Namespace(**stored), state.global_batch)
@@ -189,6 +200,10 @@ def restore(run: Experiment, path: Path, state: RunState) -> None:
             raise CheckpointError(f"{path}: its accuracy matrices are of another run")
         run.record.matrices[name][:] = matrix
     run.record.reports[:] = state.reports
+    if (run.buffer is None) != (state.buffer is None):
+        raise CheckpointError(f"{path}: its replay buffer is of another run")
+    if run.buffer is not None and state.buffer is not None:
+        run.buffer.indices = state.buffer.numpy()
 
 
 def belongs_to(path: Path, output_dir: Path) -> bool:
@@ -250,6 +265,8 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
 
 def _parse(content: bytes, name: str) -> RunState:
     found = checkpoints.read_sealed(content, name)
+    if found.get("format") == _FIRST_FORMAT:
+        found = {**checkpoints.upgraded(found), "format": FORMAT}
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "

@@ -28,7 +28,7 @@ from vision_transformer import PromptedVisionTransformer
 #: Names in the namespace that describe a single command rather than the run.
 _TRANSIENT = (
     "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
-    "world_size", "resume", "save_every",
+    "world_size", "resume", "save_every", "list",
 )  # fmt: skip
 
 
@@ -43,10 +43,63 @@ def same(name: str, one: object, other: object) -> bool:
         return backbone.resolve_name(str(one)) == backbone.resolve_name(str(other))
     if name == "dataset":
         try:
-            return datasets.find_source(str(one)) is datasets.find_source(str(other))
+            return list(datasets.find_sources(str(one))) == list(datasets.find_sources(str(other)))
         except ValueError:
             return False
+    if name == "num_tasks":  # none leaves it to the data; what follows is compared by class order
+        return one is None or other is None or one == other
     return one == other
+
+
+def num_tasks(args: argparse.Namespace) -> int:
+    """T, the tasks of the run; needs the data where their folders are the tasks.
+
+    Raises:
+        DataError: If such folders are missing.
+        ValueError: If there is no such data set.
+    """
+    return 1 if args.joint else num_parts(args)
+
+
+def num_parts(args: argparse.Namespace) -> int:
+    """The same before `--joint` puts them together.
+
+    Raises:
+        See `num_tasks`.
+    """
+    if args.scenario == "domain-incremental":
+        return datasets.count_domains(args.dataset, Path(args.data_path), file_lists(args))
+    if args.scenario == "gaussian":
+        return args.num_tasks or 200
+    num_data_sets = len(datasets.find_sources(args.dataset))
+    return num_data_sets if num_data_sets > 1 else args.num_tasks or 10
+
+
+def file_lists(args: argparse.Namespace) -> Path | None:
+    """The folder of published file lists, if one is given."""
+    return None if args.file_lists is None else Path(args.file_lists).expanduser()
+
+
+def replayed_per_group(args: argparse.Namespace) -> int:
+    """R, the replayed images that join each vote group; 0 without a buffer."""
+    if args.buffer_size is None and args.buffer_per_class is None:
+        return 0
+    return (args.replay_batch or args.batch_size) * vote_group_size(args) // args.batch_size
+
+
+def images_per_episode(args: argparse.Namespace, global_batch: int) -> int | None:
+    """Images drawn for an episode of the Gaussian schedule; None: all of its classes."""
+    if args.gaussian_reading == "released" or args.joint:
+        return None
+    return args.steps_per_task * global_batch
+
+
+def schedule_steps(args: argparse.Namespace) -> int:
+    """Positions of the Gaussian schedule that an episode takes.
+
+    The released configuration gives no number of steps, which its arithmetic takes for one.
+    """
+    return 1 if args.gaussian_reading == "released" else args.steps_per_task
 
 
 def vote_group_size(args: argparse.Namespace) -> int:
@@ -112,6 +165,8 @@ def loader_options(
         rank=processes.rank,
         world_size=processes.world_size,
         global_batch=global_batch,
+        drop_last=args.drop_last,
+        replayed_per_group=replayed_per_group(args),
     )
 
 
@@ -140,6 +195,7 @@ def engine_options(
         shared_prompt_key=args.shared_prompt_key,
         print_freq=args.print_freq,
         seed=args.seed,
+        replayed_per_group=replayed_per_group(args),
     )
 
 
@@ -195,7 +251,7 @@ def build_model(
             prompt_init=args.initializer,
             key_init=args.prompt_key_init,
             batchwise=args.batchwise_prompt,
-            use_mask=args.use_prompt_mask,
+            diversify=args.diversify,
             vote_ties=args.vote_ties,
         )
         if args.prompt_key and not args.pull_constraint:
@@ -208,6 +264,7 @@ def build_model(
         global_pool=args.global_pool,
         embedding_key=args.embedding_key,
         head_init=args.head_init,
+        prompt_position=args.prompt_position,
         freeze=freeze,
     )
 

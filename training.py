@@ -140,9 +140,12 @@ class Keeper(engine.Monitor):
             raise Preempted(self._word(f"after {place}"))
 
     def at_task_end(self, report: TaskReport) -> None:
-        """Writes the checkpoint and the results of a task."""
+        """Keeps images of a task for replay; writes its checkpoint, if evaluated, and results."""
         self.experiment.record.reports.append(report)
-        if self.output_dir is not None:
+        if self.experiment.buffer is not None:
+            task = self.experiment.stream.tasks[report.task]
+            self.experiment.buffer.add(task.data.indices)
+        if self.output_dir is not None and report.evaluations:
             number = report.task + 1
             path = checkpoints.task_path(self.output_dir, number)
             save_checkpoint(self.experiment, path, number)
@@ -172,6 +175,7 @@ def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
         class_names=record.class_names,
         backbone=record.backbone,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
+        buffer=experiment.buffered_images(),
     )
     checkpoints.save(path, checkpoint)
 

@@ -13,10 +13,12 @@ import class_order
 import datasets
 import processes
 import prompt
+import scenarios
 import settings
 import utils
 import vision_transformer
 from backbone import WEIGHT_SUFFIXES, without_memory
+from image_sources import DataError
 from options import UsageError
 
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau")
@@ -31,6 +33,10 @@ _CHOICES = {
     "--initializer": prompt.INITIALIZERS,
     "--prompt_key_init": prompt.INITIALIZERS,
     "--vote_ties": prompt.VOTE_TIES,
+    "--prompt_position": vision_transformer.PROMPT_POSITIONS,
+    "--diversify": prompt.DIVERSIFY,
+    "--scenario": scenarios.SCENARIOS,
+    "--gaussian_reading": scenarios.GAUSSIAN_READINGS,
     "--sched": SCHEDULES,
     "--lr_scale": LR_SCALES,
 }
@@ -44,12 +50,18 @@ _AT_LEAST = {
     "--top_k": 1,
     "--print_freq": 1,
     "--vote_group_size": 1,
+    "--num_tasks": 1,
+    "--eval_every": 1,
+    "--steps_per_task": 1,
+    "--buffer_size": 1,
+    "--buffer_per_class": 1,
+    "--replay_batch": 1,
     "--num_workers": 0,
     "--warmup-epochs": 0,
     "--cooldown-epochs": 0,
 }
 
-_POSITIVE = ("--lr", "--clip-grad", "--opt-eps", "--decay-rate")
+_POSITIVE = ("--lr", "--clip-grad", "--opt-eps", "--decay-rate", "--gaussian_sigma")
 _NOT_NEGATIVE = ("--weight-decay", "--pull_constraint_coeff", "--warmup-lr", "--min-lr")
 _SHARES = ("--drop", "--drop-path", "--smoothing", "--momentum")
 
@@ -74,7 +86,9 @@ def validate_args(
         *of_the_model,
         *_schedule(args),
         *_transforms(args),
-        *(() if elsewhere else _tasks(args)),
+        *_scenario(args),
+        *_replay(args),
+        *(() if elsewhere else _data(args)),
         *_model(args, sound=not of_the_model),
         *(() if elsewhere else _processes(args)),
         *_resume(args),
@@ -125,12 +139,6 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
         return
     if args.top_k > args.size:
         yield f"--top_k {args.top_k} exceeds --size {args.size}: lower --top_k or enlarge the pool"
-    needed = args.num_tasks * args.top_k
-    if args.use_prompt_mask and args.size < needed:
-        yield (
-            f"--use_prompt_mask gives each of {args.num_tasks} tasks its own {args.top_k} prompts: "
-            f"--size {args.size} is too small, use at least {needed}, or lower --top_k"
-        )
     if args.shared_prompt_key and not args.prompt_key:
         yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
     votes = args.vote_group_size or args.batch_size
@@ -147,7 +155,9 @@ def _without_pool(args: argparse.Namespace) -> Iterator[str]:
             f"--head_type {args.head_type} reads prompt tokens, but --prompt_pool is off: "
             "use --head_type token or gap"
         )
-    for flag in ("--use_prompt_mask", "--shared_prompt_pool", "--shared_prompt_key"):
+    if args.diversify != "none":
+        yield f"--diversify {args.diversify} needs the prompt pool: leave --prompt_pool on"
+    for flag in ("--shared_prompt_pool", "--shared_prompt_key"):
         if _value(args, flag):
             yield f"{flag} needs the prompt pool: leave --prompt_pool on"
 
@@ -184,25 +194,110 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
         yield from str(error).split("; ")
 
 
-def _tasks(args: argparse.Namespace) -> Iterator[str]:
+def _scenario(args: argparse.Namespace) -> Iterator[str]:
+    """Flags that the scenario cannot follow."""
+    if args.scenario == "gaussian" and args.gaussian_reading == "paper" and args.epochs != 1:
+        yield (
+            f"--epochs {args.epochs}: --gaussian_reading paper trains every batch once, give "
+            "--epochs 1, or more --steps_per_task"
+        )
+    if args.file_lists is not None and args.scenario != "domain-incremental":
+        yield "--file_lists tells domains: give --scenario domain-incremental"
+    if args.scenario != "class-incremental" and args.classes_per_task is not None:
+        yield f"--classes_per_task: --scenario {args.scenario} does not split the classes"
+    if args.scenario == "domain-incremental" and args.class_order is not None:
+        yield "--class_order: every task of --scenario domain-incremental has all classes"
+
+
+def _replay(args: argparse.Namespace) -> Iterator[str]:
+    if args.buffer_size is None and args.buffer_per_class is None:
+        if args.replay_batch is not None:
+            yield "--replay_batch needs a buffer: give --buffer_size or --buffer_per_class"
+        return
+    if args.buffer_size is not None and args.buffer_per_class is not None:
+        yield "--buffer_size and --buffer_per_class are two ways to say one thing: give one"
+    if args.joint:
+        yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
+    votes, replayed = settings.vote_group_size(args), args.replay_batch or args.batch_size
+    if args.batch_size >= 1 and replayed * votes % args.batch_size:
+        yield (
+            f"--replay_batch {replayed} cannot be shared by the {args.batch_size // votes} vote "
+            f"groups of --batch-size {args.batch_size}: give a multiple of "
+            f"{args.batch_size // votes}"
+        )
+
+
+def _data(args: argparse.Namespace) -> Iterator[str]:
+    """Problems of the data, as far as can be seen without reading any of it."""
     if args.class_order is not None and not Path(args.class_order).is_file():
         yield f"--class_order {args.class_order}: there is no such file"
     path = Path(args.data_path).expanduser()
     try:
-        spec = datasets.find_source(args.dataset)
-        if missing := spec.needs_data_path and not path.is_dir():
-            hint = ", or an empty one to download it into" if spec.downloadable else ""
-            yield (
-                f"--data-path {path} does not exist: name the folder that holds "
-                f"{args.dataset}{hint}"
-            )
+        specs = datasets.find_sources(args.dataset)
+    except ValueError as error:
+        yield str(error)
+        return
+    missing = not path.is_dir() and any(spec.needs_data_path for spec in specs.values())
+    if missing:
+        downloadable = all(spec.downloadable for spec in specs.values())
+        hint = ", or an empty one to download it into" if downloadable else ""
+        yield f"--data-path {path} does not exist: name the folder that holds {args.dataset}{hint}"
+    yield from _one_data_set(args, list(specs))
+    try:
+        yield from _tasks(args, settings.num_tasks(args))
         num_classes = datasets.count_classes(args.dataset, path)
-        class_order.check_split(num_classes, args.num_tasks, args.classes_per_task)
-    except datasets.DataError as error:
+        yield from _classes(args, num_classes, several=len(specs) > 1)
+    except DataError as error:
         if not missing:
             yield str(error)
     except ValueError as error:
         yield str(error)
+
+
+def _one_data_set(args: argparse.Namespace, names: list[str]) -> Iterator[str]:
+    """Flags that several data sets in a row, or data sets without domains, cannot follow."""
+    if args.file_lists is not None and names != ["CORe50"]:
+        yield f"--file_lists are those of CORe50: leave them out with --dataset {args.dataset}"
+    if len(names) == 1:
+        return
+    if args.scenario != "class-incremental":
+        yield (
+            f"--scenario {args.scenario} takes one data set; several ({args.dataset}) are learned "
+            "one after the other: leave --scenario out"
+        )
+    for flag in ("--classes_per_task", "--class_order"):
+        if _value(args, flag) is not None:
+            yield f"{flag}: each of {', '.join(names)} is one task with all its classes"
+
+
+def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
+    """Whether their number fits the data and the pool."""
+    parts = settings.num_parts(args)
+    if args.num_tasks not in (None, parts):
+        yield (
+            f"--num_tasks {args.num_tasks}: the data are {parts} tasks ({args.dataset}, "
+            f"{args.scenario}), leave it out"
+        )
+    needed = num_tasks * args.top_k
+    if args.prompt_pool and args.diversify == "mask" and args.size < needed:
+        yield (
+            f"--diversify mask gives each of {num_tasks} tasks its own {args.top_k} prompts: "
+            f"--size {args.size} is too small, use at least {needed}, or lower --top_k"
+        )
+
+
+def _classes(args: argparse.Namespace, num_classes: int, several: bool) -> Iterator[str]:
+    """Whether their number fits the tasks, the schedule and the buffer."""
+    if args.buffer_size is not None and args.buffer_size < num_classes:
+        yield (
+            f"--buffer_size {args.buffer_size} is smaller than the number of classes: give at "
+            f"least {num_classes}, an image for each"
+        )
+    if args.scenario == "gaussian":
+        steps = settings.schedule_steps(args)
+        scenarios.presence(num_classes, settings.num_parts(args), steps, args.gaussian_sigma)
+    elif args.scenario == "class-incremental" and not several:
+        class_order.check_split(num_classes, settings.num_parts(args), args.classes_per_task)
 
 
 def _model(args: argparse.Namespace, sound: bool) -> Iterator[str]:

@@ -24,6 +24,7 @@ HEAD_TYPES = ("prompt", "token", "gap", "token+prompt")
 GLOBAL_POOLS = ("token", "avg")
 EMBEDDING_KEYS = ("cls", "mean", "max", "mean_max")
 HEAD_INITIALIZERS = ("trunc_normal", "zero")
+PROMPT_POSITIONS = ("class", "none")
 
 #: What the original freezes: everything of the backbone.
 DEFAULT_FREEZE = ("blocks", "patch_embed", "cls_token", "norm", "pos_embed")
@@ -50,6 +51,10 @@ class PromptedVisionTransformer(nn.Module):
         embedding_key: What is compared with the keys: the class token after the final norm, or
             mean, maximum, or maximum + 2 * mean of the embedded patches (before positions).
         head_init: `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official release).
+        prompt_position: Position rows that are added to prompt tokens: copies of the class token's
+            (`class`: l2p-pytorch, first official release) or `none` (later official release).
+            Where the prompts stand among the tokens is of no consequence: attention does not see
+            the order of tokens.
         freeze: Prefixes of public parameter names that do not train.
 
     Raises:
@@ -67,6 +72,7 @@ class PromptedVisionTransformer(nn.Module):
         global_pool: str = "token",
         embedding_key: str = "cls",
         head_init: str = "trunc_normal",
+        prompt_position: str = "class",
         freeze: Iterable[str] = DEFAULT_FREEZE,
     ) -> None:
         super().__init__()
@@ -76,8 +82,8 @@ class PromptedVisionTransformer(nn.Module):
         self.head_type, self.embedding_key = head_type, embedding_key
         self.backbone = backbone
         self.prompt = prompt
-        if prompt is not None:
-            # Position rows of the prompt tokens: copies of the class token's row.
+        self.pos_embed_prompt: nn.Parameter | None = None
+        if prompt is not None and prompt_position == "class":
             self.pos_embed_prompt = nn.Parameter(
                 _class_position(backbone).repeat(1, prompt.num_tokens, 1)  # (1, P, D)
             )
@@ -120,8 +126,10 @@ class PromptedVisionTransformer(nn.Module):
         elif query is None:
             query = self.query(images)
         chosen = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
-        prompts = self.backbone.pos_drop(chosen.tokens + self.pos_embed_prompt)  # (B, P, D)
-        prompts = self.backbone.norm_pre(prompts)
+        prompts = chosen.tokens  # (B, P, D)
+        if self.pos_embed_prompt is not None:
+            prompts = prompts + self.pos_embed_prompt
+        prompts = self.backbone.norm_pre(self.backbone.pos_drop(prompts))
         tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, 1+P+N, D)
         return {
             **self._classify(tokens),
@@ -168,7 +176,7 @@ class PromptedVisionTransformer(nn.Module):
         Attention does not see the order of tokens, only their positions; the prompts' position rows
         are equal until they train.
         """
-        return self.prompt is not None and self.pos_embed_prompt.requires_grad
+        return self.pos_embed_prompt is not None and self.pos_embed_prompt.requires_grad
 
     def no_weight_decay(self) -> set[str]:
         """Names that timm's optimizer factory leaves without weight decay, as the original does."""
@@ -183,11 +191,7 @@ class PromptedVisionTransformer(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: all but the frozen part of the backbone, on the CPU."""
-        return {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in self.public_parameters()
-            if parameter.requires_grad or not self._is_backbone(name)
-        }
+        return {name: value.detach().cpu().clone() for name, value in self._learned()}
 
     def load_trained_state(self, state: dict[str, Tensor], source: str) -> None:
         """Loads what `trained_state` gave.
@@ -199,8 +203,7 @@ class PromptedVisionTransformer(nn.Module):
         Raises:
             WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
         """
-        wanted = self.trained_state()
-        copy_state({n: p for n, p in self.public_parameters() if n in wanted}, state, source)
+        copy_state(dict(self._learned()), state, source)
 
     def load_original_state(self, state: dict[str, Tensor], source: str) -> None:
         """Loads the full `model` state dict of a checkpoint of l2p-pytorch.
@@ -276,34 +279,42 @@ class PromptedVisionTransformer(nn.Module):
             return None
         return copy.deepcopy(self.backbone).requires_grad_(False).eval()
 
+    def _learned(self) -> Iterator[tuple[str, Tensor]]:
+        """All but the frozen part of the backbone, by public name."""
+        for name, parameter in self.public_parameters():
+            if parameter.requires_grad or not self._is_backbone(name):
+                yield name, parameter
+        if self.prompt is not None:
+            yield from self.prompt.named_buffers(prefix="prompt")
+
     def _is_backbone(self, public_name: str) -> bool:
         own = ("prompt.", "head.", "fc_norm.")
         return not public_name.startswith(own)
 
 
 def copy_state(
-    parameters: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
     state: dict[str, Tensor],
     source: str,
 ) -> None:
-    """Copies tensors into parameters of the same names and shapes, all or none.
+    """Copies tensors into others of the same names and shapes, all or none.
 
     Args:
-        parameters: Where to.
+        tensors: Where to.
         state: Where from.
         source: File name for messages.
 
     Raises:
         WeightsError: Naming the file and every missing, unknown or misshapen tensor.
     """
-    problems = [f"{name} is missing" for name in parameters if name not in state]
+    problems = [f"{name} is missing" for name in tensors if name not in state]
     for name, value in state.items():
-        if name not in parameters:
+        if name not in tensors:
             problems.append(f"{name} has no place in this model")
         elif not isinstance(value, Tensor):
             problems.append(f"{name} is no tensor")
-        elif parameters[name].shape != value.shape:
-            want, got = tuple(parameters[name].shape), tuple(value.shape)
+        elif tensors[name].shape != value.shape:
+            want, got = tuple(tensors[name].shape), tuple(value.shape)
             problems.append(f"{name} is {got}, expected {want}")
         elif not value.isfinite().all():
             problems.append(f"{name} holds values that are no finite numbers")
@@ -312,7 +323,7 @@ def copy_state(
         raise WeightsError(f"{source} does not fit the model: {shown}")
     with torch.no_grad():
         for name, value in state.items():
-            parameters[name].copy_(value)
+            tensors[name].copy_(value)
 
 
 def _check_head(head_type: str, prompt: Prompt | None) -> None:

@@ -11,8 +11,8 @@ from timm.optim import create_optimizer_v2
 
 import engine
 import metrics
-from continual_dataloader import Task, TestSet
 from prompt import Prompt
+from task_stream import Task, TestSet
 from vision_transformer import PromptedVisionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,7 +114,7 @@ class GoldenRun:
                 embed_dim=c["embed_dim"],
                 learnable_key=c["prompt_key"],
                 batchwise=c["batchwise_prompt"],
-                use_mask=c["use_prompt_mask"],
+                diversify="mask" if c["use_prompt_mask"] else "none",
                 vote_ties="topk",
             )
         model = PromptedVisionTransformer(

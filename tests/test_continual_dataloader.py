@@ -14,15 +14,13 @@ from class_order import check_split, class_order, read_class_order
 from continual_dataloader import (
     GlobalBatchSampler,
     LoaderOptions,
-    Task,
-    TaskStream,
-    TestSet,
-    build_class_incremental,
     build_test_loader,
     build_train_loader,
 )
-from datasets import ArraySource, DataError, FolderSource
+from image_sources import ArraySource, DataError, FolderSource
 from image_transforms import TransformOptions, build_transform
+from scenarios import Preparation, class_incremental
+from task_stream import TestSet
 
 SMALL = TransformOptions(input_size=16)
 RICH = replace(SMALL, aa="augmix-m5-w2-d2", color_jitter=0.4, reprob=0.5, interpolation="random")
@@ -36,15 +34,14 @@ def make_source(per_class, num_classes=6, seed=0):
 
 
 def make_stream(options=SMALL, per_class=7, order=(3, 1, 5, 0, 2, 4), num_tasks=3, seed=42):
-    return build_class_incremental(
+    prepare = Preparation(build_transform(True, options), build_transform(False, options), seed)
+    return class_incremental(
         make_source(per_class),
         make_source(5, seed=1),
         order,
         num_tasks,
         len(order) // num_tasks,
-        build_transform(True, options),
-        build_transform(False, options),
-        seed,
+        prepare,
     )
 
 
@@ -302,58 +299,6 @@ def test_check_split_says_what_would_fit(arguments, expected):
     assert str(caught.value).startswith(expected)
 
 
-# The stream of tasks
-
-
-def test_class_incremental_splits_classes_and_keeps_ids():
-    train, test = make_source(7), make_source(5, seed=1)
-    stream = make_stream()
-    assert (stream.num_tasks, stream.num_classes) == (3, 6)
-    assert stream.class_order == [[3, 1], [5, 0], [2, 4]]
-    assert stream.classes == (0, 1, 2, 3, 4, 5)
-    assert stream.class_names == tuple(train.classes)
-    for index, task in enumerate(stream.tasks):
-        assert (task.index, len(task.data)) == (index, 14)
-        positions = np.flatnonzero(np.isin(train.targets, task.classes))
-        assert task.data.targets.tolist() == train.targets[positions].tolist()
-        assert [test_set.index for test_set in task.test_sets] == list(range(index + 1))
-        latest = task.test_sets[-1]
-        assert latest.classes == task.classes
-        positions = np.flatnonzero(np.isin(test.targets, task.classes))
-        assert latest.data.targets.tolist() == test.targets[positions].tolist()
-        image, target = latest.data[3]
-        assert torch.equal(image, build_transform(False, SMALL)(test[positions[3]][0]))
-        assert target == test.targets[positions[3]]
-    first_sets = [task.test_sets[0] for task in stream.tasks]
-    assert all(test_set is first_sets[0] for test_set in first_sets)
-
-
-def test_class_incremental_leaves_the_rest_of_the_order_out():
-    stream = make_stream(order=(4, 2, 0), num_tasks=3)
-    assert stream.classes == (0, 2, 4)
-    assert stream.num_classes == 6
-
-
-@pytest.mark.parametrize("split", ["training", "test"])
-def test_class_without_images_is_named(split):
-    sources = {"training": make_source(3), "test": make_source(3, seed=1)}
-    full = sources[split]
-    keep = full.targets != 4
-    sources[split] = ArraySource(full.images[keep], full.targets[keep], full.classes)
-    arguments = (lambda image: image, lambda image: image, 0)
-    with pytest.raises(DataError, match=f"no {split} image of class name4"):
-        build_class_incremental(*sources.values(), range(6), 3, 2, *arguments)
-    build_class_incremental(*sources.values(), (0, 1, 2, 3), 2, 2, *arguments)
-
-
-def test_other_scenarios_fit_the_same_types():
-    stream = make_stream()
-    shared = stream.tasks[0].test_sets
-    tasks = tuple(Task(i, f"s{i}", stream.tasks[0].data, (0, 1), shared) for i in range(300))
-    assert TaskStream(tasks, ("a", "b")).num_tasks == 300
-    assert isinstance(shared[0], TestSet)
-
-
 # Random augmentation
 
 
@@ -595,7 +540,8 @@ def test_unreadable_image_is_named_from_a_loader(tmp_path, num_workers):
             picture(20, 20).save(tmp_path / name / f"{i}.png")
     source = FolderSource(tmp_path, ["ant", "bee"])
     transform = build_transform(False, SMALL)
-    stream = build_class_incremental(source, source, (0, 1), 1, 2, transform, transform, 0)
+    prepare = Preparation(transform, transform, 0)
+    stream = class_incremental(source, source, (0, 1), 1, 2, prepare)
     broken = tmp_path / "bee" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
     options = LoaderOptions(2, 2, num_workers=num_workers)

@@ -231,6 +231,205 @@ def test_smoothing_reaches_the_training_loss():
     assert stats["Loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_cross_entropy_takes_a_mask_for_every_image(smoothing):
+    logits = torch.randn(4, C, requires_grad=True)
+    targets = torch.tensor([0, 3, 5, 1])
+    rows = [[0, 2, 4], [0, 1, 2, 3, 4, 5], [1, 3, 5], [1, 2]]
+    allowed = torch.tensor([[c in row for c in range(C)] for row in rows])
+    found = engine.masked_cross_entropy(logits, targets, allowed, smoothing)
+    hand = 0
+    for values, target, row in zip(logits, targets.tolist(), rows, strict=True):
+        chances = values[row].softmax(dim=0)
+        for p, c in zip(chances, row, strict=True):
+            weight = smoothing / len(row) + (1 - smoothing) * (c == target)
+            hand = hand - weight * p.log() / 4
+    close(found, hand)
+    (gradient,) = torch.autograd.grad(found, logits)
+    close(gradient, torch.autograd.grad(hand, logits)[0])
+    assert (gradient == 0).tolist() == (~allowed).tolist()
+
+
+# Replayed images
+
+
+class Mixed(Loader):
+    """One batch of vote groups of four images of a task, two replayed ones behind each."""
+
+    def __init__(self, images, targets, flags):
+        super().__init__(images, targets)
+        self.batches = [(images, targets, flags)]
+
+
+#: Four and two images of the second task, each followed by two replayed ones; the last of these is
+#: of a class of the second task.
+AGAIN = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 1, 1]).bool()
+MIXED_TARGETS = torch.tensor([1, 3, 5, 5, 0, 4, 3, 1, 2, 3])
+REPLAYING = replace(OPTIONS, replayed_per_group=2, pull_coeff=0)
+
+
+def replay_step(model, options=REPLAYING, lr=0.0):
+    images = pictures(10, torch.Generator().manual_seed(5))
+    loader = Mixed(images, MIXED_TARGETS, AGAIN)
+    stats = engine.train_one_epoch(model, loader, sgd(model, lr), SECOND, 0, options)
+    return images, stats
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_replayed_images_may_be_of_any_class_and_others_of_their_task_alone(smoothing):
+    model = make_model({})
+    images, stats = replay_step(model, replace(REPLAYING, smoothing=smoothing))
+    gradient = model.head.weight.grad.clone()
+    model.zero_grad()
+    logits = model(images, vote_group_size=6)["logits"]
+    own = list(SECOND.classes)
+    new = F.cross_entropy(
+        logits[~AGAIN][:, own],
+        local(MIXED_TARGETS[~AGAIN], SECOND),
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    old = F.cross_entropy(
+        logits[AGAIN], MIXED_TARGETS[AGAIN], label_smoothing=smoothing, reduction="sum"
+    )
+    loss = (new + old) / 10
+    assert stats["Loss"] == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    close(gradient, model.head.weight.grad)
+    hits = (logits[~AGAIN][:, own].argmax(dim=1) == local(MIXED_TARGETS[~AGAIN], SECOND)).sum()
+    hits += (logits[AGAIN].argmax(dim=1) == MIXED_TARGETS[AGAIN]).sum()
+    assert stats["Acc@1"] == pytest.approx(10 * hits.item())
+
+
+def test_other_classes_learn_from_replayed_images_alone():
+    model = make_model({})
+    replay_step(model)
+    assert (model.head.bias.grad != 0).all()
+    images = pictures(10, torch.Generator().manual_seed(5))
+    targets = MIXED_TARGETS.masked_fill(AGAIN, 1)  # of the task, so that nothing is infinite
+    loader = Mixed(images, targets, torch.zeros(10, dtype=torch.bool))
+    engine.train_one_epoch(model, loader, sgd(model, 0.0), SECOND, 0, REPLAYING)
+    assert (model.head.bias.grad != 0).tolist() == [c in SECOND.classes for c in range(C)]
+
+
+def test_replay_without_class_mask_masks_nobody():
+    model = make_model({})
+    images, stats = replay_step(model, replace(REPLAYING, train_mask=False))
+    logits = model(images, vote_group_size=6)["logits"]
+    assert stats["Loss"] == pytest.approx(F.cross_entropy(logits, MIXED_TARGETS).item(), rel=1e-5)
+
+
+def test_replayed_images_vote_with_the_images_before_them():
+    model = make_model({})
+    images, stats = replay_step(model, replace(REPLAYING, pull_coeff=0.5))
+    out = [model(group) for group in images.split(6)]
+    pulled = sum(len(o["logits"]) * o["reduce_sim"].item() for o in out) / 10
+    plain = replay_step(model)[1]["Loss"]
+    assert stats["Loss"] == pytest.approx(plain - 0.5 * pulled, rel=1e-5)
+    assert out[0]["prompt_idx"][0].tolist() != out[1]["prompt_idx"][0].tolist()
+    others = [model(group)["reduce_sim"].item() for group in images.split(4)]
+    assert sum(others) != pytest.approx(pulled, rel=1e-3)
+
+
+def test_empty_piece_of_a_step_with_replay_changes_nothing():
+    model = make_model({"diversify": "frequency"})
+    before = copy.deepcopy(model.state_dict())
+    empty = torch.empty(0, dtype=torch.long)
+    loader = Mixed(torch.empty(0, 3, 8, 8), empty, empty.bool())
+    loader.global_batch_size = lambda step: 6
+    engine.train_one_epoch(model, loader, sgd(model), SECOND, 0, REPLAYING)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+# How often prompts serve
+
+
+def count_by_hand(model, batches, group=4):
+    counts = [0] * M
+    for images, *_ in batches:
+        for i in model(images, vote_group_size=group)["prompt_idx"].flatten().tolist():
+            counts[i] += 1
+    return counts
+
+
+def test_prompts_count_the_training_images_that_they_serve():
+    model = make_model({"diversify": "frequency"})
+    loader = Loader(*data(FIRST, 10))
+    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 0, OPTIONS)
+    expected = count_by_hand(model, loader)
+    assert model.prompt.served_now.tolist() == expected
+    assert sum(expected) == 10 * K
+    assert len([n for n in expected if n]) > K
+    assert model.prompt.served_before.tolist() == [0] * M
+    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 1, OPTIONS)
+    assert model.prompt.served_now.tolist() == [2 * n for n in expected]
+
+
+def test_prompts_count_replayed_images_too():
+    model = make_model({"diversify": "frequency"})
+    images, _ = replay_step(model)
+    assert model.prompt.served_now.tolist() == count_by_hand(model, [[images]], group=6)
+
+
+def test_prompts_count_the_images_of_all_processes(monkeypatch):
+    model = make_model({"diversify": "frequency"})
+    monkeypatch.setattr(engine, "sum_over_processes", lambda values: 3 * values)
+    loader = Loader(*data(FIRST, 8), share=3)
+    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 0, OPTIONS)
+    assert model.prompt.served_now.tolist() == [3 * n for n in count_by_hand(model, loader)]
+
+
+def test_counts_of_a_task_weigh_from_the_next_task_on():
+    model, seen = make_model({"diversify": "frequency"}), []
+
+    def note(report):
+        seen.append((model.prompt.served_before.tolist(), model.prompt.served_now.tolist()))
+
+    run(model, replace(OPTIONS, epochs=2), on_task_end=note)
+    assert seen[0][0] == [0] * M
+    assert sum(seen[0][1]) == sum(seen[1][1]) == 2 * 8 * K
+    assert seen[1][0] == seen[0][1]
+
+
+def test_frequency_changes_no_first_task_and_spreads_the_second():
+    plain, spread = make_model({}), make_model({"diversify": "frequency"})
+    trained = []
+    for model in (plain, spread):
+        used, states = [], []
+        model.prompt.register_forward_hook(
+            lambda module, args, out, used=used: used.append(out.prompt_idx.unique().tolist())
+            if module.training
+            else None
+        )
+        run(model, on_task_end=lambda _, s=states, m=model: s.append(copy.deepcopy(m.state_dict())))
+        trained.append((used, states))
+    (used, states), (spread_used, spread_states) = trained
+    for name, value in states[0].items():
+        assert torch.equal(spread_states[0][name], value), name
+    assert spread_used[:2] == used[:2]
+    assert spread_used[2:] != used[2:]
+    served = {i for ids in used[:2] for i in ids}
+    fresh = set(range(M)) - served
+    assert set(spread_used[2]) & fresh  # what never served comes first
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_step_of_a_non_finite_loss_counts_nothing(value, clip_grad):
+    model = make_model({"diversify": "frequency"})
+    loader = Loader(*data(FIRST, 12))
+    with pytest.raises(engine.NonFiniteLossError):
+        engine.train_one_epoch(
+            Spoiled(model, call=2, value=value),
+            loader,
+            sgd(model, 0.0),
+            FIRST,
+            0,
+            replace(OPTIONS, clip_grad=clip_grad),
+        )
+    assert model.prompt.served_now.tolist() == count_by_hand(model, loader.batches[:1])
+
+
 # One epoch
 
 
@@ -260,7 +459,7 @@ def test_train_one_epoch_tells_the_sampler_its_epoch_and_trains_in_training_mode
 
 
 def test_train_one_epoch_gives_the_mask_the_task():
-    model = make_model({"use_mask": True})
+    model = make_model({"diversify": "mask"})
     train_step(model, replace(OPTIONS, pull_coeff=1), SECOND)
     moved = model.prompt.prompt.grad.abs().sum(dim=(1, 2)) > 0
     assert moved.nonzero().flatten().tolist() == [2, 3]
@@ -533,7 +732,7 @@ def test_evaluation_without_pool_has_no_usage():
 
 
 def test_evaluation_ignores_the_prompt_mask_and_stays_in_evaluation_mode():
-    masked, free = make_model({"use_mask": True}), make_model({})
+    masked, free = make_model({"diversify": "mask"}), make_model({})
     for model in (masked, free):
         model.train()
     assert evaluate(masked, test_set=SECOND) == evaluate(free, test_set=SECOND)
@@ -592,6 +791,59 @@ def test_evaluate_till_now_says_nothing_of_forgetting_after_the_first_task(caplo
         till_now(make_model({}), STREAM[0], matrices)
     (line,) = [m for m in caplog.messages if m.startswith("[Average accuracy till task1]")]
     assert not re.search("Forgetting|Backward", line)
+
+
+def test_task_without_test_sets_is_trained_and_not_evaluated(caplog):
+    model, reports = make_model({}), []
+    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    tasks = [replace(STREAM[0], test_sets=()), STREAM[1]]
+    before = model.head.weight.detach().clone()
+
+    class Noting(engine.Monitor):
+        def at_task_end(self, report):
+            reports.append(report)
+            assert not torch.equal(model.head.weight, before)
+
+    with caplog.at_level(logging.INFO):
+        engine.train_and_evaluate(
+            model,
+            tasks,
+            lambda task: Loader(*data(task)),
+            lambda test_set: Loader(*data(test_set, seed=1)),
+            lambda: sgd(model),
+            lambda optimizer: None,
+            matrices,
+            OPTIONS,
+            Noting(),
+        )
+    assert [len(report.evaluations) for report in reports] == [0, 2]
+    assert reports[0].train_stats.keys() == {"Lr", "Loss", "Acc@1", "Acc@5"}
+    for matrix in matrices.values():
+        assert np.isnan(matrix).tolist() == [[True, False], [True, False]]
+    assert [m for m in caplog.messages if "till task" in m and "task1" in m] == []
+    (line,) = [m for m in caplog.messages if m.startswith("[Average accuracy till task2]")]
+    assert not re.search("Forgetting|Backward", line)  # unknown without the first evaluation
+
+
+def test_one_test_set_of_all_tasks_has_one_row_and_no_forgetting(caplog):
+    model = make_model({})
+    matrices = {name: metrics.empty_matrix(1, 2) for name in engine.SELECTIONS}
+    tasks = [replace(task, test_sets=(FIRST,)) for task in STREAM]
+    with caplog.at_level(logging.INFO):
+        engine.train_and_evaluate(
+            model,
+            tasks,
+            lambda task: Loader(*data(task)),
+            lambda test_set: Loader(*data(test_set, seed=1)),
+            lambda: sgd(model),
+            lambda optimizer: None,
+            matrices,
+            OPTIONS,
+        )
+    assert all(np.isfinite(matrix).all() for matrix in matrices.values())
+    lines = [m for m in caplog.messages if "till task2" in m]
+    assert len(lines) == 2
+    assert not any(re.search("Forgetting|Backward", line) for line in lines)
 
 
 def test_average_stats_weighs_test_sets_equally():
@@ -714,7 +966,7 @@ def test_scheduler_of_timm_starts_each_task_at_the_full_rate(reinit, monkeypatch
 
 @pytest.mark.parametrize(("prompts", "keys"), [(True, False), (False, True), (False, False)])
 def test_shared_pool_and_keys_start_from_the_task_before(prompts, keys):
-    model = make_model({"use_mask": True})
+    model = make_model({"diversify": "mask"})
     before = copy.deepcopy(model.state_dict())
     after_first = []
 

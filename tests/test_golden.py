@@ -55,7 +55,7 @@ def test_first_gradients_equal_original(run):
     allowed = engine._mask(task.classes, run.model, run.options)
     batch = next(iter(loader))
     run.model.train()
-    values = engine._forward_backward(
+    values, _ = engine._forward_backward(
         run.model, batch, 0, allowed if run.options.train_mask else None, 8, run.options
     )
     close(values[0].item(), run["out.first_loss"].item(), atol=1e-6, rtol=1e-6)

@@ -129,3 +129,69 @@ def test_from_lists_inverts_to_lists(matrix):
     found = metrics.from_lists(metrics.to_lists(matrix))
     assert found.dtype == np.float64
     assert np.array_equal(found, matrix, equal_nan=True)
+
+
+# One test set for all tasks, all tasks at once, evaluations now and then
+
+#: One test set, evaluated after the second and the fourth of five tasks, and after the last.
+ONE_ROW = np.array([[NAN, 30.0, NAN, 50.0, 45.0]])
+
+#: All tasks at once, tested on three sets.
+JOINT = np.array([[90.0], [60.0], [30.0]])
+
+
+def test_one_test_set_has_final_accuracy_and_curve_alone():
+    assert metrics.summarize(ONE_ROW, 4) == {
+        "average_accuracy": 45.0,
+        "final_accuracy": 45.0,
+        "accuracy_curve": [
+            {"after_task": 2, "accuracy": 30.0},
+            {"after_task": 4, "accuracy": 50.0},
+            {"after_task": 5, "accuracy": 45.0},
+        ],
+    }
+
+
+def test_curve_ends_with_the_task_that_is_asked_for():
+    numbers = metrics.summarize(ONE_ROW, 3)
+    assert numbers["final_accuracy"] == 50
+    assert [point["after_task"] for point in numbers["accuracy_curve"]] == [2, 4]
+    numbers = metrics.summarize(ONE_ROW, 2)
+    assert numbers["final_accuracy"] is None
+    assert [point["after_task"] for point in numbers["accuracy_curve"]] == [2]
+
+
+def test_all_tasks_at_once_have_final_accuracy_and_curve_alone():
+    assert metrics.summarize(JOINT, 0) == {
+        "average_accuracy": 60.0,
+        "final_accuracy": 60.0,
+        "accuracy_curve": [{"after_task": 1, "accuracy": 60.0}],
+    }
+
+
+@pytest.mark.parametrize("matrix", [ONE_ROW, JOINT])
+def test_other_metrics_do_not_exist_without_a_test_set_of_each_task(matrix):
+    assert not metrics.has_test_set_per_task(matrix)
+    names = metrics.summarize(FORGETS, 2).keys() - {"average_accuracy"}
+    assert not names & metrics.summarize(matrix, matrix.shape[1] - 1).keys()
+    assert metrics.has_test_set_per_task(FORGETS)
+    assert "final_accuracy" not in metrics.summarize(FORGETS, 2)
+
+
+def test_evaluations_left_out_leave_undefined_what_needs_them():
+    fewer = np.array([[NAN, 60.0, 70.0], [NAN, 80.0, 50.0], [NAN, NAN, 40.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        numbers = metrics.summarize(fewer, 2)
+        early = metrics.summarize(fewer, 0)
+    assert numbers.pop("average_accuracy") == pytest.approx(160 / 3)
+    assert set(numbers.values()) == {None}
+    assert set(early.values()) == {None}
+
+
+@pytest.mark.parametrize("matrix", [ONE_ROW, JOINT, metrics.empty_matrix(1, 5)])
+def test_incomplete_matrices_warn_of_nothing(matrix):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for task in range(matrix.shape[1]):
+            metrics.summarize(matrix, task)

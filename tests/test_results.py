@@ -1,5 +1,8 @@
 """The table, the picture, the speed figures, and what happens to an earlier run."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +44,136 @@ def test_table_shows_both_matrices_and_all_metrics():
     assert ["backward", "transfer", "-20.00", "-27.50"] in rows
     assert ["learning", "accuracy", "85.00", "82.50"] in rows
     assert ["average", "incremental", "accuracy", "82.50", "78.38"] in rows
+
+
+# Runs without a test set for each task
+
+
+def strange_record(matrix, reports):
+    """A record of one matrix for both selections; reports are pairs of task and test sets."""
+    stats = {s: {"Acc@1": 1.0, "Acc@5": 2.0, "Loss": 3.0} for s in engine.SELECTIONS}
+    rows, tasks = matrix.shape
+    return results.RunRecord(
+        {"seed": 1, "epochs": 1},
+        {"name": "vit"},
+        [[0]] * tasks,
+        ["a"],
+        {name: matrix for name in engine.SELECTIONS},
+        [
+            engine.TaskReport(
+                task,
+                {"Lr": 0.1, "Acc@1": 9.0},
+                [engine.Evaluation(row, stats, {"batch": [1], "instance": [1]}) for row in sets],
+                1.0,
+                2.0,
+            )
+            for task, sets in reports
+        ],
+        [f"task{t}" for t in range(tasks)],
+        [f"set{r}" for r in range(rows)],
+    )
+
+
+def one_row():
+    """One test set, evaluated after the second and the third of three tasks."""
+    return strange_record(np.array([[NAN, 30.0, 45.0]]), [(0, []), (1, [0]), (2, [0])])
+
+
+def joint():
+    return strange_record(np.array([[90.0], [60.0]]), [(0, [0, 1])])
+
+
+#: Undefined where tasks have no test sets of their own.
+_OF_TASKS = {
+    "forgetting", "forgetting_literature", "backward_transfer", "backward", "learning_accuracy",
+    "average_incremental_accuracy",
+}  # fmt: skip
+
+
+def keys_of(value):
+    """Every key of nested dicts and lists."""
+    if isinstance(value, dict):
+        return set(value) | {key for item in value.values() for key in keys_of(item)}
+    return {key for item in value for key in keys_of(item)} if isinstance(value, list) else set()
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("make", [one_row, joint])
+def test_results_without_test_sets_of_tasks_have_final_accuracy_and_curve(make, tmp_path):
+    made = make()
+    made.write(tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found["tasks"] == made.tasks
+    assert found["test_sets"] == made.test_sets
+    for name in engine.SELECTIONS:
+        assert found[name].keys() == {
+            "accuracy_matrix", "average_accuracy", "final_accuracy", "accuracy_curve",
+        }  # fmt: skip
+    assert not keys_of(found) & _OF_TASKS
+    if make is one_row:
+        assert found["batch"]["accuracy_matrix"] == [[None, 30.0, 45.0]]
+        assert found["batch"]["final_accuracy"] == 45
+        assert found["batch"]["accuracy_curve"] == [
+            {"after_task": 2, "accuracy": 30.0},
+            {"after_task": 3, "accuracy": 45.0},
+        ]
+        assert [entry["after_task"] for entry in found["prompt_usage"]] == [2, 3]
+    else:
+        assert found["instance"]["final_accuracy"] == 75
+
+
+@pytest.mark.parametrize("make", [one_row, joint])
+def test_log_lines_without_test_sets_of_tasks_lack_their_metrics(make):
+    lines = [json.loads(line, parse_constant=refuse) for line in make().log_lines().splitlines()]
+    for line in lines:
+        assert not any(re.search("forgetting|backward", key) for key in line)
+    assert lines[-1]["average_Acc@1"] == 1
+    assert lines[-1]["instance_average_Loss"] == 3
+
+
+def test_log_line_of_a_task_that_was_not_evaluated_tells_of_training_alone():
+    first, second, _ = map(json.loads, one_row().log_lines().splitlines())
+    assert first == {"train_Lr": 0.1, "train_Acc@1": 9.0, "task": 1, "epoch": 0}
+    assert {"test_Acc@1", "test_Loss", "average_Acc@1", "instance_average_Acc@1"} <= second.keys()
+    full = [json.loads(line) for line in record().log_lines().splitlines()]
+    assert (full[0]["forgetting"], full[1]["forgetting"]) == (None, 20.0)
+    assert (full[1]["backward"], full[1]["instance_forgetting"]) == (-20.0, 27.5)
+
+
+@pytest.mark.parametrize(("make", "final"), [(one_row, "45.00"), (joint, "75.00")])
+def test_table_without_test_sets_of_tasks_shows_what_there_is(make, final):
+    rows = [line.split() for line in make().table().splitlines()]
+    assert ["final", "accuracy", final, final] in rows
+    assert not any(word in row for row in rows for word in ("forgetting", "backward", "learning"))
+    assert "nan" not in make().table()
+
+
+def test_table_leaves_tasks_out_that_were_not_evaluated():
+    lines = one_row().table().splitlines()
+    assert lines[1].split() == ["2", "3"]
+    assert lines[2].split() == ["test", "set", "1", "30.00", "45.00"]
+
+
+def test_table_folds_many_columns():
+    matrix = np.full((2, 120), NAN)
+    matrix[:, 1::2] = np.arange(60)
+    lines = strange_record(matrix, [(119, [0, 1])]).table().splitlines()
+    assert max(map(len, lines)) <= 12 + 20 * 7
+    heads = [line.split() for line in lines if re.fullmatch(r"[ \d]+", line)]
+    shown = [number for head in heads[: len(heads) // 2] for number in head]
+    assert shown == [str(t + 1) for t in range(1, 120, 2)]
+    values = [line.split()[3:] for line in lines if line.startswith("test set 2 ")]
+    shown = [value for row in values[: len(values) // 2] for value in row]
+    assert shown == [f"{n:.2f}" for n in range(60)]
+    assert len(heads) == 2 * 3
+
+
+def test_table_of_nothing_evaluated_yet_is_no_error():
+    table = strange_record(np.full((1, 3), NAN), [(0, [])]).table()
+    assert ["final", "accuracy", "-", "-"] in [line.split() for line in table.splitlines()]
 
 
 def test_earlier_run_is_set_aside_whole(tmp_path):

@@ -209,7 +209,7 @@ def test_forward_hands_vote_group_to_the_pool():
 
 @torch.no_grad()
 def test_forward_hands_task_to_the_prompt_mask_in_training_only():
-    model = prompted(prompt=pool(size=6, use_mask=True))
+    model = prompted(prompt=pool(size=6, diversify="mask"))
     assert model.train()(batch(2), task_id=1)["prompt_idx"].tolist() == [[3, 4, 5]] * 2
     images = batch(2)
     free = model.eval()(images)["prompt_idx"]
@@ -360,6 +360,87 @@ def test_second_copy_is_hidden_from_public_names():
     assert len(names) == len(set(names))
     assert not any("query" in name or name.startswith("backbone") for name in names)
     assert {"blocks.0.attn.qkv.weight", "pos_embed", "prompt.prompt", "head.bias"} <= set(names)
+
+
+# Positions of the prompts
+
+
+def prompts_first_reference(vit, model, images, head_type):
+    """The later official release: prompts in front of class token and patches, no positions.
+
+    Written out block by block, for head and pool of `model`.
+    """
+    query = copy.deepcopy(vit).eval().forward_features(images)[:, 0]
+    cosine = F.normalize(query, dim=1) @ F.normalize(model.prompt.prompt_key, dim=1).t()
+    chosen = cosine.topk(K, dim=1).indices
+    prompts = torch.stack([torch.cat([model.prompt.prompt[i] for i in ids]) for ids in chosen])
+    patches = vit.patch_embed(images)
+    tokens = torch.cat([vit.cls_token.expand(len(images), -1, -1), patches], dim=1)
+    x = torch.cat([prompts, tokens + vit.pos_embed], dim=1)  # (B, P+1+N, D)
+    for block in vit.blocks:
+        x = x + block.attn(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
+    x = vit.norm(x)
+    pooled = {
+        "prompt": x[:, :P].mean(dim=1),
+        "token+prompt": x[:, : P + 1].mean(dim=1),
+        "token": x[:, P],
+        "gap": x.mean(dim=1),
+    }[head_type]
+    return pooled @ model.head.weight.t() + model.head.bias
+
+
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@torch.no_grad()
+def test_no_prompt_position_equals_prompts_in_front_of_all(head_type):
+    vit = tiny_vit()
+    model = prompted(vit, head_type=head_type, prompt_position="none").eval()
+    images = batch()
+    wanted = prompts_first_reference(vit, model, images, head_type)
+    close(model(images)["logits"], wanted, atol=1e-4, rtol=1e-4)
+    other = prompted(vit, model.prompt, head_type=head_type).eval()
+    other.head.load_state_dict(model.head.state_dict())
+    assert not torch.allclose(other(images)["logits"], wanted, atol=1e-2)
+
+
+@torch.no_grad()
+def test_no_prompt_position_equals_rows_of_zeros():
+    vit = tiny_vit()
+    bare = prompted(vit, prompt_position="none").eval()
+    zeros = prompted(vit, bare.prompt).eval()
+    zeros.head.load_state_dict(bare.head.state_dict())
+    zeros.pos_embed_prompt.zero_()
+    images = batch()
+    close(bare(images)["logits"], zeros(images)["logits"])
+
+
+def test_no_prompt_position_leaves_no_trace_in_states():
+    model = prompted(prompt_position="none")
+    assert model.pos_embed_prompt is None
+    assert "pos_embed_prompt" not in {name for name, _ in model.public_parameters()}
+    free = tuple(prefix for prefix in DEFAULT_FREEZE if prefix != "pos_embed")
+    trained = prompted(prompt_position="none", freeze=free).trained_state()
+    assert "pos_embed" in trained
+    assert "pos_embed_prompt" not in trained
+    with_rows = prompted(freeze=free).trained_state()
+    assert with_rows.keys() - trained.keys() == {"pos_embed_prompt"}
+    assert tuple(with_rows["pos_embed_prompt"].shape) == (1, P, D)
+
+
+@torch.no_grad()
+def test_prompt_order_matters_only_where_rows_train():
+    free = tuple(prefix for prefix in DEFAULT_FREEZE if prefix != "pos_embed")
+    assert not prompted(prompt_position="none").prompt_order_matters
+    assert not prompted(prompt_position="none", freeze=free).prompt_order_matters
+    assert not prompted().prompt_order_matters
+    assert prompted(freeze=free).prompt_order_matters
+    images = batch()
+    for position in ("none", "class"):  # frozen: the same prompts in any order
+        model = prompted(prompt=pool(batchwise=False, size=K), prompt_position=position).eval()
+        found = model(images)["logits"]
+        turned = model(images, -model.query(images))
+        assert not torch.equal(turned["prompt_idx"], model(images)["prompt_idx"])
+        close(turned["logits"], found, atol=1e-5, rtol=1e-4)
 
 
 # What trains
@@ -534,6 +615,29 @@ def test_trained_state_round_trips(changes, extra):
     fresh.load_trained_state(state, "file")
     for name, value in fresh.trained_state().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_trained_state_holds_counters_of_the_frequency_penalty_alone():
+    counters = {"prompt.served_before", "prompt.served_now"}
+    basics = prompted().trained_state().keys()
+    for diversify in ("none", "mask"):
+        assert prompted(prompt=pool(diversify=diversify)).trained_state().keys() == basics
+    model = prompted(prompt=pool(diversify="frequency"))
+    model.prompt.count_served(torch.arange(M).float())
+    model.prompt.begin_task()
+    model.prompt.count_served(torch.ones(M))
+    state = model.trained_state()
+    assert state.keys() == basics | counters
+    model.prompt.begin_task()  # the state is a copy
+    fresh = prompted(prompt=pool(diversify="frequency"))
+    fresh.load_trained_state(state, "file")
+    assert fresh.prompt.served_before.tolist() == list(range(M))
+    assert fresh.prompt.served_now.tolist() == [1] * M
+    assert fresh.prompt.served_now.dtype == torch.int64
+    with pytest.raises(WeightsError, match=r"prompt.served_before has no place in this model"):
+        prompted().load_trained_state(state, "file")
+    with pytest.raises(WeightsError, match=r"prompt.served_before is missing"):
+        fresh.load_trained_state(prompted().trained_state(), "file")
 
 
 def test_trained_state_is_a_copy():
