@@ -11,26 +11,7 @@ from pathlib import Path
 
 import array_datasets as arrays
 import folder_datasets as folders
-from image_sources import ArraySource, DataError, FolderSource, ImageSource, open_image
-
-__all__ = [
-    "FIVE_DATASETS",
-    "SOURCES",
-    "ArraySource",
-    "DataError",
-    "FolderSource",
-    "ImageSource",
-    "SourceSpec",
-    "count_classes",
-    "count_domains",
-    "find_source",
-    "find_sources",
-    "has_domains",
-    "load_domains",
-    "load_parts",
-    "load_source",
-    "open_image",
-]
+from image_sources import DataError, ImageSource
 
 
 @dataclass(frozen=True)
@@ -48,7 +29,7 @@ class SourceSpec:
         any_data: Whether it is whatever images lie in the folder.
         load_domains: Reads the data by domain: training sources, test sources. Takes the folder
             and that of the file lists.
-        count_domains: Number of domains; as `count_classes`.
+        count_domains: Numbers of domains and of classes; as `count_classes`.
     """
 
     load: Callable[[Path], tuple[ImageSource, ImageSource]]
@@ -58,7 +39,7 @@ class SourceSpec:
     downloadable: bool = False
     any_data: bool = False
     load_domains: Callable[[Path, Path | None], folders.Domains] | None = None
-    count_domains: Callable[[Path, Path | None], int] | None = None
+    count_domains: Callable[[Path, Path | None], folders.DomainCounts] | None = None
 
 
 #: Everything that `--dataset` can name. Aliases and letter case: see `find_source`.
@@ -247,8 +228,10 @@ def has_domains(names: str) -> bool:
     return len(specs) == 1 and specs[0].load_domains is not None
 
 
-def count_domains(name: str, data_path: Path, file_lists: Path | None = None) -> int:
-    """Tell the number of domains before anything is loaded.
+def count_domains(
+    name: str, data_path: Path, file_lists: Path | None = None
+) -> folders.DomainCounts:
+    """Tell the numbers of domains and of classes before anything is loaded.
 
     Raises:
         ValueError: If there is no such data set, or it has no domains.

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from torchvision.datasets import Flowers102
@@ -27,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 Splits = tuple[ImageSource, ImageSource]
 Domains = tuple[dict[str, ImageSource], dict[str, ImageSource]]
+
+
+class DomainCounts(NamedTuple):
+    """How many domains there are, and how many classes each of them has."""
+
+    domains: int
+    classes: int
 
 
 # What all of them share
@@ -148,9 +156,10 @@ def load_image_domains(data_path: Path, file_lists: Path | None) -> Domains:
     return dict(train), dict(test)
 
 
-def count_image_domains(data_path: Path, file_lists: Path | None) -> int:
+def count_image_domains(data_path: Path, file_lists: Path | None) -> DomainCounts:
     """Compare the class folders of all domains, without looking at a single image."""
-    return len(_find_domains(data_path, file_lists).train)
+    found = _find_domains(data_path, file_lists)
+    return DomainCounts(len(found.train), len(found.classes))
 
 
 @dataclass(frozen=True)
@@ -364,12 +373,12 @@ def load_core50_domains(data_path: Path, file_lists: Path | None) -> Domains:
     return dict(train), {test_name: _sessions(root, _TEST_SESSIONS, classes)}
 
 
-def count_core50_domains(data_path: Path, file_lists: Path | None) -> int:
+def count_core50_domains(data_path: Path, file_lists: Path | None) -> DomainCounts:
     """Look for the sessions, and count the training lists if there are lists."""
-    count_core50(data_path)
+    num_classes = count_core50(data_path)
     if file_lists is None:
-        return len(_TRAIN_SESSIONS)
-    return len(_train_lists(file_lists.expanduser()))
+        return DomainCounts(len(_TRAIN_SESSIONS), num_classes)
+    return DomainCounts(len(_train_lists(file_lists.expanduser())), num_classes)
 
 
 def _core50_classes(root: Path) -> list[str]:

@@ -20,6 +20,7 @@ import backbone
 import datasets
 from continual_dataloader import LoaderOptions
 from engine import EngineOptions, Scheduler
+from folder_datasets import DomainCounts
 from image_transforms import TransformOptions
 from processes import Processes
 from prompt import Prompt
@@ -68,11 +69,31 @@ def num_parts(args: argparse.Namespace) -> int:
         See `num_tasks`.
     """
     if args.scenario == "domain-incremental":
-        return datasets.count_domains(args.dataset, Path(args.data_path), file_lists(args))
+        return count_domains(args).domains
     if args.scenario == "gaussian":
         return args.num_tasks or 200
     num_data_sets = len(datasets.find_sources(args.dataset))
     return num_data_sets if num_data_sets > 1 else args.num_tasks or 10
+
+
+def count_domains(args: argparse.Namespace) -> DomainCounts:
+    """Numbers of domains and of their classes.
+
+    Raises:
+        See `num_tasks`.
+    """
+    return datasets.count_domains(args.dataset, Path(args.data_path), file_lists(args))
+
+
+def num_classes(args: argparse.Namespace) -> int:
+    """C, the classes of the data.
+
+    Raises:
+        See `num_tasks`.
+    """
+    if args.scenario == "domain-incremental":
+        return count_domains(args).classes
+    return datasets.count_classes(args.dataset, Path(args.data_path))
 
 
 def file_lists(args: argparse.Namespace) -> Path | None:

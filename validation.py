@@ -245,8 +245,7 @@ def _data(args: argparse.Namespace) -> Iterator[str]:
     yield from _one_data_set(args, list(specs))
     try:
         yield from _tasks(args, settings.num_tasks(args))
-        num_classes = datasets.count_classes(args.dataset, path)
-        yield from _classes(args, num_classes, several=len(specs) > 1)
+        yield from _classes(args, settings.num_classes(args), several=len(specs) > 1)
     except DataError as error:
         if not missing:
             yield str(error)

@@ -67,6 +67,7 @@ def test_checkpoint_round_trips(tmp_path):
     for name in ("task", "config", "class_order", "backbone", "accuracy"):
         assert getattr(loaded, name) == getattr(saved, name), name
     assert loaded.original is False
+    assert loaded.buffer is None
     assert loaded.model.keys() == saved.model.keys()
     assert all(torch.equal(loaded.model[name], saved.model[name]) for name in saved.model)
 
@@ -110,6 +111,64 @@ def test_save_leaves_the_old_checkpoint_when_it_fails(tmp_path):
         checkpoints.save(path, checkpoint(config={"unpicklable": lambda: None}))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_checkpoint_keeps_the_numbers_of_replayed_images(tmp_path):
+    path = tmp_path / "task1_checkpoint.pth"
+    checkpoints.save(path, checkpoint(buffer=torch.tensor([2, 5, 2**40])))
+    assert checkpoints.load(path).buffer.tolist() == [2, 5, 2**40]
+
+
+@pytest.mark.parametrize("buffer", [[1, 2], torch.ones(3), torch.ones(2, 2).long(), 7])
+def test_load_refuses_other_replayed_images(tmp_path, buffer):
+    path = tmp_path / "task1_checkpoint.pth"
+    checkpoints.save(path, checkpoint(buffer=buffer))
+    with pytest.raises(CheckpointError, match="the entry buffer is .*, expected numbers of images"):
+        checkpoints.load(path)
+
+
+def test_checkpoint_of_episodes_may_name_a_class_in_several(tmp_path):
+    path = tmp_path / "task1_checkpoint.pth"
+    checkpoints.save(path, checkpoint(class_order=[[0, 1], [1, 2], [0, 1]]))
+    assert checkpoints.load(path).class_order == [[0, 1], [1, 2], [0, 1]]
+    for wrong in ([[0, 0]], [[-1]], [["a"]], [0, 1]):
+        checkpoints.save(path, checkpoint(class_order=wrong))
+        with pytest.raises(CheckpointError, match="the entry class_order is"):
+            checkpoints.load(path)
+
+
+#: Names of the entries before there was a buffer.
+FORMER = ("model", "task", "config", "class_order", "class_names", "backbone", "accuracy")
+
+
+@pytest.mark.parametrize("mark", ["l2p checkpoint 1", "l2p checkpoint 2"])
+@pytest.mark.parametrize(("masked", "diversify"), [(True, "mask"), (False, "none"), (None, None)])
+def test_load_reads_earlier_formats(tmp_path, mark, masked, diversify):
+    saved = checkpoint()
+    content = {name: getattr(saved, name) for name in FORMER}
+    if masked is not None:
+        content["config"] = {**saved.config, "use_prompt_mask": masked}
+    path = tmp_path / "task2_checkpoint.pth"
+    path.write_bytes(checkpoints.sealed({"format": mark, **content}))
+    if mark == "l2p checkpoint 1":  # which had no checksum
+        torch.save({"format": mark, **content}, path)
+    loaded = checkpoints.load(path)
+    expected = {} if masked is None else {"diversify": diversify}
+    assert loaded.config == {**saved.config, **expected}
+    assert (loaded.task, loaded.class_order) == (2, saved.class_order)
+    assert loaded.accuracy == saved.accuracy
+    assert (loaded.buffer, loaded.original) == (None, False)
+    assert all(torch.equal(loaded.model[name], saved.model[name]) for name in saved.model)
+
+
+def test_load_of_an_earlier_format_notices_damage(tmp_path):
+    content = {name: getattr(checkpoint(), name) for name in FORMER}
+    path = tmp_path / "task2_checkpoint.pth"
+    data = bytearray(checkpoints.sealed({"format": "l2p checkpoint 2", **content}))
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="its checksum is wrong"):
+        checkpoints.load(path)
 
 
 # Finding

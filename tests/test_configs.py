@@ -182,8 +182,8 @@ NUM_TRAINED = {
     "digits_l2p": 3_850,
 }
 
-#: Behind a command line: one block instead of twelve, where only the rest matters.
-SHALLOW = ("--model-kwargs", "depth=1")
+#: Behind a command line: a model that is built in no time, where only the rest matters.
+SHALLOW = ("--model-kwargs", "depth=1", "weight_init=skip")
 
 #: Configurations that differ in backbone, scenario or in what is frozen.
 VARIED = (
@@ -633,6 +633,10 @@ REFUSED = [
     (
         "five_datasets_l2p --buffer_size 49",
         ["--buffer_size 49 is smaller", "give at least 50, an image for each"],
+    ),
+    (
+        "--scenario domain-incremental --dataset ImageFolder --data-path DOMAINS --buffer_size 1",
+        ["--buffer_size 1 is smaller", "give at least 2, an image for each"],
     ),
     (
         "--buffer_size 100 --buffer_per_class 1",

@@ -23,8 +23,6 @@ import true_formats
 from datasets import (
     FIVE_DATASETS,
     SOURCES,
-    ArraySource,
-    DataError,
     count_classes,
     count_domains,
     find_source,
@@ -33,9 +31,8 @@ from datasets import (
     load_domains,
     load_parts,
     load_source,
-    open_image,
 )
-from image_sources import ConcatSource, FileSource
+from image_sources import ArraySource, ConcatSource, DataError, FileSource, open_image
 from test_downloads import finish, serve, start, write_tar
 from true_formats import TRUE_FORMATS, digest, idx_bytes
 
@@ -390,7 +387,9 @@ def test_idx_damage_is_mended_by_a_download(tmp_path, monkeypatch, files, caplog
 @pytest.mark.parametrize("folder", ["SVHN", "."])
 def test_svhn_is_read_in_a_folder_of_its_own_or_not(tmp_path, monkeypatch, folder):
     true_formats.write_svhn_files(tmp_path / folder, monkeypatch)
+    before = sorted(tmp_path.rglob("*"))
     train, test = load_source("svhn", tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
     assert (len(train), len(test)) == (50, 20)
     assert train.classes == list("0123456789")
     raw = loadmat(tmp_path / folder / "test_32x32.mat")

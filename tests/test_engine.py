@@ -397,9 +397,9 @@ def test_frequency_changes_no_first_task_and_spreads_the_second():
     for model in (plain, spread):
         used, states = [], []
         model.prompt.register_forward_hook(
-            lambda module, args, out, used=used: used.append(out.prompt_idx.unique().tolist())
-            if module.training
-            else None
+            lambda module, args, out, used=used: (
+                used.append(out.prompt_idx.unique().tolist()) if module.training else None
+            )
         )
         run(model, on_task_end=lambda _, s=states, m=model: s.append(copy.deepcopy(m.state_dict())))
         trained.append((used, states))

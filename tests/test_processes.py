@@ -310,6 +310,62 @@ def test_several_processes_equal_one(alone, pictures, tmp_path, count, batch, gr
     assert done.texts[1:] == [""] * (count - 1)  # one process speaks
 
 
+#: What is drawn, or counted, over all processes.
+SHARED = {
+    "replay": ["--buffer_size", "14"],
+    "frequency": [
+        "--diversify",
+        "frequency",
+        "--buffer_per_class",
+        "2",
+        "--pull_constraint_coeff",
+        "1",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    ("count", "batch", "group"),
+    [(2, 6, 3), pytest.param(3, 3, 3, marks=pytest.mark.slow)],
+)
+def test_several_processes_replay_and_count_as_one(pictures, tmp_path, name, count, batch, group):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    flags = shape(count * batch, group, pictures, alone)
+    done = run(alone, 1, [*flags, *SHARED[name]], environment=lambda rank: {})
+    assert done.codes == [0], done.text
+    done = run(shared, count, [*shape(batch, group, pictures, shared), *SHARED[name]])
+    assert done.codes == [0] * count, done.text
+    assert_equal_runs(shared, alone)
+    for task in (1, 2):
+        one, two = (checkpoints.load(checkpoints.task_path(f, task)) for f in (alone, shared))
+        assert two.buffer.tolist() == one.buffer.tolist() != []
+        counters = [key for key in one.model if "served" in key]
+        assert len(counters) == (2 if name == "frequency" else 0)
+        assert all(torch.equal(two.model[key], one.model[key]) for key in counters)
+    if counters:  # of 2 epochs of 13, and of 12 and as many replayed images for each vote group
+        assert one.model["prompt.served_before"].sum() == 2 * 2 * 13
+        assert one.model["prompt.served_now"].sum() == 2 * 2 * (12 + 4 * 3)
+
+
+def test_run_with_replay_goes_on_in_another_number(pictures, tmp_path):
+    """Stopped in the second task, where three replayed images join every four."""
+    flags = [*SHARED["frequency"], "--replay_batch", "3"]
+    alone, parts = tmp_path / "alone", tmp_path / "parts"
+    sizes = {"batch": 4, "group": 4}
+    reference = [*shape(8, 4, pictures, alone), *flags, "--replay_batch", "6"]
+    assert run(alone, 1, reference, environment=lambda rank: {}).codes == [0]
+    actions = {1: partial(signal_itself, signal.SIGTERM)}
+    where = ("engine.train_step", 5)
+    done = stopped(parts, pictures, actions, *flags, where=where, **sizes)
+    assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
+    assert torch.load(resume.newest_path(parts), weights_only=True)["position"]["task"] == 1
+    done = go_on(parts, 3, pictures, *flags, **sizes)
+    assert done.codes == [0] * 3, done.text
+    assert "task 2, 0 of 2 epochs and 2 steps done" in done.texts[0]
+    assert_equal_runs(parts, alone, stopped=True)
+
+
 def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(alone(12, 3), folder)

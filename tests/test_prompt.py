@@ -419,7 +419,9 @@ def test_frequency_counts_nothing_where_it_is_not_asked_for(diversify):
     made.begin_task()
     assert list(made.buffers()) == []
     query = torch.randn(4, 4)
-    wanted = [[2, 3]] * 4 if diversify == "mask" else vote(made(query).own_prompt_idx, 6, 4).tolist()
+    wanted = (
+        [[2, 3]] * 4 if diversify == "mask" else vote(made(query).own_prompt_idx, 6, 4).tolist()
+    )
     assert made(query, task_id=1).prompt_idx.tolist() == wanted
 
 

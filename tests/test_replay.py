@@ -244,7 +244,9 @@ def test_pieces_of_all_processes_are_the_step_of_one(num_images, world_size):
         pieces = [steps[step] for steps in ranks]
         assert list(chain.from_iterable(pieces)) == expected
         for piece in pieces:  # whole groups
-            assert not piece or (not isinstance(piece[0], Replayed) and piece[-3:] == replayed(piece)[-3:])
+            assert not piece or (
+                not isinstance(piece[0], Replayed) and piece[-3:] == replayed(piece)[-3:]
+            )
     sampler = ReplaySampler(num_images, shared, 1, BUFFER)
     assert [sampler.global_batch_size(step) for step in range(len(alone))] == list(map(len, alone))
 
@@ -436,7 +438,9 @@ def test_batch_is_the_same_in_a_spawned_worker():
     loader = build_train_loader(stream.tasks[1], OPTIONS, buffer_after(stream, 1))
     data = pickle.loads(pickle.dumps(loader.dataset))
     keys = next(iter(loader.batch_sampler))
-    for found, wanted in zip(data.__getitems__(keys), loader.dataset.__getitems__(keys), strict=True):
+    for found, wanted in zip(
+        data.__getitems__(keys), loader.dataset.__getitems__(keys), strict=True
+    ):
         assert torch.equal(found[0], wanted[0])
         assert found[1:] == wanted[1:]
 
@@ -450,9 +454,7 @@ def epoch_of(num_images, epoch, **changes):
     return sampler, [[position for _, position in batch] for batch in sampler]
 
 
-@pytest.mark.parametrize(
-    ("num_images", "num_steps"), [(11, 0), (12, 1), (23, 1), (24, 2), (40, 3)]
-)
+@pytest.mark.parametrize(("num_images", "num_steps"), [(11, 0), (12, 1), (23, 1), (24, 2), (40, 3)])
 def test_drop_last_leaves_out_what_does_not_fill_a_step(num_images, num_steps):
     sampler, steps = epoch_of(num_images, 0, drop_last=True)
     assert len(sampler) == len(steps) == num_steps

@@ -123,7 +123,8 @@ def outcome(folder):
     for path in checkpoints.find(folder).values():
         found[path.name] = vars(checkpoints.load(path)).copy()
     state = load(newest(folder))
-    found["last.pth"] = {"model": state.model, "optimizer": state.optimizer}
+    names = ("model", "optimizer", "buffer")
+    found["last.pth"] = {name: getattr(state, name) for name in names}
     found["position"] = state.position.task, state.position.step
     return {k: v for k, v in flat(found) if not k.endswith("/config/output_dir")}
 
@@ -312,6 +313,16 @@ SETTINGS = {
     "all trains": ["--lr", "0.01", "--freeze"],
     "augmentation": ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--color-jitter", "0.3"],
     "one image votes": ["--vote_group_size", "1", "--embedding_key", "max"],
+    "replay": ["--buffer_size", "7", "--vote_group_size", "4", "--replay_batch", "6"],
+    "replay, frequency": [
+        *("--buffer_per_class", "3", "--diversify", "frequency", "--no-reinit_optimizer"),
+        *("--batch-size", "6", "--drop_last", "--prompt_position", "none"),
+    ],
+    "gaussian": [
+        *("--scenario", "gaussian", "--dataset", "digits", "--num_tasks", "4", "--epochs", "1"),
+        *("--steps_per_task", "3", "--gaussian_sigma", "3", "--eval_every", "2"),
+        *("--no-reinit_optimizer", "--buffer_per_class", "1", "--diversify", "frequency"),
+    ],
 }
 
 #: Four epochs of one step; each schedule changes the rate in some of them.
@@ -344,7 +355,7 @@ SETTINGS |= {
 _USUAL = {
     "adam", "lookahead", "kept momentum", "dropout", "shared pool", "no pool", "all trains",
     "augmentation", "cosine schedule", "plateau schedule, noise",
-    "cosine schedule, kept optimizer",
+    "cosine schedule, kept optimizer", "replay", "replay, frequency", "gaussian",
 }  # fmt: skip
 
 
@@ -500,6 +511,7 @@ def a_state(number, **changes):
         position=Position(task=1, epoch=1, step=number, meters={"Loss": [1.5, 2]}),
         reports=[engine.TaskReport(0, {"Loss": 1.0}, [an_evaluation()], 0.1, 0.2)],
         accuracy={"batch": [[1 / 3, None]], "instance": [[50.0, None]]},
+        buffer=torch.tensor([3, 8]),
         global_batch=8,
         num_images=[16, 16],
         config={"lr": 0.1, "batch_size": 8},
@@ -743,7 +755,7 @@ def test_state_with_a_changed_byte_is_refused_or_means_the_same(good):
 def edit(path, **changes):
     """Changes entries of a state; None leaves one out."""
     content = {**torch.load(path, weights_only=True), **changes}
-    kept = {name: value for name, value in content.items() if value is not None}
+    kept = {k: v for k, v in content.items() if k not in changes or v is not None}
     path.write_bytes(checkpoints.sealed(kept))
 
 
@@ -775,7 +787,7 @@ DAMAGES = {
     ),
     "no optimizer": lambda path: edit(path, optimizer=None),
     "a surprise": lambda path: edit(path, surprise=1),
-    "another format": lambda path: edit(path, format="l2p run state 2"),
+    "another format": lambda path: edit(path, format="l2p run state 99"),
     "a place of other parts": lambda path: edit(path, position={"evaluations": [], "day": 1}),
     "a report of other parts": lambda path: edit(path, reports=[{"task": 0}]),
 }
@@ -895,11 +907,14 @@ def test_state_that_does_not_fit_is_refused_before_anything_is_written(
 #: May differ: where things are, and how they are computed.
 FREE = {
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "class_order",
+    "class_order", "file_lists",
 }  # fmt: skip
 
-#: May differ if images of a step, votes and rate stay the same.
-_TOGETHER = {"batch_size", "vote_group_size", "lr", "lr_scale"}
+#: May differ if images of a step, replayed ones, votes and rate stay the same.
+_TOGETHER = {"batch_size", "vote_group_size", "lr", "lr_scale", "replay_batch"}
+
+#: What decides whether images are replayed at all, which is told, too.
+_BUFFER = {"buffer_size", "buffer_per_class"}
 
 
 @pytest.fixture
@@ -943,7 +958,7 @@ def test_other_setting_is_refused(given, name):
     changed = other(getattr(args, name))
     with pytest.raises(UsageError) as error:
         check(*given, **{name: changed})
-    assert len(error.value.problems) == 2
+    assert len(error.value.problems) == 2 + (name in _BUFFER)
     assert error.value.problems[1] == f"--{name} {changed}, where the run has {state.config[name]}"
 
 
@@ -1051,6 +1066,139 @@ def test_same_data_elsewhere_are_accepted(command, whole, half, image_folder, tm
     assert start(command, half, "--data-path", str(data)) == 0
     changed = [f"{name}/config/data_path" for name in ("results.json", *_tasks(2))]
     assert differing(outcome(whole), outcome(half)) == sorted(changed)
+
+
+# Replayed images
+
+
+@pytest.fixture
+def replaying(given):
+    """The same of a run with a buffer of 6 images: 4 of them join each vote group of 4."""
+    args, state = given
+    args = argparse.Namespace(**{**vars(args), "buffer_size": 6})
+    return args, dataclasses.replace(state, config={**state.config, "buffer_size": 6})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"replay_batch": 8},
+        {"batch_size": 4, "processes": 2, "lr": 1.0},
+        {"batch_size": 4, "processes": 2, "lr": 1.0, "replay_batch": 4},
+        {"processes": 4},
+    ],
+    ids=str,
+)
+def test_same_replay_by_other_settings_is_accepted(replaying, changes):
+    check(*replaying, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"replay_batch": 4}, ["2 replayed images with each vote group, where the run has 4"]),
+        (
+            {"batch_size": 4, "processes": 2, "lr": 1.0, "replay_batch": 8},
+            ["8 replayed images with each vote group, where the run has 4"],
+        ),
+        ({"buffer_size": 7}, ["--buffer_size 7, where the run has 6"]),
+        (
+            {"buffer_size": None, "buffer_per_class": 6},
+            [
+                "--buffer_per_class 6, where the run has None",
+                "--buffer_size None, where the run has 6",
+            ],
+        ),
+        (
+            {"buffer_size": None},
+            [
+                "--buffer_size None, where the run has 6",
+                "0 replayed images with each vote group, where the run has 4",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_other_replay_is_refused(replaying, changes, messages):
+    with pytest.raises(UsageError) as error:
+        check(*replaying, **changes)
+    assert error.value.problems[1:] == messages
+
+
+def test_run_with_replay_goes_on_with_its_buffer_alone(command, tmp_path, capsys):
+    argv = [*command, "--buffer_size", "6", "--replay_batch", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 9)
+        assert start(argv, tmp_path) == STOPPED
+    state = load(newest(tmp_path))
+    assert (state.position.task, len(state.buffer)) == (1, 6)
+    earlier = contents(tmp_path)
+    flags = ["--buffer_size", "8", "--replay_batch", "2"]
+    assert start(argv, tmp_path, *flags) == 2
+    text = capsys.readouterr().err
+    assert "  - --buffer_size 8, where the run has 6" in text
+    assert "  - 2 replayed images with each vote group, where the run has 4" in text
+    assert contents(tmp_path) == earlier
+
+    edit(newest(tmp_path), buffer=torch.zeros(0, dtype=torch.float32))
+    content = newest(tmp_path).read_bytes()
+    with pytest.raises(CheckpointError, match="the entry buffer is .*, expected numbers of images"):
+        resume._parse(content, "STATE")
+    kept = {**torch.load(newest(tmp_path), weights_only=True), "buffer": None}
+    newest(tmp_path).write_bytes(checkpoints.sealed(kept))
+    assert start(argv, tmp_path) == 1
+    assert f"{newest(tmp_path)}: its replay buffer is of another run" in capsys.readouterr().out
+
+
+# Files of earlier versions
+
+#: Settings that came with the buffer.
+NEWER = {
+    "buffer_per_class", "buffer_size", "diversify", "drop_last", "eval_every", "file_lists",
+    "gaussian_reading", "gaussian_sigma", "joint", "prompt_position", "replay_batch", "scenario",
+    "steps_per_task",
+}  # fmt: skip
+
+
+def make_older(path, mark, use_prompt_mask=False):
+    """Turns a file into what an earlier version would have written."""
+    content = torch.load(path, weights_only=True)
+    config = {k: v for k, v in content["config"].items() if k not in NEWER}
+    assert len(config) == len(content["config"]) - len(NEWER)
+    del content["buffer"]
+    content["config"] = {**config, "use_prompt_mask": use_prompt_mask}
+    content["format"] = mark
+    path.write_bytes(checkpoints.sealed(content))
+
+
+def test_state_of_the_first_format_goes_on(command, whole, half):
+    for path in (newest(half), before(half)):
+        make_older(path, "l2p run state 1")
+    assert start(command, half) == 0
+    assert differing(outcome(whole), outcome(half)) == []
+
+
+def test_state_of_the_first_format_tells_its_prompt_mask(command, half, capsys):
+    make_older(newest(half), "l2p run state 1", use_prompt_mask=True)
+    state = load(newest(half))
+    assert state.config["diversify"] == "mask"
+    assert "use_prompt_mask" not in state.config
+    assert state.buffer is None
+    assert start(command, half) == 2
+    assert "--diversify none, where the run has mask" in capsys.readouterr().err
+    flags = ["--diversify", "mask", "--size", "4"]
+    args, _ = options.parse_args([*command, *flags])
+    check(args, state)
+
+
+def test_checkpoints_of_the_second_format_are_evaluated(whole, tmp_path, capsys):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    for number in (1, 2):
+        make_older(checkpoints.task_path(folder, number), "l2p checkpoint 2")
+    capsys.readouterr()
+    assert main.main(["--eval", "--output_dir", str(folder), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("Reproduces the stored accuracies") == 4
 
 
 # What --resume names
