@@ -146,7 +146,6 @@ def build_stream(
         raise DataError(str(error)) from error
     if args.joint:
         stream = scenarios.joint(stream, prepare)
-    _check_steps(args, stream, global_batch)
     return scenarios.evaluate_every(stream, args.eval_every)
 
 
@@ -184,15 +183,6 @@ def _episodes(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[in
     )
 
 
-def _check_steps(args: argparse.Namespace, stream: TaskStream, global_batch: int) -> None:
-    for task in stream.tasks:
-        if args.drop_last and len(task.data) < global_batch:
-            raise DataError(
-                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
-                f"step {global_batch}; lower --batch-size or leave --drop_last out"
-            )
-
-
 def _build_buffer(args: argparse.Namespace, stream: TaskStream) -> ReplayBuffer | None:
     if args.buffer_size is None and args.buffer_per_class is None:
         return None
@@ -212,6 +202,20 @@ def _flat_order(
     if args.class_order is not None:
         return read_class_order(Path(args.class_order), classes)
     return class_order(len(classes), args.seed, args.shuffle)
+
+
+def check_steps(args: argparse.Namespace, run: Experiment) -> None:
+    """Makes sure that every task has something to train on.
+
+    Raises:
+        DataError: Naming a task that has not.
+    """
+    for task in run.stream.tasks:
+        if args.drop_last and len(task.data) < run.global_batch:
+            raise DataError(
+                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
+                f"step {run.global_batch}; lower --batch-size or leave --drop_last out"
+            )
 
 
 class Stored(Protocol):

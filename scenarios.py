@@ -254,7 +254,8 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
     if spacing < 1:
         raise ValueError(
             f"the Gaussian schedule has {num_episodes} tasks x {steps} steps = {length} positions "
-            f"for the peaks of {num_classes} classes: use at least {num_classes}"
+            f"for the peaks of {num_classes} classes: use at least {num_classes}, by more "
+            "--num_tasks or --steps_per_task"
         )
     peaks = spacing // 2 + spacing * np.arange(num_classes)  # (C,)
     positions = steps * np.arange(num_episodes)  # (T,)
@@ -280,7 +281,8 @@ def _check_all_present(classes: NDArray[np.int64], train: ImageSource, test: Ima
     for split, source in (("training", train), ("test", test)):
         missing = classes[~np.isin(classes, source.targets)]
         if len(missing):
-            names = ", ".join(source.classes[class_id] for class_id in missing.tolist())
+            known = dict(enumerate(source.classes))
+            names = ", ".join(known.get(c, f"number {c}") for c in missing.tolist())
             raise DataError(
                 f"no {split} image of class {names}: add images, or leave the class out of "
                 "--class_order"

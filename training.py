@@ -20,7 +20,7 @@ import settings
 import utils
 from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
-from experiment import Experiment, assemble, check_same_run, describe
+from experiment import Experiment, assemble, check_same_run, check_steps, describe
 from preemption import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
@@ -44,7 +44,9 @@ def prepare(
     output_dir = Path(args.output_dir) if args.output_dir else None
     found = resume.find(args, output_dir)
     if found is None:
-        return assemble(args, processes), None
+        experiment = assemble(args, processes)
+        check_steps(args, experiment)
+        return experiment, None
     resume.check_settings(args, processes.world_size, *found)
     global_batch = resume.global_batch(args, processes.world_size, found[1])
     experiment = assemble(args, processes, global_batch=global_batch)

@@ -218,6 +218,8 @@ def _replay(args: argparse.Namespace) -> Iterator[str]:
         yield "--buffer_size and --buffer_per_class are two ways to say one thing: give one"
     if args.joint:
         yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
+    if args.eval:
+        return
     votes, replayed = settings.vote_group_size(args), args.replay_batch or args.batch_size
     if args.batch_size >= 1 and replayed * votes % args.batch_size:
         yield (
@@ -272,7 +274,7 @@ def _one_data_set(args: argparse.Namespace, names: list[str]) -> Iterator[str]:
 def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
     """Whether their number fits the data and the pool."""
     parts = settings.num_parts(args)
-    if args.num_tasks not in (None, parts):
+    if args.num_tasks is not None and args.num_tasks >= 1 and args.num_tasks != parts:
         yield (
             f"--num_tasks {args.num_tasks}: the data are {parts} tasks ({args.dataset}, "
             f"{args.scenario}), leave it out"
@@ -287,14 +289,15 @@ def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
 
 def _classes(args: argparse.Namespace, num_classes: int, several: bool) -> Iterator[str]:
     """Whether their number fits the tasks, the schedule and the buffer."""
-    if args.buffer_size is not None and args.buffer_size < num_classes:
+    if args.buffer_size is not None and 1 <= args.buffer_size < num_classes:
         yield (
             f"--buffer_size {args.buffer_size} is smaller than the number of classes: give at "
             f"least {num_classes}, an image for each"
         )
+    steps = settings.schedule_steps(args)
     if args.scenario == "gaussian":
-        steps = settings.schedule_steps(args)
-        scenarios.presence(num_classes, settings.num_parts(args), steps, args.gaussian_sigma)
+        if steps >= 1 and args.gaussian_sigma > 0:
+            scenarios.presence(num_classes, settings.num_parts(args), steps, args.gaussian_sigma)
     elif args.scenario == "class-incremental" and not several:
         class_order.check_split(num_classes, settings.num_parts(args), args.classes_per_task)
 

@@ -123,7 +123,7 @@ def test_checkpoint_keeps_the_numbers_of_replayed_images(tmp_path):
 def test_load_refuses_other_replayed_images(tmp_path, buffer):
     path = tmp_path / "task1_checkpoint.pth"
     checkpoints.save(path, checkpoint(buffer=buffer))
-    with pytest.raises(CheckpointError, match="the entry buffer is .*, expected numbers of images"):
+    with pytest.raises(CheckpointError, match=r"entry buffer is .*, expected numbers of images"):
         checkpoints.load(path)
 
 

@@ -386,12 +386,12 @@ def test_frequency_is_the_share_of_earlier_tasks_alone():
 
 
 def test_frequency_survives_similarity_above_one():
-    similarity = torch.tensor([[1.0000001, 1.0, 0.5]])
-    assert similarity[0, 0] > 1
-    found = top_k_penalized(similarity, torch.tensor([0.9, 0.05, 0.05]), 3)
-    assert found.tolist() == [[0, 1, 2]]
-    found = top_k_penalized(similarity, torch.tensor([0.5, 0.0, 0.5]), 1)
-    assert found.tolist() == [[0]]  # no product is below zero, and it is the nearest
+    """As rounding gives it: such a distance is none, not one below zero."""
+    similarity = torch.tensor([[1 + 2**-22, 1 + 2**-23, 0.5]])
+    assert (similarity[0, :2] > 1).all()
+    for frequency in ([0.1, 0.8, 0.1], [0.0, 0.9, 0.1], [0.8, 0.1, 0.1]):
+        found = top_k_penalized(similarity, torch.tensor(frequency), 3)
+        assert found.tolist() == [[0, 1, 2]], frequency
 
 
 def test_frequency_is_ignored_in_evaluation():

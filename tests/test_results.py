@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 
 import backbone
+import checkpoints
 import engine
+import main
 import plots
 import results
 import speed
 from prompt import Prompt
+from test_main import TINY, _restore_logging  # noqa: F401
 from vision_transformer import PromptedVisionTransformer
 
 NAN = float("nan")
@@ -174,6 +177,62 @@ def test_table_folds_many_columns():
 def test_table_of_nothing_evaluated_yet_is_no_error():
     table = strange_record(np.full((1, 3), NAN), [(0, [])]).table()
     assert ["final", "accuracy", "-", "-"] in [line.split() for line in table.splitlines()]
+
+
+#: Short runs of each kind, and the tasks after which they are evaluated.
+RUNS = {
+    "gaussian": (
+        [
+            *("--dataset", "ImageFolder", "--scenario", "gaussian", "--num_tasks", "5"),
+            *("--epochs", "1", "--steps_per_task", "2", "--gaussian_sigma", "3"),
+            *("--eval_every", "2"),
+        ],
+        [2, 4, 5],
+    ),
+    "joint": (["--dataset", "ImageFolder", "--joint"], [1]),
+    "every second": (
+        ["--dataset", "ImageFolder", "--num_tasks", "4", "--size", "8", "--eval_every", "3"],
+        [3, 4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_that_is_evaluated_now_and_then_evaluates_again(
+    name, image_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(plots, "draw_results", lambda *_: None)
+    flags, evaluated = RUNS[name]
+    argv = [*TINY, "--data-path", str(image_folder), *flags, "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    text = (tmp_path / "results.json").read_text()
+    found = json.loads(text, parse_constant=refuse)
+    assert list(checkpoints.find(tmp_path)) == evaluated
+    lines = [json.loads(line) for line in (tmp_path / "log_stats.txt").read_text().splitlines()]
+    assert [line["task"] for line in lines] == list(range(1, len(found["tasks"]) + 1))
+    assert [line["task"] for line in lines if "test_Acc@1" in line] == evaluated
+    assert all(line["train_Loss"] for line in lines)
+    matrix = np.array(found["instance"]["accuracy_matrix"], dtype=float)
+    assert (np.flatnonzero(np.isfinite(matrix).any(axis=0)) + 1).tolist() == evaluated
+    if name == "every second":
+        assert matrix.shape == (4, 4)
+        assert found["batch"]["forgetting"] is None
+    else:
+        assert not keys_of(found) & _OF_TASKS
+        curve = found["batch"]["accuracy_curve"]
+        assert [point["after_task"] for point in curve] == evaluated
+        assert curve[-1]["accuracy"] == found["batch"]["final_accuracy"]
+    capsys.readouterr()
+    assert main.main(["--eval", "--output_dir", str(tmp_path), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("Reproduces the stored accuracies") == 2 * len(evaluated)
+    assert "lacks" not in text
+    again = json.loads((tmp_path / "eval_results.json").read_text(), parse_constant=refuse)
+    assert again["batch"] == found["batch"]
+    if len(evaluated) > 1:
+        checkpoints.task_path(tmp_path, evaluated[0]).unlink()
+        assert main.main(["--eval", "--output_dir", str(tmp_path), "--device", "cpu"]) == 1
+        assert f"lacks task{evaluated[0]}_checkpoint.pth:" in capsys.readouterr().out
 
 
 def test_earlier_run_is_set_aside_whole(tmp_path):

@@ -1143,7 +1143,7 @@ def test_run_with_replay_goes_on_with_its_buffer_alone(command, tmp_path, capsys
 
     edit(newest(tmp_path), buffer=torch.zeros(0, dtype=torch.float32))
     content = newest(tmp_path).read_bytes()
-    with pytest.raises(CheckpointError, match="the entry buffer is .*, expected numbers of images"):
+    with pytest.raises(CheckpointError, match=r"entry buffer is .*, expected numbers of images"):
         resume._parse(content, "STATE")
     kept = {**torch.load(newest(tmp_path), weights_only=True), "buffer": None}
     newest(tmp_path).write_bytes(checkpoints.sealed(kept))

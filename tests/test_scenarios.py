@@ -155,7 +155,7 @@ def test_domains_with_one_test_set_are_all_tested_on_it():
     assert [rows(task) for task in stream.tasks] == [[0]] * 3
     (test_set,) = stream.test_sets
     assert (test_set.name, len(test_set.data)) == ("the rest", 12)
-    for first, (task, source) in zip((0, 18, 36), zip(stream.tasks, train.values()), strict=True):
+    for first, task, source in zip((0, 18, 36), stream.tasks, train.values(), strict=True):
         assert task.data.indices.tolist() == list(range(first, first + 18))
         assert task.data.targets.tolist() == source.targets.tolist()
         task.data.transform = PLAIN
