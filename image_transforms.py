@@ -2,12 +2,14 @@
 
 Shapes: S input size in pixels. A picture is a PIL RGB image, the input a tensor (3, S, S).
 
-Source: l2p-pytorch (crop, flip, resize, plain [0, 1] pixels); timm for the policies that are off
-unless asked for.
+Source: l2p-pytorch (crop, flip, resize, plain [0, 1] pixels); the official release for what happens
+before the crop, and timm for the policies, all of which are off unless asked for.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,8 @@ NORMS: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
 }
 #: Resampling in training; `random` draws bilinear or bicubic for every image.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "random")
+#: Resampling of test images: l2p-pytorch's `bicubic`, or `bilinear` as in the official release.
+TEST_INTERPOLATIONS = ("bilinear", "bicubic")
 #: Fill of random erasing: black, one random colour, random pixels.
 ERASE_MODES = ("const", "rand", "pixel")
 #: The original resizes and crops test images only above this input size.
@@ -56,6 +60,10 @@ class TransformOptions:
         remode: Fill of the erased boxes, one of `ERASE_MODES`.
         recount: Number of boxes erased.
         norm: Normalisation, a key of `NORMS`.
+        train_resize: Pixels a side that a training image is resized to (bilinear) before the crop;
+            None: it is cropped as it is.
+        train_jpeg: Quality of the JPEG file that it is then written to and read from; None: none.
+        test_interpolation: Resampling of test images, one of `TEST_INTERPOLATIONS`.
 
     Raises:
         ValueError: On values out of range; one message with all of them.
@@ -72,6 +80,9 @@ class TransformOptions:
     remode: str = "pixel"
     recount: int = 1
     norm: str = "none"
+    train_resize: int | None = None
+    train_jpeg: int | None = None
+    test_interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         problems = [*_range_problems(self), *_choice_problems(self)]
@@ -91,6 +102,10 @@ def _range_problems(options: TransformOptions) -> Iterator[str]:
             yield f"{flag} {probability}: must be a probability, in [0, 1]"
     if options.color_jitter is not None and options.color_jitter < 0:
         yield f"--color-jitter {options.color_jitter}: must not be negative"
+    if options.train_resize is not None and options.train_resize < 1:
+        yield f"--train_resize {options.train_resize}: must be at least 1"
+    if options.train_jpeg is not None and not 1 <= options.train_jpeg <= 100:
+        yield f"--train_jpeg {options.train_jpeg}: must be a quality, in [1, 100]"
     if options.recount < 1:
         yield f"--recount {options.recount}: must be at least 1"
 
@@ -98,6 +113,7 @@ def _range_problems(options: TransformOptions) -> Iterator[str]:
 def _choice_problems(options: TransformOptions) -> Iterator[str]:
     for flag, value, known in (
         ("--train-interpolation", options.interpolation, INTERPOLATIONS),
+        ("--test_interpolation", options.test_interpolation, TEST_INTERPOLATIONS),
         ("--remode", options.remode, ERASE_MODES),
         ("--norm", options.norm, tuple(NORMS)),
     ):
@@ -118,15 +134,15 @@ def build_transform(train: bool, options: TransformOptions) -> Transform:
 
     Args:
         train: Whether to augment: random crop, flip and whatever `options` ask for. Otherwise
-            resize and centre crop, as the original: the short side to 256/224 of the input size,
-            bicubic; up to 32 pixels the whole image is resized instead.
+            resize and centre crop, as the original: the short side to 256/224 of the input size;
+            up to 32 pixels the whole image is resized instead.
         options: See `TransformOptions`.
 
     Returns:
         Function from a PIL image to a float tensor (3, S, S); in [0, 1] unless a `norm` or random
         erasing (normal noise) is asked for.
     """
-    steps = _train_steps(options) if train else _test_steps(options.input_size)
+    steps = _train_steps(options) if train else _test_steps(options)
     steps.append(_to_tensor)
     norm = NORMS[options.norm]
     if norm is not None:
@@ -137,7 +153,13 @@ def build_transform(train: bool, options: TransformOptions) -> Transform:
 
 
 def _train_steps(options: TransformOptions) -> list[Callable]:
-    steps: list[Callable] = [_random_crop(options)]
+    steps: list[Callable] = []
+    if options.train_resize is not None:
+        size = (options.train_resize, options.train_resize)
+        steps.append(transforms.Resize(size, InterpolationMode.BILINEAR))
+    if options.train_jpeg is not None:
+        steps.append(partial(_through_jpeg, quality=options.train_jpeg))
+    steps.append(_random_crop(options))
     steps.append(transforms.RandomHorizontalFlip(options.hflip))
     if options.aa:
         norm = NORMS[options.norm] or NORMS["half"]
@@ -148,6 +170,12 @@ def _train_steps(options: TransformOptions) -> list[Callable]:
     if options.color_jitter:
         steps.append(transforms.ColorJitter(*[options.color_jitter] * 3))
     return steps
+
+
+def _through_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
 
 
 def _random_crop(options: TransformOptions) -> Callable:
@@ -207,10 +235,11 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255))
 
 
-def _test_steps(size: int) -> list[Callable]:
+def _test_steps(options: TransformOptions) -> list[Callable]:
+    size, mode = options.input_size, InterpolationMode(options.test_interpolation)
     if size <= _LARGEST_UNCROPPED:
-        return [transforms.Resize((size, size), InterpolationMode.BICUBIC)]
+        return [transforms.Resize((size, size), mode)]
     return [
-        transforms.Resize(int(256 / 224 * size), InterpolationMode.BICUBIC),
+        transforms.Resize(int(256 / 224 * size), mode),
         transforms.CenterCrop(size),
     ]

@@ -170,6 +170,9 @@ def transform_options(args: argparse.Namespace) -> TransformOptions:
         remode=args.remode,
         recount=args.recount,
         norm=args.norm,
+        train_resize=args.train_resize,
+        train_jpeg=args.train_jpeg,
+        test_interpolation=args.test_interpolation,
     )
 
 

@@ -383,6 +383,15 @@ def test_jax_arithmetic_belongs_to_the_official_configurations(name):
     assert args.model_kwargs.get("act_layer") == ("gelu_tanh" if official else None)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_released_image_pipeline_belongs_to_the_released_configurations(name):
+    args = parse(name)
+    released = args.vote_group_size == 16
+    assert released == any(word in name for word in ("official", "core50", "gaussian"))
+    wanted = (256, 95, "bilinear") if released else (None, None, "bicubic")
+    assert (args.train_resize, args.train_jpeg, args.test_interpolation) == wanted
+
+
 def test_official_rates_do_not_depend_on_the_number_of_processes():
     """128 images of eight processes are trained as those of one."""
     for name in ("cifar100_l2p_official_v1", "cifar100_l2p_official_v2", "core50_l2p_frozen"):

@@ -1,3 +1,4 @@
+import io
 import json
 import pickle
 import random
@@ -124,10 +125,37 @@ CHANGES = {
     "remode": (ERASING, "const", True),
     "recount": (ERASING, 3, True),
     "norm": (SMALL, "half", False),
+    "train_resize": (SMALL, 20, True),
+    "train_jpeg": (SMALL, 30, True),
 }
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(TransformOptions)])
+def test_test_interpolation_is_that_of_test_images_alone():
+    changed = replace(SMALL, input_size=40, test_interpolation="bilinear")
+    resized = transforms.Resize(45, transforms.InterpolationMode.BILINEAR)(picture())
+    expected = transforms.functional.to_tensor(transforms.CenterCrop(40)(resized))
+    assert torch.equal(build_transform(False, changed)(picture()), expected)
+    plain = replace(changed, test_interpolation="bicubic")
+    assert not torch.equal(build_transform(False, plain)(picture()), expected)
+    for found, wanted in zip(outputs(True, changed), outputs(True, plain), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_training_images_pass_through_resize_and_jpeg_before_the_crop():
+    options = replace(SMALL, train_resize=48, train_jpeg=95, hflip=0.0)
+    resized = picture().resize((48, 48), Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    resized.save(file, "JPEG", quality=95)
+    compressed = Image.open(file).convert("RGB")
+    crop = transforms.RandomResizedCrop(16)
+    for seed, found in enumerate(outputs(True, options)):
+        torch.manual_seed(seed)
+        assert torch.equal(found, transforms.functional.to_tensor(crop(compressed)))
+
+
+@pytest.mark.parametrize(
+    "name", [f.name for f in fields(TransformOptions) if f.name != "test_interpolation"]
+)
 def test_every_transform_option_changes_something(name):
     base, value, train_only = CHANGES[name]
     changed = replace(base, **{name: value})
@@ -185,10 +213,14 @@ def test_transform_options_report_everything_wrong_at_once():
             remode="noise",
             recount=0,
             norm="cifar",
+            train_resize=0,
+            train_jpeg=101,
+            test_interpolation="nearest",
         )
     message = str(caught.value)
     flags = "--input-size 0|--scale|--ratio|--hflip 1.5|--train-interpolation cubic|--aa rand-q9"
     flags += "|--color-jitter -1.0|--reprob -0.1|--remode noise|--recount 0|--norm cifar"
+    flags += "|--train_resize 0|--train_jpeg 101|--test_interpolation nearest"
     for flag in flags.split("|"):
         assert flag in message
     assert "none, half, imagenet" in message
