@@ -166,7 +166,7 @@ def check_entries(content: dict[str, Any], entries: Entries, source: str) -> dic
         raise CheckpointError(f"{source}: the entry {name} is {state}")
     for name, (expected, is_valid) in entries.items():
         if not is_valid(found[name]):
-            shown = repr(found[name])[:60]
+            shown = " ".join(repr(found[name]).split())[:60]
             raise CheckpointError(f"{source}: the entry {name} is {shown}, expected {expected}")
     return found
 

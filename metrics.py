@@ -79,7 +79,7 @@ def accuracy_curve(matrix: Matrix, task: int) -> list[dict[str, float]]:
 
 def has_test_set_per_task(matrix: Matrix) -> bool:
     """Whether row i is the test set of task i, which all metrics but the accuracies need."""
-    return matrix.shape[0] == matrix.shape[1]
+    return matrix.shape[0] == matrix.shape[1] > 1
 
 
 def summarize(matrix: Matrix, task: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Shapes: n training images of the run, m images in the buffer, C classes.
 Source: Wang et al., CVPR 2022, section 5 (L2P-R; the paper tells the sizes, not the recipe).
 """
 
+from bisect import bisect_right
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,11 +77,11 @@ def even_shares(available: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 
     Returns:
         Places of each class, (C,): those that lack images get as many as they have, the others
-        equally many up to one.
+        equally many, and what is left over goes to the lowest class ids, one place each. So a
+        class never gets more places when images of others come.
     """
-    shares = np.zeros_like(available)
-    scarcest_first = np.argsort(available, kind="stable")
-    for rank, class_id in enumerate(scarcest_first):
-        shares[class_id] = min(available[class_id], size // (len(available) - rank))
-        size -= int(shares[class_id])
+    levels = range(size + 1)
+    level = bisect_right(levels, size, key=lambda n: np.minimum(available, n).sum()) - 1
+    shares = np.minimum(available, level)
+    shares[np.flatnonzero(available > level)[: size - int(shares.sum())]] += 1
     return shares

@@ -225,7 +225,7 @@ def gaussian_episodes(
         Class ids of each episode, never empty.
 
     Raises:
-        ValueError: If there are fewer positions than classes.
+        ValueError: As `presence`.
     """
     probabilities = presence(len(order), num_episodes, steps, sigma)  # (T, C)
     episodes = []
@@ -245,7 +245,8 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
     peaks, plus j such distances.
 
     Raises:
-        ValueError: If there are fewer positions than classes: then all peaks would coincide.
+        ValueError: If there are fewer positions than classes, so that all peaks would coincide, or
+            if an episode would hardly ever have a class.
 
     Source: the official release's input pipeline.
     """
@@ -259,7 +260,12 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
         )
     peaks = spacing // 2 + spacing * np.arange(num_classes)  # (C,)
     positions = steps * np.arange(num_episodes)  # (T,)
-    return np.exp(-((positions[:, None] - peaks) ** 2) / (2 * sigma**2))
+    probabilities = np.exp(-((positions[:, None] - peaks) ** 2) / (2 * sigma**2))  # (T, C)
+    if (1 - probabilities).prod(axis=1).max() > 0.999:
+        raise ValueError(
+            f"--gaussian_sigma {sigma:g} leaves an episode without classes: enlarge it"
+        )
+    return probabilities
 
 
 def _draw(indices: NDArray[np.int64], number: int, seed: int, episode: int) -> NDArray[np.int64]:

@@ -919,8 +919,9 @@ def test_configuration_runs_as_it_says(lab, name):
     kept = said.keys() - given - {"model_kwargs", "output_dir"}
     assert {key: config[key] for key in kept} == {key: said[key] for key in kept}
     assert config["model_kwargs"] == (said.get("model_kwargs") or {}) | TINY_VIT
-    without = vars(options.parse_args(lab.flags(*base, *flags))[0])
-    others = config.keys() - said.keys() - given - {"vote_group_size", "model_kwargs"}
+    without = vars(options.parse_args([*base, *TINY, *flags])[0])
+    told_here = {"vote_group_size", "model_kwargs", "data_path", "output_dir"}
+    others = config.keys() - said.keys() - given - told_here
     assert {key: config[key] for key in others} == {key: without[key] for key in others}
     matrix = run.results["instance"]["accuracy_matrix"]
     assert (len(matrix), len(matrix[0])) == SHAPES.get(name, (10, 10))
