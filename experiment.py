@@ -174,8 +174,14 @@ def _scenario(
 
 
 def _episodes(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[int, ...]]:
+    order = _flat_order(args, classes, None)
+    if len(order) < len(classes):
+        raise ValueError(
+            f"--class_order {args.class_order} names {len(order)} of {len(classes)} classes: "
+            "--scenario gaussian takes all of them"
+        )
     return scenarios.gaussian_episodes(
-        _flat_order(args, classes, None),
+        order,
         settings.num_parts(args),
         settings.schedule_steps(args),
         args.gaussian_sigma,

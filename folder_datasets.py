@@ -431,6 +431,8 @@ def _listed_domains(root: Path, file_lists: Path, classes: Sequence[str]) -> Dom
 
 def _train_lists(file_lists: Path) -> list[Path]:
     """The training lists in their order; checks that none is missing, nor the test list."""
+    if not file_lists.is_dir():
+        raise DataError(f"no folder {file_lists}; {_LIST_LAYOUT}")
     names = files_in(file_lists)
     found = (re.fullmatch(r"train_batch_(\d+)_filelist\.txt", name) for name in names)
     by_number = {int(match[1]): file_lists / match[0] for match in found if match}

@@ -165,10 +165,9 @@ def gaussian(
     Raises:
         DataError: If a class has no training or no test image.
     """
-    classes = _classes_in(np.concatenate([np.asarray(e, dtype=np.int64) for e in episodes]))
-    _check_all_present(np.asarray(classes), train, test)
-    ids = np.asarray(classes, dtype=np.int64)
-    test_set = TestSet(0, "all classes", prepare.test(test, _images_of(ids, test)), classes)
+    classes = np.arange(len(train.classes))
+    _check_all_present(classes, train, test)
+    test_set = TestSet(0, "all classes", prepare.test(test), tuple(classes.tolist()))
     tasks = []
     for index, episode in enumerate(episodes):
         indices = _images_of(np.asarray(episode, dtype=np.int64), train)

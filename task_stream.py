@@ -109,8 +109,9 @@ class TaskStream:
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """Sorted ids of the classes that any task holds."""
-        return tuple(sorted({class_id for task in self.tasks for class_id in task.classes}))
+        """Sorted ids of the classes that any task or test set holds."""
+        held = [task.classes for task in self.tasks] + [part.classes for part in self.test_sets]
+        return tuple(sorted({class_id for classes in held for class_id in classes}))
 
     @property
     def test_sets(self) -> list[TestSet]:

@@ -750,6 +750,14 @@ def test_task_smaller_than_a_step_is_refused(tmp_path, capsys):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_task_free_order_with_too_few_classes_is_refused(tmp_path, capsys):
+    (tmp_path / "order.txt").write_text("3 1 2")
+    argv = ["digits_l2p", "--scenario", "gaussian", "--num_tasks", "20", "--epochs", "1"]
+    argv += ["--class_order", str(tmp_path / "order.txt"), "--output_dir", str(tmp_path)]
+    assert main.main([*argv, "--device", "cpu"]) == 1
+    assert "order.txt names 3 of 10 classes" in capsys.readouterr().out
+
+
 # What stays possible
 
 
