@@ -472,7 +472,9 @@ SCENARIOS = {
         classes=[list(range(10))],
     ),
 }
+SLOW = ("five official", "gaussian paper", "gaussian digits released", "core50 lists")
 SLOW_SCENARIOS = {
+    **{name: SCENARIOS[name] for name in SLOW},
     "five paper": five("five_datasets_l2p_paper", "CIFAR10 MNIST FashionMNIST SVHN NotMNIST"),
     "gaussian released": gaussian(
         "CIFAR100",
@@ -491,7 +493,13 @@ def params(table, marks=()):
     return [pytest.param(value, id=name, marks=marks) for name, value in table.items()]
 
 
-@pytest.mark.parametrize("case", [*params(SCENARIOS), *params(SLOW_SCENARIOS, pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *params({name: case for name, case in SCENARIOS.items() if name not in SLOW}),
+        *params(SLOW_SCENARIOS, pytest.mark.slow),
+    ],
+)
 def test_scenario_runs_and_evaluates_again(lab, case):
     lab.write(*case.data)
     run = lab.train(*case.argv)
@@ -693,7 +701,13 @@ REPLAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("replay", params(REPLAYS))
+@pytest.mark.parametrize(
+    "replay",
+    [
+        pytest.param(replay, id=name, marks=[pytest.mark.slow] if name == "gaussian" else [])
+        for name, replay in REPLAYS.items()
+    ],
+)
 def test_replay_keeps_images_of_finished_tasks_evenly(lab, replay):
     lab.write(*replay.case.data)
     plain = lab.train(*replay.case.argv, to="plain")
@@ -1157,4 +1171,6 @@ def test_broken_replayed_image_is_named(lab, monkeypatch):
     code, out, _ = lab.main(*FOLDERS, "--buffer_per_class", "100")
     assert code == 1
     assert error_lines(out) == [f"error: {path}: the file is empty"]
-    assert [p.name for p in (lab.folder / "out" / "checkpoint").glob("task*")] == ["task1_checkpoint.pth"]
+    assert [p.name for p in (lab.folder / "out" / "checkpoint").glob("task*")] == [
+        "task1_checkpoint.pth"
+    ]

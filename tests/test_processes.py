@@ -488,6 +488,7 @@ def save_slowly(rank):
     act("resume.save", 2, {0: partial(time.sleep, 2.5)}, rank)  # the first ends the first epoch
 
 
+@pytest.mark.slow
 def test_state_is_saved_however_long_it_takes(pictures, tmp_path):
     done = run(tmp_path, 2, shape(2, 2, pictures, tmp_path), save_slowly)
     assert done.codes == [EXIT_CODE, EXIT_CODE], done.text
@@ -541,6 +542,7 @@ def test_killed_process_ends_all(pictures, tmp_path, rank, where):
         assert " gone" in done.texts[other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "grace"), [(0, None), (1, 0.5)])
 def test_process_that_hangs_outside_a_collective_is_ended(pictures, tmp_path, rank, grace):
     actions = {rank: partial(time.sleep, 100), 1 - rank: fail}

@@ -33,6 +33,7 @@ def test_fake_gpus_are_given_to_jobs(slurm):
     assert slurm.run("srun", "--gpus-per-node=1000", "true").returncode != 0
 
 
+@pytest.mark.slow
 def test_requeued_job_runs_again(slurm, tmp_path):
     output = tmp_path / "out"
     again = 'echo run ${SLURM_RESTART_COUNT:-0}; [ -n "$SLURM_RESTART_COUNT" ] || sleep 60'
