@@ -282,7 +282,7 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
         str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
         sum(len(task.data) for task in stream.tasks),
         *(len(stream.test_sets), "" if len(stream.test_sets) == 1 else "s"),
-        _short([c for classes in stream.class_order for c in classes]),
+        _short(list(dict.fromkeys(c for classes in stream.class_order for c in classes))),
     )
     if args.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
         logger.info("--task_inc tells nothing here: the test images may be of any class")

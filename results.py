@@ -102,7 +102,7 @@ class RunRecord:
         blocks = []
         for name, title in (("batch", "batch-wise, as published"), ("instance", "instance-wise")):
             blocks.append(f"Accuracy in percent, {title} (row: test set, column: after task)")
-            blocks.append(_format_matrix(self.matrices[name]))
+            blocks.append(_format_matrix(self.matrices[name], self._labels()))
         summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
         for key, label in _TABLE_METRICS.items():
@@ -110,6 +110,13 @@ class RunRecord:
                 batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
                 blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
         return "\n".join(blocks)
+
+    def _labels(self) -> list[str]:
+        """What to call the test sets in the table: by name, unless that says the number alone."""
+        numbers = [f"test set {i + 1}" for i in range(len(self.matrices["batch"]))]
+        if self.test_sets in ([], [f"task{i + 1}" for i in range(len(numbers))]):
+            return numbers
+        return self.test_sets
 
     def _selection(self, name: str) -> dict[str, Any]:
         matrix = self.matrices[name]
@@ -175,17 +182,16 @@ def _usage(report: TaskReport) -> list[dict[str, Any]]:
     ]
 
 
-def _format_matrix(matrix: metrics.Matrix) -> str:
+def _format_matrix(matrix: metrics.Matrix, labels: list[str]) -> str:
     """The matrix without tasks that nothing was evaluated after; many columns are folded."""
+    width = max(12, *map(len, labels))
     evaluated = np.flatnonzero(np.isfinite(matrix).any(axis=0))
     lines = []
     for first in range(0, max(1, len(evaluated)), _COLUMNS):
         columns = evaluated[first : first + _COLUMNS]
-        lines.append(f"{'':12s}" + "".join(f"{t + 1:>7d}" for t in columns))
-        for i, row in enumerate(metrics.to_lists(matrix[:, columns])):
-            lines.append(
-                f"test set {i + 1:<3d}" + "".join(f"{_number(value):>7s}" for value in row)
-            )
+        lines.append(" " * width + "".join(f"{t + 1:>7d}" for t in columns))
+        for label, row in zip(labels, metrics.to_lists(matrix[:, columns]), strict=True):
+            lines.append(f"{label:{width}s}" + "".join(f"{_number(value):>7s}" for value in row))
     return "\n".join(lines)
 
 

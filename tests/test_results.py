@@ -157,7 +157,17 @@ def test_table_without_test_sets_of_tasks_shows_what_there_is(make, final):
 def test_table_leaves_tasks_out_that_were_not_evaluated():
     lines = one_row().table().splitlines()
     assert lines[1].split() == ["2", "3"]
-    assert lines[2].split() == ["test", "set", "1", "30.00", "45.00"]
+    assert lines[2].split() == ["set0", "30.00", "45.00"]
+
+
+def test_table_numbers_test_sets_whose_names_say_no_more():
+    made = one_row()
+    made.test_sets = ["task1"]
+    assert made.table().splitlines()[2].split()[:3] == ["test", "set", "1"]
+    made.test_sets = ["a set with a long name"]
+    lines = made.table().splitlines()
+    assert lines[2].startswith("a set with a long name")
+    assert len(lines[1]) == len(lines[2])
 
 
 def test_table_folds_many_columns():
@@ -168,7 +178,7 @@ def test_table_folds_many_columns():
     heads = [line.split() for line in lines if re.fullmatch(r"[ \d]+", line)]
     shown = [number for head in heads[: len(heads) // 2] for number in head]
     assert shown == [str(t + 1) for t in range(1, 120, 2)]
-    values = [line.split()[3:] for line in lines if line.startswith("test set 2 ")]
+    values = [line.split()[1:] for line in lines if line.startswith("set1 ")]
     shown = [value for row in values[: len(values) // 2] for value in row]
     assert shown == [f"{n:.2f}" for n in range(60)]
     assert len(heads) == 2 * 3
