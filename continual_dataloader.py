@@ -56,7 +56,7 @@ class TrainData(Dataset):
 
     Args:
         source: Where the images come from.
-        indices: Which of its images these are, (n,).
+        indices: Which of its images these are, (n,); one that occurs again is augmented anew.
         transform: From `build_transform(train=True, ...)`; may draw from the global generators.
         seed: Seed of the run.
         task: Index of the task.
@@ -79,6 +79,7 @@ class TrainData(Dataset):
         self.transform = transform
         self.seed = seed
         self.task = task
+        self.repeats = _times_before(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,8 +93,9 @@ class TrainData(Dataset):
             return [self._load(epoch, position) for epoch, position in keys]
 
     def _load(self, epoch: int, position: int) -> tuple[Tensor, int]:
-        index = int(self.indices[position])
-        return self.augmented(index, Stream.AUGMENTATION, self.task, epoch, index)
+        index, repeat = int(self.indices[position]), int(self.repeats[position])
+        place = (self.task, epoch, index, *([repeat] if repeat else []))
+        return self.augmented(index, Stream.AUGMENTATION, *place)
 
     def augmented(self, index: int, stream: Stream, *place: int) -> tuple[Tensor, int]:
         """An image of the source, of this task or not, augmented as its place in the run says.
@@ -103,6 +105,16 @@ class TrainData(Dataset):
         image, target = self.source[index]
         _seed_global_rng(random_words(self.seed, stream, *place, num_words=3))
         return self.transform(image), target
+
+
+def _times_before(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each index has occurred before its position, (n,)."""
+    by_index = np.argsort(indices, kind="stable")
+    places = np.arange(len(indices))
+    is_first = np.diff(indices[by_index], prepend=-1) != 0
+    times = np.empty_like(places)
+    times[by_index] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    return times
 
 
 class Replayed(NamedTuple):
@@ -234,7 +246,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, ...]]]):
     The order of the images depends on seed, task and epoch alone. It is cut into global batches;
     of each, every process takes a run of whole vote groups, the same places of each batch. The last
     batch may be short: then a process may have fewer images or none, so that all take equally many
-    steps, and nothing is padded; or dropped, unless `drop_last` asks for it.
+    steps. Nothing is padded, and nothing dropped unless `drop_last` asks for it.
 
     Args:
         num_images: n, the images of the task.

@@ -1,7 +1,6 @@
 """Where the files of a data set are, and how they get there: downloaded or unpacked, once."""
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -9,31 +8,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from class_folders import folders_in
 from downloads import fetch, new_folder, one_at_a_time, unpack
 from image_sources import DataError, ImageSource
 
 logger = logging.getLogger(__name__)
-
-
-# Listings
-
-
-def files_in(folder: Path) -> list[str]:
-    """Names of the files in a folder but for hidden ones, in no order."""
-    return [entry.name for entry in _entries(folder) if entry.is_file()]
-
-
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder but for hidden ones, sorted."""
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:  # hidden ones (.ipynb_checkpoints, ._1.png, ...) are nobody's class or image
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from error
 
 
 # Data sets that are downloaded

@@ -5,12 +5,14 @@ A further data set is one more reader (`array_datasets`, `folder_datasets`) and 
 another ValueError; each is a single line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import array_datasets as arrays
+import core50
 import folder_datasets as folders
+from class_folders import DomainList, Domains
 from image_sources import DataError, ImageSource
 
 
@@ -29,7 +31,7 @@ class SourceSpec:
         any_data: Whether it is whatever images lie in the folder.
         load_domains: Reads the data by domain: training sources, test sources. Takes the folder
             and that of the file lists.
-        count_domains: Numbers of domains and of classes; as `count_classes`.
+        list_domains: Names of the domains and number of classes; as `count_classes`.
     """
 
     load: Callable[[Path], tuple[ImageSource, ImageSource]]
@@ -38,8 +40,8 @@ class SourceSpec:
     needs_data_path: bool = True
     downloadable: bool = False
     any_data: bool = False
-    load_domains: Callable[[Path, Path | None], folders.Domains] | None = None
-    count_domains: Callable[[Path, Path | None], folders.DomainCounts] | None = None
+    load_domains: Callable[[Path, Path | None], Domains] | None = None
+    list_domains: Callable[[Path, Path | None], DomainList] | None = None
 
 
 #: Everything that `--dataset` can name. Aliases and letter case: see `find_source`.
@@ -63,10 +65,10 @@ SOURCES = {
         downloadable=True,
     ),
     "CORe50": SourceSpec(
-        folders.load_core50,
-        folders.count_core50,
-        load_domains=folders.load_core50_domains,
-        count_domains=folders.count_core50_domains,
+        core50.load_core50,
+        core50.count_core50,
+        load_domains=core50.load_core50_domains,
+        list_domains=core50.list_core50_domains,
     ),
     "Imagenet-R": SourceSpec(
         folders.load_imagenet_r,
@@ -78,7 +80,7 @@ SOURCES = {
         folders.count_image_folder,
         any_data=True,
         load_domains=folders.load_image_domains,
-        count_domains=folders.count_image_domains,
+        list_domains=folders.list_image_domains,
     ),
     "digits": SourceSpec(arrays.load_digits, lambda _: 10, needs_data_path=False),
 }
@@ -228,39 +230,60 @@ def has_domains(names: str) -> bool:
     return len(specs) == 1 and specs[0].load_domains is not None
 
 
-def count_domains(
-    name: str, data_path: Path, file_lists: Path | None = None
-) -> folders.DomainCounts:
-    """Tell the numbers of domains and of classes before anything is loaded.
-
-    Raises:
-        ValueError: If there is no such data set, or it has no domains.
-        DataError: If the data are missing, or their folders or lists do not fit.
-    """
-    spec = _with_domains(name)
-    assert spec.count_domains is not None
-    return spec.count_domains(data_path.expanduser(), file_lists)
-
-
-def load_domains(name: str, data_path: Path, file_lists: Path | None = None) -> folders.Domains:
-    """Read a data set by domain; all domains have the same classes.
+def list_domains(
+    name: str, data_path: Path, file_lists: Path | None = None, wanted: Sequence[str] | None = None
+) -> DomainList:
+    """Tell the domains, in the order in which they are learned, before anything is loaded.
 
     Args:
         name: A name or alias in `SOURCES`, in any letter case.
         data_path: Folder of the data.
         file_lists: Folder of CORe50's published lists of images, see `load_core50_domains`.
+        wanted: Domains to learn, in this order; None: all.
+
+    Raises:
+        ValueError: If there is no such data set, it has no domains, or not those wanted.
+        DataError: If the data are missing, or their folders or lists do not fit.
+    """
+    spec = _with_domains(name)
+    assert spec.list_domains is not None
+    found = spec.list_domains(data_path.expanduser(), file_lists)
+    if wanted is None:
+        return found
+    unknown = [domain for domain in wanted if domain not in found.names]
+    if unknown or len(set(wanted)) < len(wanted):
+        problem = f"{', '.join(unknown)} is no domain" if unknown else "one is named twice"
+        raise ValueError(
+            f"--domains {' '.join(wanted)}: {problem}, the domains are {', '.join(found.names)}"
+        )
+    return found._replace(names=tuple(wanted))
+
+
+def load_domains(
+    name: str, data_path: Path, file_lists: Path | None = None, wanted: Sequence[str] | None = None
+) -> Domains:
+    """Read a data set by domain; all domains have the same classes.
+
+    Args:
+        name: See `list_domains`; so are the others.
+        data_path: Folder of the data.
+        file_lists: Folder of lists.
+        wanted: Domains to learn, in this order; None: all.
 
     Returns:
         Training sources by the name of the domain, in the order in which they are learned; and test
         sources: one for all domains, or one per domain under the same names.
 
     Raises:
-        ValueError: If there is no such data set, or it has no domains.
+        ValueError: As `list_domains`.
         DataError: If the data are missing, incomplete or contradict themselves.
     """
+    names = list_domains(name, data_path, file_lists, wanted).names
     spec = _with_domains(name)
     assert spec.load_domains is not None
-    return spec.load_domains(data_path.expanduser(), file_lists)
+    train, test = spec.load_domains(data_path.expanduser(), file_lists)
+    tested = names if test.keys() == train.keys() else test
+    return {domain: train[domain] for domain in names}, {part: test[part] for part in tested}
 
 
 def _with_domains(name: str) -> SourceSpec:

@@ -16,6 +16,7 @@ import checkpoints
 import engine
 import metrics
 import options
+import scenarios
 import settings
 from checkpoints import Checkpoint, CheckpointError
 from experiment import Experiment, check_same_run
@@ -138,8 +139,9 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
 
 def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
     """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
-    evaluated = {task.index + 1 for task in run.stream.tasks if task.test_sets}
-    missing = sorted(evaluated - set(paths))
+    every = run.record.config["eval_every"]
+    evaluated = scenarios.evaluated_tasks(run.stream.num_tasks, every)
+    missing = sorted({index + 1 for index in evaluated} - set(paths))
     if missing:
         names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
         folder = next(iter(paths.values())).parent

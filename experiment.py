@@ -91,6 +91,8 @@ def assemble(
     random_seed(args.seed)
     global_batch = global_batch or args.batch_size * processes.world_size
     stream = build_stream(args, global_batch, task_classes)
+    if not args.eval:
+        _check_steps(args, stream, global_batch)
     buffer = _build_buffer(args, stream)
     vit = settings.build_backbone(args, pretrained=not weights_follow)
     identity = backbone.identify(vit, args.model, settings.backbone_source(args))
@@ -146,7 +148,7 @@ def build_stream(
         raise DataError(str(error)) from error
     if args.joint:
         stream = scenarios.joint(stream, prepare)
-    return scenarios.evaluate_every(stream, args.eval_every)
+    return stream if args.eval else scenarios.evaluate_every(stream, args.eval_every)
 
 
 def _scenario(
@@ -157,7 +159,8 @@ def _scenario(
 ) -> TaskStream:
     path = Path(args.data_path)
     if args.scenario == "domain-incremental":
-        domains = datasets.load_domains(args.dataset, path, settings.file_lists(args))
+        lists = settings.file_lists(args)
+        domains = datasets.load_domains(args.dataset, path, lists, args.domains)
         return scenarios.domain_incremental(*domains, prepare)
     parts = datasets.load_parts(args.dataset, path)
     if len(parts) > 1:
@@ -189,6 +192,16 @@ def _episodes(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[in
     )
 
 
+def _check_steps(args: argparse.Namespace, stream: TaskStream, global_batch: int) -> None:
+    """Makes sure that every task has something to train on."""
+    for task in stream.tasks:
+        if args.drop_last and len(task.data) < global_batch:
+            raise DataError(
+                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
+                f"step {global_batch}; lower --batch-size or leave --drop_last out"
+            )
+
+
 def _build_buffer(args: argparse.Namespace, stream: TaskStream) -> ReplayBuffer | None:
     if args.buffer_size is None and args.buffer_per_class is None:
         return None
@@ -208,20 +221,6 @@ def _flat_order(
     if args.class_order is not None:
         return read_class_order(Path(args.class_order), classes)
     return class_order(len(classes), args.seed, args.shuffle)
-
-
-def check_steps(args: argparse.Namespace, run: Experiment) -> None:
-    """Makes sure that every task has something to train on.
-
-    Raises:
-        DataError: Naming a task that has not.
-    """
-    for task in run.stream.tasks:
-        if args.drop_last and len(task.data) < run.global_batch:
-            raise DataError(
-                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
-                f"step {run.global_batch}; lower --batch-size or leave --drop_last out"
-            )
 
 
 class Stored(Protocol):

@@ -1,8 +1,8 @@
 """Readers of data sets that are folders of images: files are opened when they are asked for.
 
-Image folders of any kind (also one per domain), notMNIST, Flowers-102, CORe50 and ImageNet-R. Only
-paths are held, and the order of the images depends on nothing but their names. Flowers-102 is
-downloaded when it is missing; of the others, an archive in the folder of the data is unpacked once.
+Image folders of any kind (also one per domain), notMNIST, Flowers-102 and ImageNet-R. Only paths
+are held, and the order of the images depends on nothing but their names. Flowers-102 is downloaded
+when it is missing; of the others, an archive in the folder of the data is unpacked once.
 
 Shapes: n images of a source.
 """
@@ -13,62 +13,26 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
-import numpy as np
 from torchvision.datasets import Flowers102
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dataset_files import Published, fetch_into, files_in, folders_in, read_or_download
+from class_folders import (
+    ClassFiles,
+    DomainList,
+    Domains,
+    Splits,
+    check_same_classes,
+    files_in,
+    folders_in,
+    gather,
+    images_in,
+)
+from dataset_files import Published, fetch_into, read_or_download
 from downloads import unpack
-from image_sources import DataError, FileSource, FolderSource, ImageSource, join_names
+from image_sources import DataError, FileSource, FolderSource, join_names
 
 logger = logging.getLogger(__name__)
-
-Splits = tuple[ImageSource, ImageSource]
-Domains = tuple[dict[str, ImageSource], dict[str, ImageSource]]
-
-
-class DomainCounts(NamedTuple):
-    """How many domains there are, and how many classes each of them has."""
-
-    domains: int
-    classes: int
-
-
-# What all of them share
-
-
-@dataclass(frozen=True)
-class _ClassFiles:
-    """Files of one class in one folder.
-
-    Attributes:
-        folder: Relative to the folder of the source.
-        class_id: Their class.
-        names: Names of the files.
-    """
-
-    folder: str
-    class_id: int
-    names: Sequence[str]
-
-
-def _gather(root: Path, groups: Iterable[_ClassFiles], classes: Sequence[str]) -> FileSource:
-    groups = list(groups)
-    if empty := [group.folder for group in groups if not group.names]:
-        raise DataError(f"no image in {root}/{join_names(empty)}: the data are incomplete")
-    targets = np.repeat(
-        [group.class_id for group in groups], [len(group.names) for group in groups]
-    )
-    names = (f"{group.folder}/{name}" for group in groups for name in group.names)
-    return FileSource(names, targets, classes, root)
-
-
-def _images_in(folder: Path, suffixes: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
-    return sorted(name for name in files_in(folder) if name.lower().endswith(suffixes))
-
 
 # Image folders
 
@@ -94,29 +58,8 @@ def _image_folder_classes(data_path: Path) -> list[str]:
     if not classes or not test_classes:
         folder = test if classes else train
         raise DataError(f"no images: no class folder in {folder}; {_image_layout(data_path)}")
-    _check_same_classes(train, classes, test, test_classes)
+    check_same_classes(train, classes, test, test_classes)
     return classes
-
-
-def _check_same_classes(
-    train: Path, classes: Sequence[str], test: Path, test_classes: Sequence[str]
-) -> None:
-    only = {
-        train: sorted(set(classes) - set(test_classes)),
-        test: sorted(set(test_classes) - set(classes)),
-    }
-    # Two folders of a data set are told apart by their names, or else by their parents', too.
-    shown = {path: path.name if train.parent == test.parent else path for path in only}
-    problems = [
-        f"only in {shown[path]}: {join_names(names)}" for path, names in only.items() if names
-    ]
-    if problems:
-        raise DataError(
-            f"the classes of {train} and {test} differ ({'; '.join(problems)}): "
-            "both need the same class folders"
-        )
-    if len(classes) == 1:
-        raise DataError(f"only one class ({classes[0]}) in {train}: at least two are needed")
 
 
 def _image_folder_splits(data_path: Path) -> tuple[Path, Path]:
@@ -156,10 +99,10 @@ def load_image_domains(data_path: Path, file_lists: Path | None) -> Domains:
     return dict(train), dict(test)
 
 
-def count_image_domains(data_path: Path, file_lists: Path | None) -> DomainCounts:
+def list_image_domains(data_path: Path, file_lists: Path | None) -> DomainList:
     """Compare the class folders of all domains, without looking at a single image."""
     found = _find_domains(data_path, file_lists)
-    return DomainCounts(len(found.train), len(found.classes))
+    return DomainList(tuple(found.train), len(found.classes))
 
 
 @dataclass(frozen=True)
@@ -181,7 +124,7 @@ def _find_domains(data_path: Path, file_lists: Path | None) -> _DomainFolders:
     if not classes:
         raise DataError(f"no class folder in {first}; {_domain_layout(data_path)}")
     for other in others:
-        _check_same_classes(first, classes, other, folders_in(other))
+        check_same_classes(first, classes, other, folders_in(other))
     return _DomainFolders(classes, train, test)
 
 
@@ -270,11 +213,11 @@ def _not_mnist_splits(folder: Path) -> tuple[Path, Path]:
 def _letters_of(split: Path, bad: list[Path]) -> FileSource:
     groups = []
     for class_id, letter in enumerate(_LETTERS):
-        names = _images_in(split / letter, (".png",))
+        names = images_in(split / letter, (".png",))
         good = [name for name in names if _is_png(split / letter / name)]
         bad += [split / letter / name for name in sorted(set(names) - set(good))]
-        groups.append(_ClassFiles(letter, class_id, good))
-    return _gather(split, groups, _LETTERS)
+        groups.append(ClassFiles(letter, class_id, good))
+    return gather(split, groups, _LETTERS)
 
 
 def _is_png(path: Path) -> bool:
@@ -327,189 +270,6 @@ def _flowers(data_path: Path, split: str) -> FileSource:
     return FileSource(names, data._labels, _FLOWERS, folder)
 
 
-# CORe50
-
-
-_TRAIN_SESSIONS = (1, 2, 4, 5, 6, 8, 9, 11)
-_TEST_SESSIONS = (3, 7, 10)
-_NUM_OBJECTS = 50
-_CORE50 = Published(
-    "CORe50",
-    folder="core50_128x128",
-    archive="core50_128x128.zip",
-    layout="s1/o1/C_01_01_000.png and so on, sessions s1 to s11 of objects o1 to o50",
-    url="https://vlomonaco.github.io/core50/",
-    member="s1",
-)
-
-
-def load_core50(data_path: Path) -> Splits:
-    """Read CORe50 without its domains: all training sessions, and all test sessions."""
-    root = _CORE50.prepare(data_path)
-    classes = _core50_classes(root)
-    return _sessions(root, _TRAIN_SESSIONS, classes), _sessions(root, _TEST_SESSIONS, classes)
-
-
-def count_core50(data_path: Path) -> int:
-    """Compare the objects of all sessions; what is still packed is taken for complete."""
-    root = _CORE50.find(data_path)
-    return _NUM_OBJECTS if root is None else len(_core50_classes(root))
-
-
-def load_core50_domains(data_path: Path, file_lists: Path | None) -> Domains:
-    """Read CORe50 by domain: eight training sessions, and three others that test all of them.
-
-    Args:
-        data_path: Holds `core50_128x128`.
-        file_lists: Folder of published lists of the setting "new instances", such as
-            `batches_filelists/NI_inc/run0`; each training list is a domain then.
-    """
-    root = _CORE50.prepare(data_path)
-    classes = _core50_classes(root)
-    if file_lists is not None:
-        return _listed_domains(root, file_lists.expanduser(), classes)
-    train = {f"s{number}": _sessions(root, [number], classes) for number in _TRAIN_SESSIONS}
-    test_name = "+".join(f"s{number}" for number in _TEST_SESSIONS)
-    return dict(train), {test_name: _sessions(root, _TEST_SESSIONS, classes)}
-
-
-def count_core50_domains(data_path: Path, file_lists: Path | None) -> DomainCounts:
-    """Look for the sessions, and count the training lists if there are lists."""
-    num_classes = count_core50(data_path)
-    if file_lists is None:
-        return DomainCounts(len(_TRAIN_SESSIONS), num_classes)
-    return DomainCounts(len(_train_lists(file_lists.expanduser())), num_classes)
-
-
-def _core50_classes(root: Path) -> list[str]:
-    """Names of the objects, o2 before o10, after comparing them between all sessions."""
-    layout = f"expected {root}/{_CORE50.layout}, see {_CORE50.url}"
-    folders = set(folders_in(root))
-    sessions = [f"s{number}" for number in sorted((*_TRAIN_SESSIONS, *_TEST_SESSIONS))]
-    if missing := [name for name in sessions if name not in folders]:
-        raise DataError(f"no session {join_names(missing)} in {root}; {layout}")
-    classes = _objects_in(root / sessions[0])
-    if not classes:
-        raise DataError(f"no object in {root / sessions[0]}; {layout}")
-    for name in sessions[1:]:
-        _check_same_classes(root / sessions[0], classes, root / name, _objects_in(root / name))
-    return classes
-
-
-def _objects_in(session: Path) -> list[str]:
-    names = (name for name in folders_in(session) if re.fullmatch(r"o\d+", name))
-    return sorted(names, key=lambda name: int(name[1:]))
-
-
-def _sessions(root: Path, numbers: Iterable[int], classes: Sequence[str]) -> FileSource:
-    groups = (
-        _ClassFiles(f"s{number}/{name}", class_id, _images_in(root / f"s{number}" / name))
-        for number in numbers
-        for class_id, name in enumerate(classes)
-    )
-    return _gather(root, groups, classes)
-
-
-# CORe50's published file lists
-
-
-_LIST_LAYOUT = (
-    "expected train_batch_00_filelist.txt, train_batch_01_filelist.txt, ... and test_filelist.txt, "
-    f"such as in batches_filelists/NI_inc/run0 of batches_filelists.zip, see {_CORE50.url}"
-)
-_TEST_LIST = "test_filelist.txt"
-
-
-def _listed_domains(root: Path, file_lists: Path, classes: Sequence[str]) -> Domains:
-    reader = _ListReader(root, classes)
-    train = {
-        path.name.removeprefix("train_").removesuffix("_filelist.txt"): reader.read(path)
-        for path in _train_lists(file_lists)
-    }
-    return dict(train), {"test": reader.read(file_lists / _TEST_LIST)}
-
-
-def _train_lists(file_lists: Path) -> list[Path]:
-    """The training lists in their order; checks that none is missing, nor the test list."""
-    if not file_lists.is_dir():
-        raise DataError(f"no folder {file_lists}; {_LIST_LAYOUT}")
-    names = files_in(file_lists)
-    found = (re.fullmatch(r"train_batch_(\d+)_filelist\.txt", name) for name in names)
-    by_number = {int(match[1]): file_lists / match[0] for match in found if match}
-    missing = sorted(set(range(max(by_number, default=0) + 1)) - set(by_number))
-    absent = [f"train_batch_{number:02}_filelist.txt" for number in missing]
-    if _TEST_LIST not in names:
-        absent.append(_TEST_LIST)
-    if absent:
-        raise DataError(f"no {join_names(absent)} in {file_lists}; {_LIST_LAYOUT}")
-    return [path for _, path in sorted(by_number.items())]
-
-
-class _ListReader:
-    """Reads lists of images and compares every line with the folders.
-
-    Args:
-        root: What the paths in the lists are relative to.
-        classes: Names of the objects, indexed by class id.
-    """
-
-    def __init__(self, root: Path, classes: Sequence[str]) -> None:
-        self.root = root
-        self.classes = classes
-        self.class_ids = {name: class_id for class_id, name in enumerate(classes)}
-        self.present: dict[str, set[str]] = {}  # files of every folder that was looked into
-
-    def read(self, path: Path) -> FileSource:
-        """Read a list.
-
-        Raises:
-            DataError: If a line is wrong; the message names the file and the line.
-        """
-        names, targets = [], []
-        for number, line in enumerate(self._lines(path), start=1):
-            try:
-                name, class_id = self._entry(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
-            names.append(name)
-            targets.append(class_id)
-        if not names:
-            raise DataError(f"{path}: the list is empty; {_LIST_LAYOUT}")
-        return FileSource(names, targets, self.classes, self.root)
-
-    def _lines(self, path: Path) -> list[str]:
-        try:
-            return path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not a text file ({error.reason})") from error
-
-    def _entry(self, line: str) -> tuple[str, int]:
-        match = re.fullmatch(r"(\S+)\s+(\d+)\s*", line)
-        if match is None:
-            raise ValueError(f"{line!r} is not of the form 's11/o1/C_11_01_000.png 0'")
-        path = PurePosixPath(match[1])
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{path} leaves {self.root}")
-        if re.fullmatch(r"s\d+/o\d+/[^/]+", str(path)) is None:
-            raise ValueError(f"{path} is not of the form s11/o1/C_11_01_000.png")
-        if path.name not in self._files(str(path.parent)):
-            raise ValueError(f"there is no {self.root / path}")
-        class_id = self.class_ids.get(path.parent.name)
-        if class_id is None:
-            raise ValueError(f"object {path.parent.name} is not in the sessions s1 to s11")
-        if class_id != int(match[2]):
-            raise ValueError(f"label {match[2]} of {path}: object {path.parent.name} is {class_id}")
-        return str(path), class_id
-
-    def _files(self, folder: str) -> set[str]:
-        if folder not in self.present:
-            exists = (self.root / folder).is_dir()
-            self.present[folder] = set(files_in(self.root / folder)) if exists else set()
-        return self.present[folder]
-
-
 # ImageNet-R
 
 
@@ -533,7 +293,7 @@ def load_imagenet_r(data_path: Path) -> Splits:
     """
     root = _IMAGENET_R.prepare(data_path)
     classes = _imagenet_r_classes(root)
-    files = {wnid: _images_in(root / wnid) for wnid in classes}
+    files = {wnid: images_in(root / wnid) for wnid in classes}
     if few := [wnid for wnid, names in files.items() if len(names) < 2]:
         raise DataError(
             f"fewer than two images in {root}/{join_names(few)}: at least two are needed, "
@@ -541,7 +301,7 @@ def load_imagenet_r(data_path: Path) -> Splits:
         )
     splits = [_split_by_hash(wnid, names) for wnid, names in files.items()]
     train, test = (
-        _gather(root, [_ClassFiles(classes[i], i, names) for i, names in enumerate(part)], classes)
+        gather(root, [ClassFiles(classes[i], i, names) for i, names in enumerate(part)], classes)
         for part in zip(*splits, strict=True)
     )
     return train, test

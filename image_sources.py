@@ -7,6 +7,7 @@ ends as `DataError`, a single line naming the folder or the file.
 Shapes: n images of a source, H height, W width in pixels.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,12 +43,17 @@ class ImageSource(Protocol):
     Attributes:
         classes: Name of every class, indexed by class id.
         targets: Class id of every image, (n,).
+        by_class: Whether images of a class stand together.
     """
 
     classes: list[str]
     targets: NDArray[np.int64]
+    by_class: bool
 
     def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """What tells the images from others without opening them: labels, and names of files."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
@@ -60,6 +66,8 @@ class ArraySource:
         targets: Class ids (n,).
         classes: Class names.
     """
+
+    by_class = False
 
     def __init__(
         self,
@@ -76,6 +84,10 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.targets[index])
+
+    def digest(self) -> str:
+        """SHA-256 of the labels."""
+        return _sha256(self.targets.tobytes())
 
 
 class _Paths(Sequence[str]):
@@ -94,6 +106,10 @@ class _Paths(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """All names, and where each ends; the folder left out."""
+        return self._text, self._ends.tobytes()
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -122,6 +138,8 @@ class FileSource:
         paths: The whole path of every image.
     """
 
+    by_class = True
+
     def __init__(
         self,
         paths: Iterable[str],
@@ -129,7 +147,7 @@ class FileSource:
         classes: Iterable[str],
         folder: str | Path = "",
     ) -> None:
-        self.paths: Sequence[str] = _Paths(paths, str(folder))
+        self.paths = _Paths(paths, str(folder))
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = list(classes)
         assert len(self.paths) == len(self.targets)
@@ -140,12 +158,17 @@ class FileSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_image(self.paths[index]), int(self.targets[index])
 
+    def digest(self) -> str:
+        """SHA-256 of the labels and of the paths, without the folder in front of all of them."""
+        return _sha256(self.targets.tobytes(), *self.paths.parts())
+
 
 class FolderSource(FileSource):
     """Pictures in one folder per class, opened when they are asked for.
 
     Args:
-        folder: Holds one folder per class; sub-folders of a class belong to it.
+        folder: Holds one folder per class; sub-folders of a class belong to it, hidden files and
+            folders do not.
         classes: Names of the class folders; their order gives the class ids.
 
     Raises:
@@ -156,8 +179,10 @@ class FolderSource(FileSource):
         class_ids = {name: class_id for class_id, name in enumerate(classes)}
         samples = make_dataset(folder, class_ids, extensions=IMG_EXTENSIONS, allow_empty=True)
         prefix = os.path.join(os.path.expanduser(folder), "")
-        names = (path.removeprefix(prefix) for path, _ in samples)
-        super().__init__(names, [class_id for _, class_id in samples], classes, prefix)
+        named = [(path.removeprefix(prefix), class_id) for path, class_id in samples]
+        shown = [(name, class_id) for name, class_id in named if f"{os.sep}." not in name]
+        names, targets = zip(*shown, strict=True) if shown else ((), ())
+        super().__init__(names, targets, classes, prefix)
         self._check_classes_filled(folder)
 
     def _check_classes_filled(self, folder: Path) -> None:
@@ -194,6 +219,7 @@ class ConcatSource:
         offsets = [0] * len(parts) if label_offsets is None else label_offsets
         shifted = [part.targets + offset for part, offset in zip(parts, offsets, strict=True)]
         self.parts = list(parts)
+        self.by_class = any(part.by_class for part in parts)
         self.targets = np.concatenate(shifted, dtype=np.int64)
         self.classes = list(classes)
         self._ends = np.cumsum([len(part) for part in parts])
@@ -208,6 +234,10 @@ class ConcatSource:
         part = self.parts[which]
         image, _ = part[at - int(self._ends[which]) + len(part)]
         return image, int(self.targets[at])
+
+    def digest(self) -> str:
+        """SHA-256 of the labels and of the parts."""
+        return _sha256(self.targets.tobytes(), *(part.digest().encode() for part in self.parts))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -253,6 +283,13 @@ def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"cannot be read as an image ({error or type(error).__name__})"
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def join_names(names: Sequence[str]) -> str:

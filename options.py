@@ -213,6 +213,7 @@ def _add_data(add: Callable[..., None]) -> None:
         "folder that holds the data; ImageFolder: with train/<class>/* and val/ or test/; its "
         "domains: with <domain>/train/<class>/*",
     )
+    add("--domains", None, "domains to learn, in this order; none: all", nargs="+")
     add("--file_lists", None, "CORe50: folder of published file lists, instead of its sessions")
     add("--num_workers", 4, "processes that load images; 0: none beside the main one", type=int)
     add("--pin-mem", True, "page-locked memory for faster copies to a GPU", type=parse_bool)

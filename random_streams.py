@@ -20,6 +20,7 @@ class Stream(IntEnum):
     RESERVOIR = 4
     REPLAY = 5
     REPLAY_AUGMENTATION = 6
+    TEST_ORDER = 7
 
 
 def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list[int]:

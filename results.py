@@ -74,7 +74,7 @@ class RunRecord:
             "tasks": self.tasks,
             "test_sets": self.test_sets,
             "backbone": self.backbone,
-            "prompt_usage": [usage for report in self.reports for usage in _usage(report)],
+            "prompt_usage": [usage for report in self.reports for usage in self._usage(report)],
             "timing": [
                 {
                     "task": report.task + 1,
@@ -117,6 +117,20 @@ class RunRecord:
         if self.test_sets in ([], [f"task{i + 1}" for i in range(len(numbers))]):
             return numbers
         return self.test_sets
+
+    def _usage(self, report: TaskReport) -> list[dict[str, Any]]:
+        """How often each prompt served the images of each test set after a task."""
+        return [
+            {
+                "after_task": report.task + 1,
+                "test_set": evaluation.index,
+                "name": self.test_sets[evaluation.index] if self.test_sets else None,
+                **evaluation.usage,
+                "mean_similarity": evaluation.mean_similarity,
+            }
+            for evaluation in report.evaluations
+            if evaluation.usage
+        ]
 
     def _selection(self, name: str) -> dict[str, Any]:
         matrix = self.matrices[name]
@@ -166,20 +180,6 @@ def set_aside(output_dir: Path) -> Path | None:
     for path in found:
         path.rename(folder / path.name)
     return folder
-
-
-def _usage(report: TaskReport) -> list[dict[str, Any]]:
-    """How often each prompt served the images of each test set after a task."""
-    return [
-        {
-            "after_task": report.task + 1,
-            "test_set": evaluation.index,
-            **evaluation.usage,
-            "mean_similarity": evaluation.mean_similarity,
-        }
-        for evaluation in report.evaluations
-        if evaluation.usage
-    ]
 
 
 def _format_matrix(matrix: metrics.Matrix, labels: list[str]) -> str:

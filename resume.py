@@ -56,6 +56,7 @@ class RunState:
         buffer: Numbers of the training images to replay; None without replay.
         global_batch: Images of all processes in a training step.
         num_images: Training images of each task.
+        train_digest: What tells the training images from others; None: not known.
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task.
         class_names: Name of every class.
@@ -70,6 +71,7 @@ class RunState:
     buffer: Tensor | None
     global_batch: int
     num_images: list[int]
+    train_digest: str | None
     config: dict[str, Any]
     class_order: list[list[int]] | None
     class_names: list[str] | None
@@ -93,6 +95,7 @@ def take(run: Experiment, position: Position, optimizer: torch.optim.Optimizer) 
         buffer=run.buffered_images(),
         global_batch=run.global_batch,
         num_images=_num_images(run),
+        train_digest=run.stream.train_digest,
         config=record.config,
         class_order=record.class_order,
         class_names=record.class_names,
@@ -193,6 +196,11 @@ def restore(run: Experiment, path: Path, state: RunState) -> None:
             f"{path} belongs to a run on {state.num_images} training images in the tasks, "
             f"--data-path has {_num_images(run)}: give the same data"
         )
+    if state.train_digest not in (None, run.stream.train_digest):
+        raise CheckpointError(
+            f"{path} belongs to a run on other images, or on the same under other names: give the "
+            "same data (--data-path, --file_lists, --domains)"
+        )
     run.model.load_trained_state(state.model, str(path))
     for name, rows in state.accuracy.items():
         matrix = metrics.from_lists(rows)
@@ -266,7 +274,7 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
 def _parse(content: bytes, name: str) -> RunState:
     found = checkpoints.read_sealed(content, name)
     if found.get("format") == _FIRST_FORMAT:
-        found = {**checkpoints.upgraded(found), "format": FORMAT}
+        found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "
@@ -305,4 +313,5 @@ _ENTRIES: Entries = {
     "reports": ("reports of tasks", lambda value: isinstance(value, list)),
     "global_batch": ("a number", lambda value: isinstance(value, int) and value > 0),
     "num_images": ("numbers", lambda value: isinstance(value, list)),
+    "train_digest": ("a digest, or None", lambda value: isinstance(value, str | None)),
 }

@@ -54,8 +54,15 @@ class Preparation:
         return TrainData(source, indices, self.train_transform, self.seed, task)
 
     def test(self, source: ImageSource, indices: NDArray[np.int64] | None = None) -> TestData:
-        """A part of the test images; None: all."""
+        """A part of the test images; None: all.
+
+        Where images of a class stand together, as in folders, they are mixed, in the same way in
+        every run: a vote group of one class would be told its class by the vote.
+        """
         indices = np.arange(len(source)) if indices is None else indices
+        if source.by_class:
+            words = random_words(0, Stream.TEST_ORDER, num_words=4)
+            indices = np.random.default_rng(words).permutation(indices)
         return TestData(source, indices, self.test_transform)
 
 
@@ -92,7 +99,7 @@ def class_incremental(
         test_sets.append(TestSet(index, name, test_data, classes))
         data = prepare.train(train, _images_of(ids, train), index)
         tasks.append(Task(index, name, data, classes, tuple(test_sets)))
-    return TaskStream(tuple(tasks), tuple(train.classes), train.targets)
+    return TaskStream(tuple(tasks), tuple(train.classes), train.targets, train.digest())
 
 
 def several_data_sets(
@@ -142,7 +149,7 @@ def domain_incremental(
         data = prepare.train(whole, indices, index)
         tested = tuple(test_sets if common else test_sets[: index + 1])
         tasks.append(Task(index, name, data, _classes_in(source.targets), tested))
-    return TaskStream(tuple(tasks), tuple(whole.classes), whole.targets)
+    return TaskStream(tuple(tasks), tuple(whole.classes), whole.targets, whole.digest())
 
 
 def gaussian(
@@ -175,7 +182,7 @@ def gaussian(
             indices = _draw(indices, images_per_episode, prepare.seed, index)
         data = prepare.train(train, indices, index)
         tasks.append(Task(index, f"episode{index + 1}", data, tuple(episode), (test_set,)))
-    return TaskStream(tuple(tasks), tuple(train.classes), train.targets)
+    return TaskStream(tuple(tasks), tuple(train.classes), train.targets, train.digest())
 
 
 def joint(stream: TaskStream, prepare: Preparation) -> TaskStream:
@@ -196,13 +203,14 @@ def joint(stream: TaskStream, prepare: Preparation) -> TaskStream:
 
 def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
     """Leaves evaluations only after every so many tasks, and after the last."""
-    last = stream.num_tasks
-    tasks = [
-        task if (task.index + 1) % num_tasks == 0 or task.index + 1 == last
-        else replace(task, test_sets=())
-        for task in stream.tasks
-    ]  # fmt: skip
+    kept = evaluated_tasks(stream.num_tasks, num_tasks)
+    tasks = [t if t.index in kept else replace(t, test_sets=()) for t in stream.tasks]
     return replace(stream, tasks=tuple(tasks))
+
+
+def evaluated_tasks(num_tasks: int, every: int) -> set[int]:
+    """Indices of the tasks that are followed by an evaluation."""
+    return {*range(every - 1, num_tasks, every), num_tasks - 1}
 
 
 def gaussian_episodes(
@@ -255,7 +263,7 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
         raise ValueError(
             f"the Gaussian schedule has {num_episodes} tasks x {steps} steps = {length} positions "
             f"for the peaks of {num_classes} classes: use at least {num_classes}, by more "
-            "--num_tasks or --steps_per_task"
+            "--num_tasks, or --steps_per_task in the paper's reading"
         )
     peaks = spacing // 2 + spacing * np.arange(num_classes)  # (C,)
     positions = steps * np.arange(num_episodes)  # (T,)

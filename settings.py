@@ -18,9 +18,9 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import backbone
 import datasets
+from class_folders import DomainList
 from continual_dataloader import LoaderOptions
 from engine import EngineOptions, Scheduler
-from folder_datasets import DomainCounts
 from image_transforms import TransformOptions
 from processes import Processes
 from prompt import Prompt
@@ -69,20 +69,21 @@ def num_parts(args: argparse.Namespace) -> int:
         See `num_tasks`.
     """
     if args.scenario == "domain-incremental":
-        return count_domains(args).domains
+        return len(list_domains(args).names)
     if args.scenario == "gaussian":
         return args.num_tasks or 200
     num_data_sets = len(datasets.find_sources(args.dataset))
     return num_data_sets if num_data_sets > 1 else args.num_tasks or 10
 
 
-def count_domains(args: argparse.Namespace) -> DomainCounts:
-    """Numbers of domains and of their classes.
+def list_domains(args: argparse.Namespace) -> DomainList:
+    """Names of the domains, in the order in which they are learned, and their classes.
 
     Raises:
         See `num_tasks`.
     """
-    return datasets.count_domains(args.dataset, Path(args.data_path), file_lists(args))
+    path = Path(args.data_path)
+    return datasets.list_domains(args.dataset, path, file_lists(args), args.domains)
 
 
 def num_classes(args: argparse.Namespace) -> int:
@@ -92,7 +93,7 @@ def num_classes(args: argparse.Namespace) -> int:
         See `num_tasks`.
     """
     if args.scenario == "domain-incremental":
-        return count_domains(args).classes
+        return list_domains(args).classes
     return datasets.count_classes(args.dataset, Path(args.data_path))
 
 

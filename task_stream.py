@@ -86,11 +86,13 @@ class TaskStream:
         class_names: Names of all classes of the data, indexed by class id.
         train_targets: Class id of every training image of the run; the tasks' `indices` refer to
             these.
+        train_digest: What tells these images from others, see `ImageSource.digest`.
     """
 
     tasks: tuple[Task, ...]
     class_names: tuple[str, ...]
     train_targets: NDArray[np.int64]
+    train_digest: str
 
     @property
     def num_tasks(self) -> int:

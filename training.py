@@ -20,7 +20,7 @@ import settings
 import utils
 from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
-from experiment import Experiment, assemble, check_same_run, check_steps, describe
+from experiment import Experiment, assemble, check_same_run, describe
 from preemption import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
@@ -44,9 +44,7 @@ def prepare(
     output_dir = Path(args.output_dir) if args.output_dir else None
     found = resume.find(args, output_dir)
     if found is None:
-        experiment = assemble(args, processes)
-        check_steps(args, experiment)
-        return experiment, None
+        return assemble(args, processes), None
     resume.check_settings(args, processes.world_size, *found)
     global_batch = resume.global_batch(args, processes.world_size, found[1])
     experiment = assemble(args, processes, global_batch=global_batch)
@@ -126,13 +124,13 @@ class Keeper(engine.Monitor):
     def at_boundary(
         self, position: Position, optimizer: torch.optim.Optimizer, stop: bool = False
     ) -> None:
-        """Saves the state after an epoch, when it is due, and before the run stops.
+        """Saves the state at milestones, when it is due, and before the run stops.
 
         No process stops before the state is saved: the others would be stopped with it.
         """
         if self.output_dir is not None:
             due = time.monotonic() - self.saved >= self.save_every
-            if due or stop or _between_epochs(position):
+            if due or stop or self._is_milestone(position):
                 state = resume.take(self.experiment, position, optimizer)
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
@@ -152,6 +150,13 @@ class Keeper(engine.Monitor):
             path = checkpoints.task_path(self.output_dir, number)
             save_checkpoint(self.experiment, path, number)
             self.experiment.record.write(self.output_dir)
+
+    def _is_milestone(self, position: Position) -> bool:
+        """Whether an epoch or a task has ended, of a task that an evaluation follows."""
+        if position.step > 0 or position.evaluations:
+            return False
+        tasks = self.experiment.stream.tasks
+        return bool(tasks[position.task - (not position.inside_task)].test_sets)
 
     def _word(self, place: str) -> str:
         signal = self.signals.received
@@ -253,7 +258,3 @@ def _finish(experiment: Experiment, output_dir: Path | None) -> None:
     plots.draw_results(experiment.record.as_dict(), picture)
     logger.info("Results: %s and %s", output_dir / "results.json", picture)
     logger.info("Evaluate again: bash train.sh --eval --output_dir %s", output_dir)
-
-
-def _between_epochs(position: Position) -> bool:
-    return position.step == 0 and not position.evaluations

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -26,6 +27,7 @@ _UNFINISHED = ".unfinished-"
 
 def setup_logging() -> None:
     """Main process: plain lines to standard output; others: warnings to standard error."""
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks, which may die holding it
     root = logging.getLogger()
     for handler in root.handlers[:]:
         if isinstance(handler, _OwnHandler):

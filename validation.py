@@ -11,6 +11,7 @@ import timm.optim
 
 import class_order
 import datasets
+import options
 import processes
 import prompt
 import scenarios
@@ -19,7 +20,6 @@ import utils
 import vision_transformer
 from backbone import WEIGHT_SUFFIXES, without_memory
 from image_sources import DataError
-from options import UsageError
 
 SCHEDULES = ("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau")
 LR_SCALES = ("none", "per-device", "global")
@@ -78,7 +78,7 @@ def validate_args(
             other data.
 
     Raises:
-        UsageError: With everything that is wrong, one problem a line.
+        options.UsageError: With everything that is wrong, one problem a line.
     """
     of_the_model = [*_values(args), *_prompts(args), *_optimizer(args)]
     problems = [
@@ -96,7 +96,7 @@ def validate_args(
         *_output(args),
     ]
     if problems:
-        raise UsageError(problems)
+        raise options.UsageError(problems)
 
 
 def _value(args: argparse.Namespace, flag: str) -> object:
@@ -143,10 +143,14 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
         yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
     votes = args.vote_group_size or args.batch_size
     if not args.eval and args.batch_size >= 1 and votes >= 1 and args.batch_size % votes:
-        yield (
-            f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
-            "a vote group must lie in one batch"
-        )
+        yield _uneven_votes(args, votes)
+
+
+def _uneven_votes(args: argparse.Namespace, votes: int) -> str:
+    return (
+        f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
+        "a vote group must lie in one batch"
+    )
 
 
 def _without_pool(args: argparse.Namespace) -> Iterator[str]:
@@ -196,13 +200,19 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
 
 def _scenario(args: argparse.Namespace) -> Iterator[str]:
     """Flags that the scenario cannot follow."""
-    if args.scenario == "gaussian" and args.gaussian_reading == "paper" and args.epochs != 1:
+    if args.scenario != "gaussian":
+        for flag in ("--gaussian_reading", "--steps_per_task", "--gaussian_sigma"):
+            if _value(args, flag) != options.defaults()[flag[2:]]:
+                yield f"{flag} {_value(args, flag)}: needs --scenario gaussian"
+    elif args.gaussian_reading == "paper" and args.epochs != 1 and not args.joint:
         yield (
             f"--epochs {args.epochs}: --gaussian_reading paper trains every batch once, give "
             "--epochs 1, or more --steps_per_task"
         )
     if args.file_lists is not None and args.scenario != "domain-incremental":
         yield "--file_lists tells domains: give --scenario domain-incremental"
+    if args.domains is not None and args.scenario != "domain-incremental":
+        yield "--domains names domains: give --scenario domain-incremental"
     if args.scenario != "class-incremental" and args.classes_per_task is not None:
         yield f"--classes_per_task: --scenario {args.scenario} does not split the classes"
     if args.scenario == "domain-incremental" and args.class_order is not None:
@@ -221,7 +231,11 @@ def _replay(args: argparse.Namespace) -> Iterator[str]:
     if args.eval:
         return
     votes, replayed = settings.vote_group_size(args), args.replay_batch or args.batch_size
-    if args.batch_size >= 1 and replayed * votes % args.batch_size:
+    if votes < 1 or args.batch_size < 1 or args.batch_size % votes:
+        if not args.prompt_pool:
+            yield _uneven_votes(args, votes)
+        return
+    if replayed * votes % args.batch_size:
         yield (
             f"--replay_batch {replayed} cannot be shared by the {args.batch_size // votes} vote "
             f"groups of --batch-size {args.batch_size}: give a multiple of "
@@ -245,6 +259,8 @@ def _data(args: argparse.Namespace) -> Iterator[str]:
         hint = ", or an empty one to download it into" if downloadable else ""
         yield f"--data-path {path} does not exist: name the folder that holds {args.dataset}{hint}"
     yield from _one_data_set(args, list(specs))
+    if len(specs) > 1 and args.scenario != "class-incremental":
+        return
     try:
         yield from _tasks(args, settings.num_tasks(args))
         yield from _classes(args, settings.num_classes(args), several=len(specs) > 1)
@@ -277,8 +293,10 @@ def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
     if args.num_tasks is not None and args.num_tasks >= 1 and args.num_tasks != parts:
         yield (
             f"--num_tasks {args.num_tasks}: the data are {parts} tasks ({args.dataset}, "
-            f"{args.scenario}), leave it out"
+            f"{args.scenario}), give {parts}, or leave it out"
         )
+    if parts == 1 and settings.replayed_per_group(args):
+        yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"
     needed = num_tasks * args.top_k
     if args.prompt_pool and args.diversify == "mask" and args.size < needed:
         yield (

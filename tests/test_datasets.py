@@ -24,10 +24,10 @@ from datasets import (
     FIVE_DATASETS,
     SOURCES,
     count_classes,
-    count_domains,
     find_source,
     find_sources,
     has_domains,
+    list_domains,
     load_domains,
     load_parts,
     load_source,
@@ -730,7 +730,7 @@ def test_domains_are_known_for_some_data_sets_only(tmp_path):
     assert not has_domains("CIFAR100")
     assert not has_domains("CORe50,CIFAR100")
     for name in ("MNIST", "5-datasets"):
-        for ask in (count_domains, load_domains):
+        for ask in (list_domains, load_domains):
             with pytest.raises(ValueError, match="has no domains: choose one of CORe50, Image"):
                 ask(name, tmp_path)
     with pytest.raises(ValueError, match="foo is unknown"):

@@ -15,7 +15,7 @@ from torchvision.datasets import Flowers102
 
 import dataset_files
 import true_formats
-from datasets import count_classes, count_domains, load_domains, load_source
+from datasets import count_classes, list_domains, load_domains, load_source
 from image_sources import DataError, open_image
 from test_downloads import finish, serve, start, write_tar
 from true_formats import DOMAINS, LETTERS, OBJECTS, TEST_SESSIONS, TRAIN_SESSIONS, WNIDS, digest
@@ -144,7 +144,7 @@ def test_image_folder_problem_is_named(tmp_path, problem):
 
 def test_domains_have_test_images_of_their_own(tmp_path):
     true_formats.write_domains(tmp_path)
-    assert count_domains("imagefolder", tmp_path).domains == 3
+    assert len(list_domains("imagefolder", tmp_path).names) == 3
     train, test = load_domains("ImageFolder", tmp_path)
     assert list(train) == list(test) == list(DOMAINS)
     for name in DOMAINS:
@@ -208,7 +208,7 @@ def test_domain_layout_problem_is_named_with_the_layout(tmp_path, problem):
     true_formats.write_domains(root)
     change, expected = DOMAIN_PROBLEMS[problem]
     change(root)
-    message = refused(count_domains, "ImageFolder", root)
+    message = refused(list_domains, "ImageFolder", root)
     for part in (str(root), "<domain>/train/<class>", "test/<class>", *expected):
         assert part in message
     assert refused(load_domains, "ImageFolder", root) == message
@@ -219,7 +219,7 @@ def test_domains_with_other_classes_are_refused(tmp_path, problem):
     true_formats.write_domains(tmp_path)
     change, folder, name = CLASS_PROBLEMS[problem]
     change(tmp_path / folder / name)
-    message = refused(count_domains, "ImageFolder", tmp_path)
+    message = refused(list_domains, "ImageFolder", tmp_path)
     for part in (str(tmp_path / "paint" / "train"), str(tmp_path / folder), f": {name}"):
         assert part in message
 
@@ -227,20 +227,20 @@ def test_domains_with_other_classes_are_refused(tmp_path, problem):
 def test_common_test_images_of_other_classes_are_refused(tmp_path):
     true_formats.write_domains_with_common_test(tmp_path)
     (tmp_path / "test" / "fly").mkdir()
-    message = refused(count_domains, "ImageFolder", tmp_path)
+    message = refused(list_domains, "ImageFolder", tmp_path)
     assert f"only in {tmp_path / 'test'}: fly" in message
 
 
 def test_domains_without_images_are_named(tmp_path):
     true_formats.write_domains(tmp_path)
     remove_images(tmp_path, "photo/train/bee")
-    assert count_domains("ImageFolder", tmp_path).domains == 3
+    assert len(list_domains("ImageFolder", tmp_path).names) == 3
     assert "photo/train" in refused(load_domains, "ImageFolder", tmp_path)
 
 
 def test_image_folder_has_no_file_lists(tmp_path):
     true_formats.write_domains(tmp_path)
-    for call in (count_domains, load_domains):
+    for call in (list_domains, load_domains):
         assert "belong to CORe50" in refused(call, "ImageFolder", tmp_path, tmp_path)
 
 
@@ -433,7 +433,7 @@ def test_flowers_missing_images_are_named(tmp_path, monkeypatch, flowers):
 def test_core50_sessions_are_domains_in_their_order(tmp_path, folder):
     true_formats.write_core50(tmp_path, folder=folder)
     root = tmp_path / folder
-    assert count_domains("core50", tmp_path).domains == 8
+    assert len(list_domains("core50", tmp_path).names) == 8
     assert count_classes("CORe50", tmp_path) == 3
     train, test = load_domains("CORe50", tmp_path)
     assert list(train) == ["s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11"]
@@ -463,7 +463,7 @@ def test_core50_zip_is_unpacked_once(tmp_path, monkeypatch):
     true_formats.write_core50(tmp_path)
     pack(tmp_path / "core50_128x128", tmp_path / "core50_128x128.zip", "core50_128x128/")
     assert count_classes("CORe50", tmp_path) == 50  # the published set
-    assert count_domains("CORe50", tmp_path).domains == 8
+    assert len(list_domains("CORe50", tmp_path).names) == 8
     assert not (tmp_path / "core50_128x128").exists()
     assert len(load_domains("CORe50", tmp_path)[0]["s1"]) == 6
     monkeypatch.setattr(dataset_files, "unpack", lambda *_: pytest.fail("unpacked again"))
@@ -487,7 +487,7 @@ def test_core50_damage_is_named_at_once(tmp_path, damage):
     true_formats.write_core50(tmp_path)
     change, expected = CORE50_DAMAGE[damage]
     change(tmp_path / "core50_128x128")
-    for call in (count_classes, count_domains, load_source, load_domains):
+    for call in (count_classes, list_domains, load_source, load_domains):
         message = refused(call, "CORe50", tmp_path)
         for part in (str(tmp_path / "core50_128x128"), *expected):
             assert part in message
@@ -513,7 +513,7 @@ def lists(tmp_path):
 
 def test_file_lists_are_domains_in_their_order(tmp_path, lists):
     (lists / "readme.txt").write_text("not a list")
-    assert count_domains("CORe50", tmp_path, lists).domains == 8
+    assert len(list_domains("CORe50", tmp_path, lists).names) == 8
     train, test = load_domains("CORe50", tmp_path, lists)
     assert list(train) == [f"batch_{i:02}" for i in range(8)]
     for source, session in zip(train.values(), reversed(TRAIN_SESSIONS), strict=True):
@@ -542,7 +542,7 @@ def test_file_lists_are_ordered_by_number(tmp_path, lists):
         shutil.copy(
             lists / "train_batch_00_filelist.txt", lists / f"train_batch_{i:02}_filelist.txt"
         )
-    assert count_domains("CORe50", tmp_path, lists).domains == 102
+    assert len(list_domains("CORe50", tmp_path, lists).names) == 102
     assert list(load_domains("CORe50", tmp_path, lists)[0])[98:] == [
         *("batch_98", "batch_99", "batch_100", "batch_101")
     ]
@@ -592,14 +592,14 @@ def test_file_list_with_an_unknown_object_is_refused(tmp_path, lists):
 def test_missing_file_lists_are_named_at_once(tmp_path, lists, gone):
     for path in lists.glob(gone):
         path.unlink()
-    message = refused(count_domains, "CORe50", tmp_path, lists)
+    message = refused(list_domains, "CORe50", tmp_path, lists)
     expected = "train_batch_00_filelist.txt, test_filelist.txt" if gone == "*" else gone
     assert message.startswith(f"no {expected} in {lists}; expected train_batch_00_filelist.txt")
     assert refused(load_domains, "CORe50", tmp_path, lists) == message
 
 
 def test_file_lists_that_cannot_be_read_are_named(tmp_path, lists):
-    assert str(tmp_path / "none") in refused(count_domains, "CORe50", tmp_path, tmp_path / "none")
+    assert str(tmp_path / "none") in refused(list_domains, "CORe50", tmp_path, tmp_path / "none")
     path = lists / "train_batch_01_filelist.txt"
     path.write_bytes(b"")
     assert refused(load_domains, "CORe50", tmp_path, lists).startswith(f"{path}: the list is empty")
