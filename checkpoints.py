@@ -40,6 +40,7 @@ class Checkpoint:
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task; None in the original's files.
         class_names: Name of every class; None in the original's files.
+        test_sets: Name of each test set; None in the original's files and in early ones.
         backbone: `name`, `source` and `sha256` of the frozen network; None in the original's files.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
         buffer: Numbers of the training images to replay; None without replay.
@@ -51,6 +52,7 @@ class Checkpoint:
     config: dict[str, Any]
     class_order: list[list[int]] | None = None
     class_names: list[str] | None = None
+    test_sets: list[str] | None = None
     backbone: dict[str, str] | None = None
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
     buffer: Tensor | None = None
@@ -109,7 +111,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
     if "use_prompt_mask" in config:
         config["diversify"] = "mask" if config.pop("use_prompt_mask") else "none"
-    return {"buffer": None, **content, "config": config}
+    return {"buffer": None, "test_sets": None, **content, "config": config}
 
 
 #: What the entries of a file must be: in words, and as a test.
@@ -208,6 +210,7 @@ ORIGIN_ENTRIES: Entries = {
     "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),
     "class_order": ("class ids of each task", _is_class_order),
     "class_names": ("names of classes", lambda value: _is_list(value, str)),
+    "test_sets": ("names, or None", lambda value: value is None or _is_list(value, str)),
     "backbone": ("name, source and sha256", _is_identity),
     "accuracy": ("matrices by selection", _is_matrices),
     "buffer": ("numbers of images, or None", _is_buffer),

@@ -160,6 +160,8 @@ class _ListReader:
         """
         names, targets = [], []
         for number, line in enumerate(self._lines(path), start=1):
+            if not line.strip():
+                continue
             try:
                 name, class_id = self._entry(line)
             except ValueError as error:

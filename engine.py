@@ -352,7 +352,7 @@ def evaluate(
     totals = {name: torch.zeros(4, dtype=torch.float64) for name in SELECTIONS}
     usage = _Usage(model)
     num_images = torch.zeros((), dtype=torch.float64)
-    progress = utils.Progress(f"Test: [Task {test_set.index + 1}]", options.print_freq)
+    progress = utils.Progress(f"Test: [{_name(test_set)}]", options.print_freq)
     for _, (images, targets) in progress.over(loader, len(loader)):
         monitor.in_evaluation()
         images, targets = images.to(options.device), targets.to(options.device)
@@ -451,6 +451,7 @@ def train_and_evaluate(
     optimizer = make_optimizer()
     for task in tasks[position.task :]:
         if not position.inside_task:
+            logger.info("%s (%d of %d)", _name(task), task.index + 1, len(tasks))
             _begin_task(model, task.index, options)
             if task.index > 0 and options.reinit_optimizer:
                 optimizer, optimizer_state = make_optimizer(), None
@@ -646,6 +647,12 @@ def _continue_schedule(
     if optimizer_state is not None and position.inside_task:
         optimizer.load_state_dict(optimizer_state)
     return scheduler
+
+
+def _name(part: Task | TestSet) -> str:
+    """What to call a part of the stream: `Task 1` as the original, or a name that says more."""
+    number = part.index + 1
+    return f"Task {number}" if part.name == f"task{number}" else part.name
 
 
 def _begin_task(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:

@@ -23,7 +23,7 @@ from backbone import BackboneIdentity
 from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
 from engine import SELECTIONS, EngineOptions
-from image_sources import DataError
+from image_sources import DataError, join_names
 from image_transforms import build_transform
 from processes import Processes
 from replay import ReplayBuffer
@@ -235,6 +235,10 @@ class Stored(Protocol):
         """Name of every class."""
 
     @property
+    def test_sets(self) -> list[str] | None:
+        """Name of each test set."""
+
+    @property
     def backbone(self) -> dict[str, str] | None:
         """`name`, `source` and `sha256` of the frozen network."""
 
@@ -245,6 +249,12 @@ def check_same_run(run: Experiment, stored: Stored, path: Path) -> None:
     Raises:
         CheckpointError: Naming what differs.
     """
+    test_sets = run.record.test_sets
+    if stored.test_sets is not None and stored.test_sets != test_sets:
+        raise CheckpointError(
+            f"{path} was trained on other data: its test sets are {join_names(stored.test_sets)}, "
+            f"those of this run {join_names(test_sets)}"
+        )
     if stored.class_order != run.stream.class_order:
         raise CheckpointError(f"{path} has another class order than this run")
     found, wanted = list(run.stream.class_names), stored.class_names or []

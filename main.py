@@ -154,7 +154,8 @@ def run_evaluation(
     logger.info("%s", experiment.record.table())
     path = evaluation.result_file(args)
     if path is not None and processes.is_main_process():
-        utils.write_json(path, experiment.record.as_dict())
+        earlier = path.with_name(f"{path.stem}_before.json")
+        utils.write_json(path, experiment.record.as_dict(), keep=earlier)
         logger.info("Wrote %s", path)
     return 0 if args.checkpoint else evaluation.report_missing(experiment, paths)
 

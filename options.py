@@ -13,7 +13,8 @@ Every flag may be written with dashes or underscores. A yes/no flag may be writt
 import argparse
 import ast
 import difflib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def parse_float_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else float(text)
 
 
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads `none` for none, anything else as `parse` does."""
+
+    def parse_or_none(text: str) -> Any:
+        return None if text.lower() == "none" else parse(text)
+
+    parse_or_none.__name__ = parse.__name__  # what argparse calls it when it refuses a value
+    return parse_or_none
+
+
 def parse_key_value(text: str) -> tuple[str, Any]:
     """Reads `name=value`; the value is a Python literal, or else a string."""
     name, separator, value = text.partition("=")
@@ -91,6 +102,7 @@ class _Flags:
             help=f"configurations, merged left to right: {', '.join(config_names())}",
         )
         self.defaults: dict[str, Any] = {}
+        self.may_be_none: set[str] = set()
         self.switches: set[str] = set()
 
     def group(self, title: str) -> Callable[..., None]:
@@ -101,8 +113,13 @@ class _Flags:
             spellings = list(dict.fromkeys([name, *_spellings(name)]))
             if text != argparse.SUPPRESS:
                 text = f"{text} (default: {_shown(default)})".replace("%", "%%")
+            may_be_none = default is None and "nargs" not in kwargs
+            if may_be_none:
+                kwargs["type"] = _or_none(kwargs.get("type", str))
             action = group.add_argument(*spellings, default=argparse.SUPPRESS, help=text, **kwargs)
             self.defaults[action.dest] = list(default) if isinstance(default, tuple) else default
+            if may_be_none:
+                self.may_be_none.add(action.dest)
             if kwargs.get("type") in (parse_bool, parse_unscale, parse_mask):
                 self.switches |= set(spellings)
 
@@ -124,7 +141,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     given = _parse(flags, argv, problems)
     settings = dict(flags.defaults)
     configured: dict[str, Any] = {}
-    for name in given.pop("config", []):
+    names = given.pop("config", [])
+    problems.extend(_misplaced(names))
+    for name in names:
         configured |= _read_config(flags, name, problems)
     settings |= configured | given
     settings["model_kwargs"] = dict(settings["model_kwargs"])
@@ -144,6 +163,18 @@ def check_settings(content: dict[str, Any]) -> list[str]:
 def config_names() -> list[str]:
     """Names of the configurations that ship with the program."""
     return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def _misplaced(names: list[str]) -> Iterator[str]:
+    """Overlays that a configuration behind them would overwrite."""
+    shipped = [name for name in names if name in config_names()]
+    for overlay, behind in itertools.pairwise(shipped):
+        if _is_overlay(overlay) and not _is_overlay(behind):
+            yield f"{overlay} is an overlay: put it behind {behind}, which would overwrite it"
+
+
+def _is_overlay(name: str) -> bool:
+    return _first_comment(CONFIG_DIR / f"{name}.yaml").startswith("Overlay: ")
 
 
 def list_configs() -> str:
@@ -462,9 +493,11 @@ def _read_config(flags: _Flags, name: str, problems: list[str]) -> dict[str, Any
 def _load_config(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / f"{name}.yaml"
     if not path.is_file():
+        near = difflib.get_close_matches(name.lower(), config_names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"{name!r} is neither a configuration nor the value of a flag: "
-            f"the configurations are {', '.join(config_names())}, or a path to a .yaml file"
+            f"{name!r} is neither a configuration nor the value of a flag: {hint}"
+            "--list shows the configurations; a file of your own must end in .yaml"
         )
     try:
         content = yaml.safe_load(path.read_text()) or {}
@@ -488,7 +521,9 @@ def _from_mapping(flags: _Flags, content: dict[str, Any]) -> tuple[dict[str, Any
 def _tokens(flags: _Flags, key: str, value: Any) -> list[str]:
     flag = f"--{key}"
     if value is None:
-        return [] if flags.defaults.get(key) is None else [f"{flag}=none"]
+        name = key.replace("-", "_")
+        cannot_be_said = name not in flags.may_be_none and flags.defaults.get(name, "") is None
+        return [] if cannot_be_said else [f"{flag}=none"]
     if isinstance(value, dict):
         return [flag, *(f"{k}={v}" for k, v in value.items())]
     if isinstance(value, list):

@@ -39,14 +39,21 @@ def draw_results(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
     *left, right = figure.subplots(1, num_panels, squeeze=False)[0]
     for axes in left:
-        _draw_matrix(axes, matrix)
+        _draw_matrix(axes, matrix, _names(results, len(matrix)))
     _draw_curves(right, results)
     utils.write_whole(
         path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
     )
 
 
-def _draw_matrix(axes: Axes, matrix: metrics.Matrix) -> None:
+def _names(results: dict[str, Any], num_rows: int) -> list[str]:
+    """What to call the test sets: by name, unless that says the number alone."""
+    numbers = [str(i + 1) for i in range(num_rows)]
+    names = results.get("test_sets") or numbers
+    return numbers if names == [f"task{number}" for number in numbers] else names
+
+
+def _draw_matrix(axes: Axes, matrix: metrics.Matrix, names: list[str]) -> None:
     num_rows, num_tasks = matrix.shape
     axes.imshow(matrix, vmin=0, vmax=100, cmap="cividis", aspect="auto")
     if num_tasks <= 20:
@@ -55,9 +62,9 @@ def _draw_matrix(axes: Axes, matrix: metrics.Matrix) -> None:
                 color = "black" if value > 55 else "white"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color)
     _label_tasks(axes.xaxis, num_tasks, first=0)
-    axes.set_yticks(range(num_rows), [str(i + 1) for i in range(num_rows)])
+    axes.set_yticks(range(num_rows), names)
     axes.set_xlabel("after training task")
-    axes.set_ylabel("test set of task")
+    axes.set_ylabel("test set of task" if names[0] == "1" else "test set")
     axes.set_title("Accuracy in percent, instance-wise")
 
 

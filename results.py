@@ -106,7 +106,8 @@ class RunRecord:
         summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
         for key, label in _TABLE_METRICS.items():
-            if key in summaries["batch"]:
+            is_said = key == "average_accuracy" and "final_accuracy" in summaries["batch"]
+            if key in summaries["batch"] and not is_said:
                 batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
                 blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
         return "\n".join(blocks)

@@ -60,6 +60,7 @@ class RunState:
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task.
         class_names: Name of every class.
+        test_sets: Name of each test set; None: not known.
         backbone: `name`, `source` and `sha256` of the frozen network.
     """
 
@@ -75,6 +76,7 @@ class RunState:
     config: dict[str, Any]
     class_order: list[list[int]] | None
     class_names: list[str] | None
+    test_sets: list[str] | None
     backbone: dict[str, str] | None
 
 
@@ -99,6 +101,7 @@ def take(run: Experiment, position: Position, optimizer: torch.optim.Optimizer) 
         config=record.config,
         class_order=record.class_order,
         class_names=record.class_names,
+        test_sets=record.test_sets,
         backbone=record.backbone,
     )
 

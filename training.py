@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import time
 from datetime import timedelta
 from functools import partial
@@ -180,6 +181,7 @@ def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
         config=record.config,
         class_order=record.class_order,
         class_names=record.class_names,
+        test_sets=record.test_sets,
         backbone=record.backbone,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
         buffer=experiment.buffered_images(),
@@ -257,4 +259,5 @@ def _finish(experiment: Experiment, output_dir: Path | None) -> None:
     picture = output_dir / "results.png"
     plots.draw_results(experiment.record.as_dict(), picture)
     logger.info("Results: %s and %s", output_dir / "results.json", picture)
-    logger.info("Evaluate again: bash train.sh --eval --output_dir %s", output_dir)
+    folder = shlex.quote(str(output_dir))
+    logger.info("Evaluate again: bash train.sh --eval --output_dir %s", folder)

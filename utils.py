@@ -60,8 +60,11 @@ class _OwnHandler(logging.Handler):
         if self.file is None and getattr(record, "progress", False) and sys.stdout.isatty():
             return  # the bar shows it
         if self.file is None:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # who read it has gone; the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             self.file.write(line + "\n")
             self.file.flush()
@@ -186,9 +189,10 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all; not-a-number is refused."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is refused."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(), keep)
 
 
 def _umask() -> int:

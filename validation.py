@@ -115,7 +115,7 @@ def _values(args: argparse.Namespace) -> Iterator[str]:
         value = _value(args, flag)
         if isinstance(value, float) and not (0 < value < math.inf):
             hint = " (none: no limit)" if flag == "--clip-grad" else ""
-            yield f"{flag} {value}: must be positive{hint}"
+            yield f"{flag} {value}: must be positive and finite{hint}"
     for flag in _NOT_NEGATIVE:
         value = _value(args, flag)
         if isinstance(value, float) and not (0 <= value < math.inf):
@@ -259,6 +259,9 @@ def _data(args: argparse.Namespace) -> Iterator[str]:
         hint = ", or an empty one to download it into" if downloadable else ""
         yield f"--data-path {path} does not exist: name the folder that holds {args.dataset}{hint}"
     yield from _one_data_set(args, list(specs))
+    folders_are_domains = args.scenario == "domain-incremental" and "ImageFolder" in specs
+    if folders_are_domains and Path(args.output_dir).absolute().parent == path.absolute():
+        yield f"--output_dir {args.output_dir} would count as a domain of --data-path {path}"
     if len(specs) > 1 and args.scenario != "class-incremental":
         return
     try:
@@ -293,7 +296,7 @@ def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
     if args.num_tasks is not None and args.num_tasks >= 1 and args.num_tasks != parts:
         yield (
             f"--num_tasks {args.num_tasks}: the data are {parts} tasks ({args.dataset}, "
-            f"{args.scenario}), give {parts}, or leave it out"
+            f"{args.scenario}), give {parts} or none"
         )
     if parts == 1 and settings.replayed_per_group(args):
         yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"

@@ -570,19 +570,19 @@ REFUSED = [
     ),
     (
         "--dataset MNIST,SVHN --num_tasks 3",
-        ["--num_tasks 3: the data are 2 tasks (MNIST,SVHN", "leave it out"],
+        ["--num_tasks 3: the data are 2 tasks (MNIST,SVHN", "or none"],
     ),
     (
         "five_datasets_l2p --num_tasks 10",
-        ["--num_tasks 10: the data are 5 tasks", "leave it out"],
+        ["--num_tasks 10: the data are 5 tasks", "or none"],
     ),
     (
         "core50_l2p --num_tasks 9",
-        ["--num_tasks 9: the data are 8 tasks (CORe50, domain-incremental)", "leave it out"],
+        ["--num_tasks 9: the data are 8 tasks (CORe50, domain-incremental)", "or none"],
     ),
     (
         "--scenario domain-incremental --dataset ImageFolder --data-path DOMAINS --num_tasks 2",
-        ["--num_tasks 2: the data are 3 tasks (ImageFolder, domain-incremental)", "leave it out"],
+        ["--num_tasks 2: the data are 3 tasks (ImageFolder, domain-incremental)", "or none"],
     ),
     (
         "--dataset MNIST,SVHN --classes_per_task 2",
@@ -636,11 +636,9 @@ REFUSED = [
     ),
     (
         "--steps_per_task 3 --gaussian_sigma 9 --gaussian_reading released",
-        [
-            "--gaussian_reading released: needs --scenario gaussian",
-            "--steps_per_task 3: needs --scenario gaussian",
-            "--gaussian_sigma 9.0: needs --scenario gaussian",
-        ],
+        ["--gaussian_reading released: needs --scenario gaussian"],
+        ["--steps_per_task 3: needs --scenario gaussian"],
+        ["--gaussian_sigma 9.0: needs --scenario gaussian"],
     ),
     ("cifar100_gaussian_l2p --steps_per_task 0", ["--steps_per_task 0: must be at least 1"]),
     ("--domains a b", ["--domains names domains: give --scenario domain-incremental"]),
@@ -771,6 +769,32 @@ def test_task_smaller_than_a_step_is_refused(tmp_path, capsys):
     plain = experiment.build_stream(parse(*argv), global_batch=500)
     assert int(found[1]) == len(plain.tasks[0].data) < 500
     assert not (tmp_path / "results.json").exists()
+
+
+def test_results_beside_domains_are_refused(domains, monkeypatch):
+    monkeypatch.chdir(domains)
+    argv = [
+        "--scenario",
+        "domain-incremental",
+        "--dataset",
+        "ImageFolder",
+        "--data-path",
+        ".",
+        "--num_workers",
+        "0",
+    ]
+    assert problems_of(*argv) == [
+        "--output_dir ./output would count as a domain of --data-path .",
+    ]
+    assert problems_of(*argv, "--output_dir", "./output/run") == []
+
+
+def test_overlay_before_a_configuration_is_refused():
+    _, problems = options.parse_args(["single_prompt", "digits_l2p", "joint"])
+    assert problems == [
+        "single_prompt is an overlay: put it behind digits_l2p, which would overwrite it"
+    ]
+    assert options.parse_args(["digits_l2p", "single_prompt", "joint"])[1] == []
 
 
 def test_task_free_order_with_too_few_classes_is_refused(tmp_path, capsys):

@@ -23,6 +23,7 @@ import datasets
 import engine
 import main
 import options
+import resume
 import training
 from true_formats import DOMAINS, TRAIN_SESSIONS, TRUE_FORMATS, WNIDS, core50_list
 
@@ -576,6 +577,55 @@ def test_core50_trains_what_its_configuration_says(lab):
     moved = changed(free.checkpoint(1), free.checkpoint(8))
     assert {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "cls_token"} <= moved
     assert "Training: sgd, " in free.log
+
+
+def test_run_on_other_images_is_not_gone_on_with(lab):
+    """Other file lists with equally many images of the same classes."""
+    lab.write("CORe50")
+    argv = SCENARIOS["core50 lists"].argv
+    lab.train(*argv)
+    first, second = (lab.data / LISTS / f"train_batch_0{i}_filelist.txt" for i in (0, 1))
+    content = first.read_text()
+    first.write_text(second.read_text())
+    second.write_text(content)
+    code, out, _ = lab.main(*argv, "--resume", "auto")
+    assert code == 1
+    assert "belongs to a run on other images" in out
+
+
+def test_other_domains_are_not_evaluated(lab):
+    lab.write("domains")
+    run = lab.train(*FOLDERS)
+    (lab.data / DOMAINS[0]).rename(lab.data / "zebra")
+    code = main.main(["--eval", "--output_dir", str(run.path), "--num_workers", "0"])
+    out = lab.capsys.readouterr().out
+    assert code == 1
+    assert f"its test sets are {', '.join(DOMAINS)}, those of this run" in out
+
+
+def test_domains_are_trained_in_the_order_of_the_command_line(lab):
+    lab.write("domains")
+    wanted = [DOMAINS[2], DOMAINS[0]]
+    run = lab.train(*FOLDERS, "--domains", *wanted)
+    assert run.results["tasks"] == run.results["test_sets"] == wanted
+    assert np.shape(run.results["batch"]["accuracy_matrix"]) == (2, 2)
+    out, _ = lab.evaluate(run)
+    assert out.count("Reproduces the stored accuracies") == 4
+
+
+def test_short_tasks_between_evaluations_are_saved_only_when_due(lab, monkeypatch):
+    saved = []
+    save = resume.save
+
+    def and_note(folder, state, keep_newest):
+        saved.append((state.position.task, state.position.epoch))
+        save(folder, state, keep_newest)
+
+    monkeypatch.setattr(resume, "save", and_note)
+    argv = [*DIGITS, "--num_tasks", "6", "--epochs", "1", "--steps_per_task", "2"]
+    argv += ["--gaussian_sigma", "9", "--eval_every", "3"]
+    lab.train(*argv)
+    assert saved == [(2, 1), (3, 0), (5, 1), (6, 0)]
 
 
 def test_file_lists_decide_the_order_of_the_sessions(lab):

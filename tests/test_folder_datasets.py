@@ -16,7 +16,7 @@ from torchvision.datasets import Flowers102
 import dataset_files
 import true_formats
 from datasets import count_classes, list_domains, load_domains, load_source
-from image_sources import DataError, open_image
+from image_sources import ConcatSource, DataError, open_image
 from test_downloads import finish, serve, start, write_tar
 from true_formats import DOMAINS, LETTERS, OBJECTS, TEST_SESSIONS, TRAIN_SESSIONS, WNIDS, digest
 
@@ -67,7 +67,10 @@ def test_image_folder_reads_sorted_classes(tmp_path, test_name):
     nested.mkdir(parents=True)
     Image.new("L", (5, 5), 77).save(nested / "x.PNG")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("ignored")
-    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    for hidden in (tmp_path / "train" / ".ipynb_checkpoints", nested / ".ipynb_checkpoints"):
+        hidden.mkdir()
+        shutil.copy(nested / "x.PNG", hidden / "x-checkpoint.png")
+    (tmp_path / "train" / "ant" / "._x.png").write_bytes(b"of another system")
     train, test = load_source("imagefolder", tmp_path)
     assert train.classes == test.classes == ["Wasp", "ant", "bee"]
     assert train.targets.tolist() == [0, 0, 1, 1, 1, 2, 2]
@@ -556,7 +559,6 @@ BAD_LINES = {
     "no label": (LINE, "not of the form"),
     "no number": (f"{LINE} o1", "not of the form"),
     "more": (f"{LINE} 0 0", "not of the form"),
-    "blank": ("", "not of the form"),
     "no such image": ("s11/o1/C_11_01_999.png 0", "there is no"),
     "no such folder": ("s12/o1/C_12_01_000.png 0", "there is no"),
     "a folder": ("s11/o1 0", "not of the form"),
@@ -576,6 +578,46 @@ def test_file_list_line_is_refused_with_its_number(tmp_path, lists, bad, name):
     message = refused(load_domains, "CORe50", tmp_path, lists)
     assert message.startswith(f"{lists / name}, line 4: ")
     assert reason in message
+
+
+def test_blank_lines_of_a_file_list_are_skipped(tmp_path, lists):
+    before = load_domains("CORe50", tmp_path, lists)[0]["batch_02"]
+    path = lists / "train_batch_02_filelist.txt"
+    path.write_text("\n" + path.read_text() + "\n  \n")
+    after = load_domains("CORe50", tmp_path, lists)[0]["batch_02"]
+    assert list(after.paths) == list(before.paths)
+    assert after.targets.tolist() == before.targets.tolist()
+    path.write_text("\n\n")
+    assert "the list is empty" in refused(load_domains, "CORe50", tmp_path, lists)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("CORe50", ["s11", "s2"]), ("ImageFolder", None)])
+def test_domains_are_learned_in_the_order_that_is_wanted(tmp_path, name, wanted):
+    if wanted is None:
+        true_formats.write_domains(tmp_path)
+        wanted = [DOMAINS[2], DOMAINS[0]]
+    else:
+        true_formats.write_core50(tmp_path)
+    all_train, all_test = load_domains(name, tmp_path)
+    train, test = load_domains(name, tmp_path, wanted=wanted)
+    assert list(train) == wanted == list(list_domains(name, tmp_path, wanted=wanted).names)
+    assert list(test) == (list(all_test) if name == "CORe50" else wanted)
+    for domain in wanted:
+        assert list(train[domain].paths) == list(all_train[domain].paths)
+
+
+def test_digest_tells_files_and_labels_apart(tmp_path):
+    true_formats.write_core50(tmp_path)
+    train, _ = load_domains("CORe50", tmp_path)
+    digests = {source.digest() for source in train.values()}
+    assert len(digests) == len(train)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "core50_128x128", moved / "core50_128x128")
+    again, _ = load_domains("CORe50", moved)
+    assert {source.digest() for source in again.values()} == digests
+    joined = ConcatSource(list(train.values()), train["s1"].classes)
+    swapped = ConcatSource(list(reversed(train.values())), train["s1"].classes)
+    assert joined.digest() != swapped.digest()
 
 
 def test_file_list_with_an_unknown_object_is_refused(tmp_path, lists):

@@ -5,6 +5,9 @@ import json
 import logging
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ import engine
 import main
 import metrics
 from test_datasets import cifar  # noqa: F401
+
+MAIN = Path(main.__file__)
 
 TINY = [
     "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2",
@@ -286,6 +291,44 @@ def test_classes_per_task_leaves_the_others_out(trained, tmp_path):
     flags = ["--classes_per_task", "1", "--no-shuffle"]
     assert run(trained[1], tmp_path, *flags) == 0
     assert read(tmp_path / "results.json")["class_order"] == [[0], [1]]
+
+
+def test_run_goes_on_when_nobody_reads_any_more(image_folder, tmp_path):
+    """As `python main.py ... | head -1`."""
+    argv = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
+    command = [sys.executable, str(MAIN), *argv, "--output_dir", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert (process.returncode, error) == (0, "")
+    assert (tmp_path / "out" / "results.json").exists()
+    assert "Total training time" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_second_evaluation_keeps_the_first(trained, tmp_path):
+    output = copy_run(trained, tmp_path)
+    assert main.main(["--eval", "--output_dir", str(output)]) == 0
+    first = (output / "eval_results.json").read_bytes()
+    assert main.main(["--eval", "--task_inc", "--output_dir", str(output)]) == 0
+    assert (output / "eval_results_before.json").read_bytes() == first
+    assert (output / "eval_results.json").read_bytes() != first
+
+
+def test_checkpoint_of_a_task_that_was_not_evaluated_evaluates(trained, image_folder, tmp_path):
+    argv = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
+    output = tmp_path / "out"
+    assert main.main([*argv, "--eval_every", "2", "--output_dir", str(output)]) == 0
+    (path,) = (output / "checkpoint").glob("task*")
+    assert path.name == "task2_checkpoint.pth"
+    whole, _ = trained
+    content = torch.load(whole / "checkpoint" / "task1_checkpoint.pth", weights_only=True)
+    content["config"]["eval_every"] = 2
+    target = output / "checkpoint" / "task1_checkpoint.pth"
+    target.write_bytes(checkpoints.sealed(content))
+    assert main.main(["--eval", "--checkpoint", str(target)]) == 0
+    found = read(output / "eval_results_task1_checkpoint.json")["batch"]["accuracy_matrix"]
+    assert found[0][0] == read(whole / "results.json")["batch"]["accuracy_matrix"][0][0]
 
 
 def test_non_finite_loss_saves_and_names_the_place(trained, tmp_path, caplog):
@@ -608,7 +651,7 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         (["--train_mask", "maybe"], "'maybe' is neither"),
         (["--train_mask=maybe"], "'maybe' is not true or false"),
         (["--scale", "0.5", "0.1"], "--scale"),
-        (["--clip-grad", "0"], "must be positive (none: no limit)"),
+        (["--clip-grad", "0"], "must be positive and finite (none: no limit)"),
         (["--dataset", "ImageFolder"], "train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

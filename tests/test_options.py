@@ -34,6 +34,28 @@ def test_all_yes_no_flags_are_known():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["buffer_per_class", "num_tasks", "class_order", "resume", "aa"])
+def test_setting_without_default_can_be_taken_back(name, tmp_path):
+    value = {"class_order": "x.txt", "resume": "auto", "aa": "original"}.get(name, "3")
+    path, null = tmp_path / "one.yaml", tmp_path / "null.yaml"
+    path.write_text(f"{name}: {value}\n")
+    null.write_text(f"{name.replace('_', '-')}: null\n")
+    assert str(getattr(parse(str(path)), name)) == value
+    assert getattr(parse(str(path), f"--{name}", "none"), name) is None
+    assert getattr(parse(str(path), str(null)), name) is None
+
+
+def test_unknown_number_is_still_refused_by_its_kind():
+    (problem,) = problems_of("--num_tasks", "ten")
+    assert "invalid int value: 'ten'" in problem
+
+
+@pytest.mark.parametrize("name", ["digit_l2p", "Digits_L2P", "digits-l2p"])
+def test_misspelled_configuration_is_guessed(name):
+    (problem,) = problems_of(name)
+    assert "did you mean digits_l2p?" in problem
+
+
 def test_use_prompt_mask_is_the_originals_name_of_diversify():
     assert parse("--use_prompt_mask").diversify == "mask"
     assert parse("--use_prompt_mask", "false", "--diversify", "frequency").diversify == "frequency"

@@ -514,9 +514,11 @@ def a_state(number, **changes):
         buffer=torch.tensor([3, 8]),
         global_batch=8,
         num_images=[16, 16],
+        train_digest="0123abcd",
         config={"lr": 0.1, "batch_size": 8},
         class_order=[[1], [0]],
         class_names=["a", "b"],
+        test_sets=["task1", "task2"],
         backbone={"name": "vit", "source": "random", "sha256": "0" * 64},
     )
     return dataclasses.replace(state, **changes)

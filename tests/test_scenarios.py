@@ -410,3 +410,30 @@ def test_evaluations_that_are_left_test_all_tasks_so_far():
     fewer = scenarios.evaluate_every(make_stream(), 2)
     assert [rows(task) for task in fewer.tasks] == [[], [0, 1], [0, 1, 2]]
     assert [test_set.index for test_set in fewer.test_sets] == [0, 1, 2]
+
+
+def test_test_images_that_stand_class_by_class_are_mixed_in_one_way():
+    """Else the images that vote together would be of one class, which the vote would tell."""
+    test = make_source(20, seed=1)
+    order = np.argsort(test.targets, kind="stable")
+    test = ArraySource(test.images[order], test.targets[order], test.classes)
+    test.by_class = True
+    data = PREPARE.test(test)
+    assert sorted(data.indices.tolist()) == list(range(len(test)))
+    groups = data.targets[: len(test) // 10 * 10].reshape(-1, 10)
+    assert min(len(set(group)) for group in groups.tolist()) > 1
+    other = scenarios.Preparation(PREPARE.train_transform, PREPARE.test_transform, seed=7)
+    assert other.test(test).indices.tolist() == data.indices.tolist()
+    test.by_class = False
+    assert PREPARE.test(test).indices.tolist() == list(range(len(test)))
+
+
+def test_image_that_occurs_again_is_augmented_anew():
+    indices = np.array([4, 2, 4, 4, 2])
+    data = PREPARE.train(make_source(7), indices, 0)
+    images = [data[0, position][0] for position in range(5)]
+    for one, other in ((0, 2), (0, 3), (2, 3), (1, 4)):
+        assert not torch.equal(images[one], images[other])
+    alone = PREPARE.train(make_source(7), np.array([2, 4]), 0)
+    assert torch.equal(alone[0, 0][0], images[1])
+    assert torch.equal(alone[0, 1][0], images[0])
