@@ -174,6 +174,7 @@ def final(argv, output, *more):
     return checkpoints.load(checkpoints.task_path(output, 2)).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -301,7 +301,8 @@ def test_command_restores_the_handlers(command, tmp_path, monkeypatch, heard, wa
 # Runs that are asked to stop from outside
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_run_stopped_at_random_moments_repeats_no_step(command, tmp_path, seed):
     argv = four_tasks(command)
     generator = random.Random(seed)

@@ -458,6 +458,7 @@ def test_run_goes_on_with_the_same_images_a_step(alone, pictures, tmp_path):
     assert_equal_runs(tmp_path, alone(4, 2), stopped=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
     """In the second evaluation after the second task; only one process knows."""
@@ -526,6 +527,7 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
     assert f"error: process {own[0]} ended: {broken}: " in done.texts[1 - own[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "where"),
     [(0, ("engine.train_step", 2)), (1, ("engine.train_step", 2)), (0, ("training._finish", 1))],
@@ -553,6 +555,7 @@ def test_process_that_hangs_outside_a_collective_is_ended(pictures, tmp_path, ra
     assert f"error: process {1 - rank} ended: ValueError: boom" in done.texts[rank]
 
 
+@pytest.mark.slow
 def test_process_may_still_leave_by_itself(pictures, tmp_path):
     """It is busy for a while when the other fails, and comes to the collective in time."""
     hook = partial(act, "engine.train_step", 2, {0: partial(time.sleep, 2), 1: fail}, grace=20.0)

@@ -248,7 +248,8 @@ def four_tasks(command):
     return [*command, "--num_tasks", "4", "--size", "8", "--batch-size", "4", "--epochs", "4"]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_run_killed_at_random_moments_ends_as_if_never_stopped(command, tmp_path, seed):
     argv = [*four_tasks(command), *ALWAYS]
     generator = random.Random(seed)
