@@ -398,6 +398,7 @@ def test_no_prompt_position_equals_prompts_in_front_of_all(head_type):
     for parameter in vit.parameters():  # so that every part counts
         torch.nn.init.normal_(parameter, std=0.5)
     model = prompted(vit, head_type=head_type, prompt_position="none").eval()
+    torch.nn.init.normal_(model.head.weight)
     images = batch()
     wanted = prompts_first_reference(vit, model, images, head_type)
     close(model(images)["logits"], wanted, atol=1e-4, rtol=1e-4)
