@@ -89,7 +89,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}")
     content = _read(path, str(path))
     if content.get("format") in (FORMAT, _SECOND_FORMAT):
-        content = read_sealed(path.read_bytes(), str(path))
+        _unsealed(path.read_bytes(), str(path))
     if content.get("format") in (_SECOND_FORMAT, _FIRST_FORMAT):
         content = {**upgraded(content), "format": FORMAT}
     if content.get("format") == FORMAT:
@@ -136,11 +136,16 @@ def read_sealed(data: bytes, source: str) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is damaged or something else.
     """
+    return _read(io.BytesIO(_unsealed(data, source)), source)
+
+
+def _unsealed(data: bytes, source: str) -> bytes:
+    """The content without its seal, which is checked."""
     content, digest = data[: -len(_SEAL) - _DIGEST], data[-_DIGEST:]
     is_sealed = data[:-_DIGEST].endswith(_SEAL)
     if not is_sealed or hashlib.sha256(content).digest() != digest:
         raise CheckpointError(f"{source} is damaged or is no checkpoint: its checksum is wrong")
-    return _read(io.BytesIO(content), source)
+    return content
 
 
 def _read(file: Path | BinaryIO, source: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from image_sources import ImageSource
 from image_transforms import Transform
 from preemption import outlive_stop_signals
-from random_streams import Stream, random_words
+from random_streams import Stream, generator, random_words
 from replay import ReplayBuffer
 from task_stream import LabelledData, Task, TestSet
 
@@ -79,7 +80,11 @@ class TrainData(Dataset):
         self.transform = transform
         self.seed = seed
         self.task = task
-        self.repeats = _times_before(indices)
+
+    @cached_property
+    def repeats(self) -> NDArray[np.int64]:
+        """How often each image has occurred before its position, (n,)."""
+        return _times_before(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -230,9 +235,13 @@ class LoaderOptions:
         """Images of all processes in a full training step."""
         return self.global_batch or self.batch_size * self.world_size
 
+    def num_groups(self, num_images: int) -> int:
+        """Vote groups of so many images; the last may be smaller."""
+        return -(-num_images // self.vote_group_size)
+
     def share(self, num_images: int) -> slice:
         """Which of so many consecutive images are this process's: whole vote groups."""
-        num_groups = -(-num_images // self.vote_group_size)
+        num_groups = self.num_groups(num_images)
         first, stop = (
             min(num_images, num_groups * rank // self.world_size * self.vote_group_size)
             for rank in (self.rank, self.rank + 1)
@@ -290,8 +299,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, ...]]]):
         return [(epoch, position) for position in piece]
 
     def _order(self, epoch: int) -> list[int]:
-        words = random_words(self.options.seed, Stream.ORDER, self.task, epoch, num_words=4)
-        return np.random.default_rng(words).permutation(self.num_images).tolist()
+        rng = generator(self.options.seed, Stream.ORDER, self.task, epoch)
+        return rng.permutation(self.num_images).tolist()
 
 
 class ReplaySampler(GlobalBatchSampler):
@@ -313,14 +322,14 @@ class ReplaySampler(GlobalBatchSampler):
     def global_batch_size(self, step: int) -> int:
         """Images of all processes together in a step of the epoch, replayed ones included."""
         own = super().global_batch_size(step)
-        return own + self.options.replayed_per_group * self._num_groups(own)
+        return own + self.options.replayed_per_group * self.options.num_groups(own)
 
     def _keys(self, epoch: int, step: int, piece: list[int]) -> list[tuple[int, ...]]:
         size, replayed = self.options.vote_group_size, self.options.replayed_per_group
         first_group = self.options.share(self.options.full_batch).start // size
         drawn = self._draw(epoch, step)  # (R * groups of a full step,)
         keys: list[tuple[int, ...]] = []
-        for group in range(self._num_groups(len(piece))):
+        for group in range(self.options.num_groups(len(piece))):
             own = piece[group * size : (group + 1) * size]
             keys += super()._keys(epoch, step, own)
             first = (first_group + group) * replayed
@@ -330,14 +339,10 @@ class ReplaySampler(GlobalBatchSampler):
             ]
         return keys
 
-    def _num_groups(self, num_images: int) -> int:
-        return -(-num_images // self.options.vote_group_size)
-
     def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Images replayed in a step by all processes: each once, if there are enough."""
-        number = self.options.replayed_per_group * self._num_groups(self.options.full_batch)
-        words = random_words(self.options.seed, Stream.REPLAY, self.task, epoch, step, num_words=4)
-        rng = np.random.default_rng(words)
+        number = self.options.replayed_per_group * self.options.num_groups(self.options.full_batch)
+        rng = generator(self.options.seed, Stream.REPLAY, self.task, epoch, step)
         return rng.choice(self.buffer, number, replace=number > len(self.buffer))
 
 

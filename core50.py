@@ -59,7 +59,7 @@ def load_core50_domains(data_path: Path, file_lists: Path | None) -> Domains:
     root = _CORE50.prepare(data_path)
     classes = _core50_classes(root)
     if file_lists is not None:
-        return _listed_domains(root, file_lists.expanduser(), classes)
+        return _listed_domains(root, file_lists, classes)
     train = {f"s{number}": _sessions(root, [number], classes) for number in _TRAIN_SESSIONS}
     test_name = "+".join(f"s{number}" for number in _TEST_SESSIONS)
     return dict(train), {test_name: _sessions(root, _TEST_SESSIONS, classes)}
@@ -70,7 +70,7 @@ def list_core50_domains(data_path: Path, file_lists: Path | None) -> DomainList:
     num_classes = count_core50(data_path)
     if file_lists is None:
         return DomainList(tuple(f"s{number}" for number in _TRAIN_SESSIONS), num_classes)
-    return DomainList(tuple(map(_domain_of, _train_lists(file_lists.expanduser()))), num_classes)
+    return DomainList(tuple(map(_domain_of, _train_lists(file_lists))), num_classes)
 
 
 def _core50_classes(root: Path) -> list[str]:

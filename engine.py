@@ -28,6 +28,7 @@ import metrics
 import utils
 from processes import rank, sum_gradients, sum_over_processes
 from random_streams import seed_model
+from task_stream import task_name
 
 if TYPE_CHECKING:
     from task_stream import Task, TestSet
@@ -651,8 +652,7 @@ def _continue_schedule(
 
 def _name(part: Task | TestSet) -> str:
     """What to call a part of the stream: `Task 1` as the original, or a name that says more."""
-    number = part.index + 1
-    return f"Task {number}" if part.name == f"task{number}" else part.name
+    return f"Task {part.index + 1}" if part.name == task_name(part.index) else part.name
 
 
 def _begin_task(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:

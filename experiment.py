@@ -203,7 +203,7 @@ def _check_steps(args: argparse.Namespace, stream: TaskStream, global_batch: int
 
 
 def _build_buffer(args: argparse.Namespace, stream: TaskStream) -> ReplayBuffer | None:
-    if args.buffer_size is None and args.buffer_per_class is None:
+    if not settings.has_buffer(args):
         return None
     sizes = {"size": args.buffer_size, "per_class": args.buffer_per_class}
     return ReplayBuffer(stream.train_targets, args.seed, **sizes)

@@ -16,7 +16,7 @@ from typing import Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
 
 _TRACEBACK = "Traceback (most recent call last)"
 _NAMES_SHOWN = 5
@@ -177,12 +177,14 @@ class FolderSource(FileSource):
 
     def __init__(self, folder: Path, classes: Sequence[str]) -> None:
         class_ids = {name: class_id for class_id, name in enumerate(classes)}
-        samples = make_dataset(folder, class_ids, extensions=IMG_EXTENSIONS, allow_empty=True)
         prefix = os.path.join(os.path.expanduser(folder), "")
-        named = [(path.removeprefix(prefix), class_id) for path, class_id in samples]
-        shown = [(name, class_id) for name, class_id in named if f"{os.sep}." not in name]
-        names, targets = zip(*shown, strict=True) if shown else ((), ())
-        super().__init__(names, targets, classes, prefix)
+
+        def is_shown_image(path: str) -> bool:
+            return is_image_file(path) and f"{os.sep}." not in path.removeprefix(prefix)
+
+        samples = make_dataset(folder, class_ids, is_valid_file=is_shown_image, allow_empty=True)
+        names = (path.removeprefix(prefix) for path, _ in samples)
+        super().__init__(names, [class_id for _, class_id in samples], classes, prefix)
         self._check_classes_filled(folder)
 
     def _check_classes_filled(self, folder: Path) -> None:

@@ -22,6 +22,9 @@ import yaml
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
+#: What the line of an overlay about itself begins with.
+_OVERLAY = "Overlay: "
+
 _WORDS = {"true": True, "yes": True, "on": True, "1": True}
 _WORDS |= {"false": False, "no": False, "off": False, "0": False}
 
@@ -55,11 +58,6 @@ def parse_mask(text: str) -> str:
 def parse_bool_or_path(text: str) -> bool | str:
     """Reads a yes/no word, or else takes the text as a path."""
     return _WORDS.get(text.lower(), text)
-
-
-def parse_float_or_none(text: str) -> float | None:
-    """Reads a number, or `none` for none."""
-    return None if text.lower() == "none" else float(text)
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -167,20 +165,17 @@ def config_names() -> list[str]:
 
 def _misplaced(names: list[str]) -> Iterator[str]:
     """Overlays that a configuration behind them would overwrite."""
-    shipped = [name for name in names if name in config_names()]
-    for overlay, behind in itertools.pairwise(shipped):
-        if _is_overlay(overlay) and not _is_overlay(behind):
+    known = config_names()
+    shipped = [(name, _first_line(name).startswith(_OVERLAY)) for name in names if name in known]
+    for (overlay, is_overlay), (behind, is_behind_overlay) in itertools.pairwise(shipped):
+        if is_overlay and not is_behind_overlay:
             yield f"{overlay} is an overlay: put it behind {behind}, which would overwrite it"
-
-
-def _is_overlay(name: str) -> bool:
-    return _first_comment(CONFIG_DIR / f"{name}.yaml").startswith("Overlay: ")
 
 
 def list_configs() -> str:
     """Every configuration that ships with the program, overlays last, with a line about it."""
-    lines = {name: _first_comment(CONFIG_DIR / f"{name}.yaml") for name in config_names()}
-    overlays = {name: line for name, line in lines.items() if line.startswith("Overlay: ")}
+    lines = {name: _first_line(name) for name in config_names()}
+    overlays = {name: line for name, line in lines.items() if line.startswith(_OVERLAY)}
     width = max(map(len, lines)) + 2
     return "\n".join(
         [
@@ -188,13 +183,14 @@ def list_configs() -> str:
             *(f"  {name:{width}}{line}" for name, line in lines.items() if name not in overlays),
             "",
             "Overlays (python main.py CONFIG OVERLAY ...):",
-            *(f"  {n:{width}}{line.removeprefix('Overlay: ')}" for n, line in overlays.items()),
+            *(f"  {n:{width}}{line.removeprefix(_OVERLAY)}" for n, line in overlays.items()),
         ]
     )
 
 
-def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
+def _first_line(name: str) -> str:
+    """What a configuration says of itself."""
+    with (CONFIG_DIR / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
 
 
@@ -418,7 +414,7 @@ def _add_evaluation(add: Callable[..., None]) -> None:
 
 
 _YN: dict[str, Any] = {"type": parse_bool, "metavar": "BOOL"}
-_NUMBER: dict[str, Any] = {"type": parse_float_or_none, "metavar": "NUMBER"}
+_NUMBER: dict[str, Any] = {"type": _or_none(float), "metavar": "NUMBER"}
 _FLOATS: dict[str, Any] = {"type": float, "nargs": "+"}
 _PAIRS: dict[str, Any] = {"type": parse_key_value, "nargs": "*", "metavar": "NAME=VALUE"}
 

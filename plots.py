@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import metrics
 import utils
+from task_stream import display_names
 
 #: Tasks between two labels of an axis, which has up to twenty.
 _TICK_STEPS = (1, 2, 5, *(10**n for n in range(1, 7)))
@@ -39,18 +40,12 @@ def draw_results(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
     *left, right = figure.subplots(1, num_panels, squeeze=False)[0]
     for axes in left:
-        _draw_matrix(axes, matrix, _names(results, len(matrix)))
+        names = display_names(results.get("test_sets", []), len(matrix), "{}")
+        _draw_matrix(axes, matrix, names)
     _draw_curves(right, results)
     utils.write_whole(
         path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
     )
-
-
-def _names(results: dict[str, Any], num_rows: int) -> list[str]:
-    """What to call the test sets: by name, unless that says the number alone."""
-    numbers = [str(i + 1) for i in range(num_rows)]
-    names = results.get("test_sets") or numbers
-    return numbers if names == [f"task{number}" for number in numbers] else names
 
 
 def _draw_matrix(axes: Axes, matrix: metrics.Matrix, names: list[str]) -> None:

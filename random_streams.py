@@ -36,6 +36,11 @@ def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list
     return sequence.generate_state(num_words).tolist()
 
 
+def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
+    """A generator for one purpose and place, see `random_words`."""
+    return np.random.default_rng(random_words(seed, stream, *place, num_words=4))
+
+
 def seed_model(device: torch.device, seed: int, *place: int) -> None:
     """Seeds what a model draws by itself (dropout, stochastic depth) on a device.
 

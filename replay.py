@@ -18,7 +18,7 @@ from bisect import bisect_right
 import numpy as np
 from numpy.typing import NDArray
 
-from random_streams import Stream, random_words
+from random_streams import Stream, generator
 
 
 class ReplayBuffer:
@@ -44,8 +44,7 @@ class ReplayBuffer:
     ) -> None:
         assert (size is None) != (per_class is None), "one of both"
         self.targets, self.size, self.per_class = targets, size, per_class
-        words = random_words(seed, Stream.RESERVOIR, num_words=4)
-        self.priorities = np.random.default_rng(words).permutation(len(targets))  # (n,)
+        self.priorities = generator(seed, Stream.RESERVOIR).permutation(len(targets))  # (n,)
         self.indices = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import metrics
 import utils
 from engine import SELECTIONS, TaskReport, average_stats
+from task_stream import display_names
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -99,10 +100,11 @@ class RunRecord:
 
     def table(self) -> str:
         """Both accuracy matrices and all metrics as text, in percent."""
+        labels = display_names(self.test_sets, len(self.matrices["batch"]), "test set {}")
         blocks = []
         for name, title in (("batch", "batch-wise, as published"), ("instance", "instance-wise")):
             blocks.append(f"Accuracy in percent, {title} (row: test set, column: after task)")
-            blocks.append(_format_matrix(self.matrices[name], self._labels()))
+            blocks.append(_format_matrix(self.matrices[name], labels))
         summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
         for key, label in _TABLE_METRICS.items():
@@ -111,13 +113,6 @@ class RunRecord:
                 batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
                 blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
         return "\n".join(blocks)
-
-    def _labels(self) -> list[str]:
-        """What to call the test sets in the table: by name, unless that says the number alone."""
-        numbers = [f"test set {i + 1}" for i in range(len(self.matrices["batch"]))]
-        if self.test_sets in ([], [f"task{i + 1}" for i in range(len(numbers))]):
-            return numbers
-        return self.test_sets
 
     def _usage(self, report: TaskReport) -> list[dict[str, Any]]:
         """How often each prompt served the images of each test set after a task."""
@@ -154,7 +149,7 @@ class RunRecord:
         means = average_stats(report.evaluations, name)
         stats: dict[str, Any] = {f"{prefix}average_{k}": v for k, v in means.items()}
         numbers = metrics.summarize(self.matrices[name], report.task)
-        if metrics.has_test_set_per_task(self.matrices[name]):
+        if "forgetting" in numbers:
             stats[f"{prefix}forgetting"] = numbers["forgetting"]
             stats[f"{prefix}backward"] = numbers["backward_transfer"]
         return stats

@@ -159,13 +159,14 @@ def check_settings(args: argparse.Namespace, world_size: int, path: Path, state:
             f"--batch-size {args.batch_size} in {world_size} processes, {batch} images a step, "
             f"where the run has {state.global_batch}"
         )
-    replayed = [settings.replayed_per_group(a) for a in (args, argparse.Namespace(**stored))]
-    if replayed[0] != replayed[1]:
+    was = argparse.Namespace(**stored)
+    replayed, stored_replayed = settings.replayed_per_group(args), settings.replayed_per_group(was)
+    if replayed != stored_replayed:
         differences.append(
-            f"{replayed[0]} replayed images with each vote group, where the run has {replayed[1]}"
+            f"{replayed} replayed images with each vote group, where the run has {stored_replayed}"
         )
     lr = settings.learning_rate(args, batch)
-    stored_lr = settings.learning_rate(argparse.Namespace(**stored), state.global_batch)
+    stored_lr = settings.learning_rate(was, state.global_batch)
     if lr != stored_lr:
         differences.append(f"a learning rate of {lr:g}, where the run has {stored_lr:g}")
     if differences:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from continual_dataloader import TestData, TrainData
 from image_sources import ConcatSource, DataError, ImageSource
 from image_transforms import Transform
-from random_streams import Stream, random_words
-from task_stream import Task, TaskStream, TestSet
+from random_streams import Stream, generator
+from task_stream import Task, TaskStream, TestSet, task_name
 
 SCENARIOS = ("class-incremental", "domain-incremental", "gaussian")
 
@@ -61,8 +61,7 @@ class Preparation:
         """
         indices = np.arange(len(source)) if indices is None else indices
         if source.by_class:
-            words = random_words(0, Stream.TEST_ORDER, num_words=4)
-            indices = np.random.default_rng(words).permutation(indices)
+            indices = generator(0, Stream.TEST_ORDER).permutation(indices)
         return TestData(source, indices, self.test_transform)
 
 
@@ -94,12 +93,12 @@ def class_incremental(
     tasks: list[Task] = []
     test_sets: list[TestSet] = []
     for index, ids in enumerate(used.reshape(num_tasks, classes_per_task)):
-        name, classes = f"task{index + 1}", tuple(ids.tolist())
+        name, classes = task_name(index), tuple(ids.tolist())
         test_data = prepare.test(test, _images_of(ids, test))
         test_sets.append(TestSet(index, name, test_data, classes))
         data = prepare.train(train, _images_of(ids, train), index)
         tasks.append(Task(index, name, data, classes, tuple(test_sets)))
-    return TaskStream(tuple(tasks), tuple(train.classes), train.targets, train.digest())
+    return TaskStream(tuple(tasks), train)
 
 
 def several_data_sets(
@@ -149,7 +148,7 @@ def domain_incremental(
         data = prepare.train(whole, indices, index)
         tested = tuple(test_sets if common else test_sets[: index + 1])
         tasks.append(Task(index, name, data, _classes_in(source.targets), tested))
-    return TaskStream(tuple(tasks), tuple(whole.classes), whole.targets, whole.digest())
+    return TaskStream(tuple(tasks), whole)
 
 
 def gaussian(
@@ -182,19 +181,17 @@ def gaussian(
             indices = _draw(indices, images_per_episode, prepare.seed, index)
         data = prepare.train(train, indices, index)
         tasks.append(Task(index, f"episode{index + 1}", data, tuple(episode), (test_set,)))
-    return TaskStream(tuple(tasks), tuple(train.classes), train.targets, train.digest())
+    return TaskStream(tuple(tasks), train)
 
 
 def joint(stream: TaskStream, prepare: Preparation) -> TaskStream:
     """Makes a single task of a whole stream: the upper bound of what learning in turn can reach."""
-    data = stream.tasks[0].data
-    assert isinstance(data, TrainData)
     classes = list(dict.fromkeys(c for task in stream.tasks for c in task.classes))
     indices = np.unique(np.concatenate([task.data.indices for task in stream.tasks]))
     task = Task(
         0,
         "all tasks",
-        prepare.train(data.source, indices, 0),
+        prepare.train(stream.train, indices, 0),
         tuple(classes),
         tuple(stream.test_sets),
     )
@@ -237,7 +234,7 @@ def gaussian_episodes(
     probabilities = presence(len(order), num_episodes, steps, sigma)  # (T, C)
     episodes = []
     for index, row in enumerate(probabilities):
-        rng = np.random.default_rng(random_words(seed, Stream.SCHEDULE, index, 0, num_words=4))
+        rng = generator(seed, Stream.SCHEDULE, index, 0)
         present = rng.random(len(order)) < row
         while not present.any():
             present = rng.random(len(order)) < row
@@ -277,7 +274,7 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
 
 def _draw(indices: NDArray[np.int64], number: int, seed: int, episode: int) -> NDArray[np.int64]:
     """So many of the images at random; where they do not suffice, all again as often as needed."""
-    rng = np.random.default_rng(random_words(seed, Stream.SCHEDULE, episode, 1, num_words=4))
+    rng = generator(seed, Stream.SCHEDULE, episode, 1)
     rounds = -(-number // len(indices))
     return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:number]
 

@@ -52,21 +52,27 @@ def same(name: str, one: object, other: object) -> bool:
     return one == other
 
 
-def num_tasks(args: argparse.Namespace) -> int:
-    """T, the tasks of the run; needs the data where their folders are the tasks.
+def num_tasks(args: argparse.Namespace, parts: int | None = None) -> int:
+    """T, the tasks of the run.
+
+    Args:
+        args: The settings.
+        parts: What `num_parts` gives, if that is known.
+
+    Raises:
+        See `num_parts`.
+    """
+    if args.joint:
+        return 1
+    return num_parts(args) if parts is None else parts
+
+
+def num_parts(args: argparse.Namespace) -> int:
+    """Tasks before `--joint` puts them together; needs the data where their folders are the tasks.
 
     Raises:
         DataError: If such folders are missing.
         ValueError: If there is no such data set.
-    """
-    return 1 if args.joint else num_parts(args)
-
-
-def num_parts(args: argparse.Namespace) -> int:
-    """The same before `--joint` puts them together.
-
-    Raises:
-        See `num_tasks`.
     """
     if args.scenario == "domain-incremental":
         return len(list_domains(args).names)
@@ -80,7 +86,7 @@ def list_domains(args: argparse.Namespace) -> DomainList:
     """Names of the domains, in the order in which they are learned, and their classes.
 
     Raises:
-        See `num_tasks`.
+        See `num_parts`.
     """
     path = Path(args.data_path)
     return datasets.list_domains(args.dataset, path, file_lists(args), args.domains)
@@ -90,7 +96,7 @@ def num_classes(args: argparse.Namespace) -> int:
     """C, the classes of the data.
 
     Raises:
-        See `num_tasks`.
+        See `num_parts`.
     """
     if args.scenario == "domain-incremental":
         return list_domains(args).classes
@@ -102,9 +108,14 @@ def file_lists(args: argparse.Namespace) -> Path | None:
     return None if args.file_lists is None else Path(args.file_lists).expanduser()
 
 
+def has_buffer(args: argparse.Namespace) -> bool:
+    """Whether images of earlier tasks are replayed."""
+    return args.buffer_size is not None or args.buffer_per_class is not None
+
+
 def replayed_per_group(args: argparse.Namespace) -> int:
     """R, the replayed images that join each vote group; 0 without a buffer."""
-    if args.buffer_size is None and args.buffer_per_class is None:
+    if not has_buffer(args):
         return 0
     return (args.replay_batch or args.batch_size) * vote_group_size(args) // args.batch_size
 

@@ -7,12 +7,37 @@ domains in a row, hundreds of short tasks, everything at once.
 Shapes: n images, S input size in pixels, T tasks. Images are (3, S, S).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from image_sources import ImageSource
+
+
+def task_name(index: int) -> str:
+    """What a task and its test set are called where nothing but their number tells them apart."""
+    return f"task{index + 1}"
+
+
+def display_names(names: Sequence[str], number: int, form: str) -> list[str]:
+    """What to call test sets for people: by name, or by number if the names say no more.
+
+    Args:
+        names: Their names; may be empty.
+        number: How many there are.
+        form: How a number is shown, such as `test set {}`.
+    """
+    if list(names) in ([], [task_name(index) for index in range(number)]):
+        return [form.format(index + 1) for index in range(number)]
+    return list(names)
 
 
 class LabelledData(Protocol):
@@ -83,16 +108,26 @@ class TaskStream:
 
     Attributes:
         tasks: The tasks.
-        class_names: Names of all classes of the data, indexed by class id.
-        train_targets: Class id of every training image of the run; the tasks' `indices` refer to
-            these.
-        train_digest: What tells these images from others, see `ImageSource.digest`.
+        train: All training images of the run; the tasks' `indices` refer to these.
     """
 
     tasks: tuple[Task, ...]
-    class_names: tuple[str, ...]
-    train_targets: NDArray[np.int64]
-    train_digest: str
+    train: ImageSource
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of all classes of the data, indexed by class id."""
+        return tuple(self.train.classes)
+
+    @property
+    def train_targets(self) -> NDArray[np.int64]:
+        """Class id of every training image of the run, (n,)."""
+        return self.train.targets
+
+    @cached_property
+    def train_digest(self) -> str:
+        """What tells the training images from others, see `ImageSource.digest`."""
+        return self.train.digest()
 
     @property
     def num_tasks(self) -> int:

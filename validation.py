@@ -88,6 +88,7 @@ def validate_args(
         *_transforms(args),
         *_scenario(args),
         *_replay(args),
+        *_votes(args),
         *(() if elsewhere else _data(args)),
         *_model(args, sound=not of_the_model),
         *(() if elsewhere else _processes(args)),
@@ -141,16 +142,6 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
         yield f"--top_k {args.top_k} exceeds --size {args.size}: lower --top_k or enlarge the pool"
     if args.shared_prompt_key and not args.prompt_key:
         yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
-    votes = args.vote_group_size or args.batch_size
-    if not args.eval and args.batch_size >= 1 and votes >= 1 and args.batch_size % votes:
-        yield _uneven_votes(args, votes)
-
-
-def _uneven_votes(args: argparse.Namespace, votes: int) -> str:
-    return (
-        f"--vote_group_size {votes} does not divide --batch-size {args.batch_size}: "
-        "a vote group must lie in one batch"
-    )
 
 
 def _without_pool(args: argparse.Namespace) -> Iterator[str]:
@@ -201,8 +192,9 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
 def _scenario(args: argparse.Namespace) -> Iterator[str]:
     """Flags that the scenario cannot follow."""
     if args.scenario != "gaussian":
+        usual = options.defaults()
         for flag in ("--gaussian_reading", "--steps_per_task", "--gaussian_sigma"):
-            if _value(args, flag) != options.defaults()[flag[2:]]:
+            if _value(args, flag) != usual[flag[2:]]:
                 yield f"{flag} {_value(args, flag)}: needs --scenario gaussian"
     elif args.gaussian_reading == "paper" and args.epochs != 1 and not args.joint:
         yield (
@@ -220,7 +212,7 @@ def _scenario(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _replay(args: argparse.Namespace) -> Iterator[str]:
-    if args.buffer_size is None and args.buffer_per_class is None:
+    if not settings.has_buffer(args):
         if args.replay_batch is not None:
             yield "--replay_batch needs a buffer: give --buffer_size or --buffer_per_class"
         return
@@ -228,18 +220,22 @@ def _replay(args: argparse.Namespace) -> Iterator[str]:
         yield "--buffer_size and --buffer_per_class are two ways to say one thing: give one"
     if args.joint:
         yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
-    if args.eval:
+
+
+def _votes(args: argparse.Namespace) -> Iterator[str]:
+    """Whether each vote group lies in one batch, with equally many replayed images."""
+    batch, votes = args.batch_size, settings.vote_group_size(args)
+    if args.eval or batch < 1 or votes < 1:
         return
-    votes, replayed = settings.vote_group_size(args), args.replay_batch or args.batch_size
-    if votes < 1 or args.batch_size < 1 or args.batch_size % votes:
-        if not args.prompt_pool:
-            yield _uneven_votes(args, votes)
-        return
-    if replayed * votes % args.batch_size:
+    if (args.prompt_pool or settings.has_buffer(args)) and batch % votes:
         yield (
-            f"--replay_batch {replayed} cannot be shared by the {args.batch_size // votes} vote "
-            f"groups of --batch-size {args.batch_size}: give a multiple of "
-            f"{args.batch_size // votes}"
+            f"--vote_group_size {votes} does not divide --batch-size {batch}: "
+            "a vote group must lie in one batch"
+        )
+    elif settings.has_buffer(args) and (replayed := args.replay_batch or batch) * votes % batch:
+        yield (
+            f"--replay_batch {replayed} cannot be shared by the {batch // votes} vote groups of "
+            f"--batch-size {batch}: give a multiple of {batch // votes}"
         )
 
 
@@ -265,8 +261,9 @@ def _data(args: argparse.Namespace) -> Iterator[str]:
     if len(specs) > 1 and args.scenario != "class-incremental":
         return
     try:
-        yield from _tasks(args, settings.num_tasks(args))
-        yield from _classes(args, settings.num_classes(args), several=len(specs) > 1)
+        parts = settings.num_parts(args)
+        yield from _tasks(args, parts)
+        yield from _classes(args, settings.num_classes(args), parts, several=len(specs) > 1)
     except DataError as error:
         if not missing:
             yield str(error)
@@ -290,16 +287,16 @@ def _one_data_set(args: argparse.Namespace, names: list[str]) -> Iterator[str]:
             yield f"{flag}: each of {', '.join(names)} is one task with all its classes"
 
 
-def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
+def _tasks(args: argparse.Namespace, parts: int) -> Iterator[str]:
     """Whether their number fits the data and the pool."""
-    parts = settings.num_parts(args)
     if args.num_tasks is not None and args.num_tasks >= 1 and args.num_tasks != parts:
         yield (
             f"--num_tasks {args.num_tasks}: the data are {parts} tasks ({args.dataset}, "
             f"{args.scenario}), give {parts} or none"
         )
-    if parts == 1 and settings.replayed_per_group(args):
+    if parts == 1 and settings.has_buffer(args):
         yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"
+    num_tasks = settings.num_tasks(args, parts)
     needed = num_tasks * args.top_k
     if args.prompt_pool and args.diversify == "mask" and args.size < needed:
         yield (
@@ -308,7 +305,9 @@ def _tasks(args: argparse.Namespace, num_tasks: int) -> Iterator[str]:
         )
 
 
-def _classes(args: argparse.Namespace, num_classes: int, several: bool) -> Iterator[str]:
+def _classes(
+    args: argparse.Namespace, num_classes: int, parts: int, several: bool
+) -> Iterator[str]:
     """Whether their number fits the tasks, the schedule and the buffer."""
     if args.buffer_size is not None and 1 <= args.buffer_size < num_classes:
         yield (
@@ -318,9 +317,9 @@ def _classes(args: argparse.Namespace, num_classes: int, several: bool) -> Itera
     steps = settings.schedule_steps(args)
     if args.scenario == "gaussian":
         if steps >= 1 and args.gaussian_sigma > 0:
-            scenarios.presence(num_classes, settings.num_parts(args), steps, args.gaussian_sigma)
+            scenarios.presence(num_classes, parts, steps, args.gaussian_sigma)
     elif args.scenario == "class-incremental" and not several:
-        class_order.check_split(num_classes, settings.num_parts(args), args.classes_per_task)
+        class_order.check_split(num_classes, parts, args.classes_per_task)
 
 
 def _model(args: argparse.Namespace, sound: bool) -> Iterator[str]:

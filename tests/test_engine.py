@@ -116,16 +116,24 @@ def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
 
 
 def run(
-    model, options=OPTIONS, *, make_optimizer=None, make_scheduler=None, on_task_end=None, **hooks
+    model,
+    options=OPTIONS,
+    *,
+    tasks=STREAM,
+    make_optimizer=None,
+    make_scheduler=None,
+    on_task_end=None,
+    **hooks,
 ):
     """The whole stream; returns the accuracy matrices."""
     monitor = engine.Monitor()
     if on_task_end is not None:
         monitor.at_task_end = on_task_end
-    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    num_rows = len({test_set.index for task in tasks for test_set in task.test_sets})
+    matrices = {name: metrics.empty_matrix(num_rows, len(tasks)) for name in engine.SELECTIONS}
     engine.train_and_evaluate(
         model,
-        STREAM,
+        tasks,
         hooks.pop("train_loader", lambda task: Loader(*data(task))),
         lambda test_set: Loader(*data(test_set, seed=1)),
         make_optimizer or (lambda: sgd(model)),
@@ -795,27 +803,15 @@ def test_evaluate_till_now_says_nothing_of_forgetting_after_the_first_task(caplo
 
 def test_task_without_test_sets_is_trained_and_not_evaluated(caplog):
     model, reports = make_model({}), []
-    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
     tasks = [replace(STREAM[0], test_sets=()), STREAM[1]]
     before = model.head.weight.detach().clone()
 
-    class Noting(engine.Monitor):
-        def at_task_end(self, report):
-            reports.append(report)
-            assert not torch.equal(model.head.weight, before)
+    def on_task_end(report):
+        reports.append(report)
+        assert not torch.equal(model.head.weight, before)
 
     with caplog.at_level(logging.INFO):
-        engine.train_and_evaluate(
-            model,
-            tasks,
-            lambda task: Loader(*data(task)),
-            lambda test_set: Loader(*data(test_set, seed=1)),
-            lambda: sgd(model),
-            lambda optimizer: None,
-            matrices,
-            OPTIONS,
-            Noting(),
-        )
+        matrices = run(model, tasks=tasks, on_task_end=on_task_end)
     assert [len(report.evaluations) for report in reports] == [0, 2]
     assert reports[0].train_stats.keys() == {"Lr", "Loss", "Acc@1", "Acc@5"}
     for matrix in matrices.values():
@@ -826,20 +822,9 @@ def test_task_without_test_sets_is_trained_and_not_evaluated(caplog):
 
 
 def test_one_test_set_of_all_tasks_has_one_row_and_no_forgetting(caplog):
-    model = make_model({})
-    matrices = {name: metrics.empty_matrix(1, 2) for name in engine.SELECTIONS}
     tasks = [replace(task, test_sets=(FIRST,)) for task in STREAM]
     with caplog.at_level(logging.INFO):
-        engine.train_and_evaluate(
-            model,
-            tasks,
-            lambda task: Loader(*data(task)),
-            lambda test_set: Loader(*data(test_set, seed=1)),
-            lambda: sgd(model),
-            lambda optimizer: None,
-            matrices,
-            OPTIONS,
-        )
+        matrices = run(make_model({}), tasks=tasks)
     assert all(np.isfinite(matrix).all() for matrix in matrices.values())
     lines = [m for m in caplog.messages if "till task2" in m]
     assert len(lines) == 2

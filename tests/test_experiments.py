@@ -4,7 +4,6 @@ The data lie in the files in which they are published (`true_formats`).
 """
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import main
 import options
 import resume
 import training
+from test_main import _restore_logging  # noqa: F401
 from true_formats import DOMAINS, TRAIN_SESSIONS, TRUE_FORMATS, WNIDS, core50_list
 
 #: Keeps what a configuration says of `model_kwargs` beside these.
@@ -46,16 +46,6 @@ PER_TASK = {
     "learning_accuracy", "average_incremental_accuracy",
 }  # fmt: skip
 SINGLE = {"average_accuracy", "final_accuracy", "accuracy_curve"}
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    yield
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        if type(handler).__module__ == "utils":
-            root.removeHandler(handler)
-            handler.close()
 
 
 @dataclass

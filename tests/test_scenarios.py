@@ -94,7 +94,7 @@ def test_other_scenarios_fit_the_same_types():
     stream = make_stream()
     shared = stream.tasks[0].test_sets
     tasks = tuple(Task(i, f"s{i}", stream.tasks[0].data, (0, 1), shared) for i in range(300))
-    long = TaskStream(tasks, ("a", "b"), stream.train_targets, stream.train_digest)
+    long = TaskStream(tasks, stream.train)
     assert long.num_tasks == 300
     assert [test_set.index for test_set in long.test_sets] == [0]
     assert isinstance(shared[0], TestSet)
