@@ -55,6 +55,9 @@ class ImageSource(Protocol):
     def digest(self) -> str:
         """What tells the images from others without opening them: labels, and names of files."""
 
+    def arrays(self) -> list[NDArray[np.uint8]] | None:
+        """All images in order, grey (n_i, H, W) or colour (n_i, H, W, 3); None if not in memory."""
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
@@ -88,6 +91,10 @@ class ArraySource:
     def digest(self) -> str:
         """SHA-256 of the labels."""
         return _sha256(self.targets.tobytes())
+
+    def arrays(self) -> list[NDArray[np.uint8]] | None:
+        """The one array."""
+        return [self.images]
 
 
 class _Paths(Sequence[str]):
@@ -161,6 +168,10 @@ class FileSource:
     def digest(self) -> str:
         """SHA-256 of the labels and of the paths, without the folder in front of all of them."""
         return _sha256(self.targets.tobytes(), *self.paths.parts())
+
+    def arrays(self) -> list[NDArray[np.uint8]] | None:
+        """None: the images are files."""
+        return None
 
 
 class FolderSource(FileSource):
@@ -240,6 +251,16 @@ class ConcatSource:
     def digest(self) -> str:
         """SHA-256 of the labels and of the parts."""
         return _sha256(self.targets.tobytes(), *(part.digest().encode() for part in self.parts))
+
+    def arrays(self) -> list[NDArray[np.uint8]] | None:
+        """Those of all parts; None if a part has none."""
+        found: list[NDArray[np.uint8]] = []
+        for part in self.parts:
+            arrays = part.arrays()
+            if arrays is None:
+                return None
+            found += arrays
+        return found
 
 
 def open_image(path: str | Path) -> Image.Image:
