@@ -5,37 +5,20 @@
 
 Exit code: 0 done, 1 stopped by an error that is told, 2 refused command line, 75 stopped by a
 signal and ready to go on with `--resume auto`, 130 interrupted.
+
+torch and timm take seconds to import. `--help` and `--list` answer without them: only `program`
+and what it imports may need them.
 """
 
-import argparse
-import logging
+import atexit
+import functools
+import gc
 import sys
-import traceback
-from pathlib import Path
+from types import ModuleType
 
-import checkpoints
-import evaluation
 import options
 import preemption
-import processes
-import settings
-import speed
-import training
-import utils
-from checkpoints import Checkpoint, CheckpointError
-from engine import NonFiniteLossError
-from experiment import assemble
-from image_sources import DataError
-from options import UsageError
-from preemption import Preempted, StopSignals
-from processes import LostProcessError, Processes
-from validation import validate_args
-from vision_transformer import WeightsError
-
-#: Errors whose message says all that people need.
-_TOLD = (DataError, WeightsError, CheckpointError, NonFiniteLossError, OSError)
-
-logger = logging.getLogger(__name__)
+from preemption import StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,117 +30,42 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    with StopSignals() as signals:
-        code = _run(sys.argv[1:] if argv is None else argv, signals)
+    signals = StopSignals()
+    signals.defer()  # an import that is cut short cannot be made up for
+    with signals:
+        code = _main(sys.argv[1:] if argv is None else argv, signals)
     if code == preemption.EXIT_CODE:
         signals.hand_on()
     return code
 
 
-def _run(argv: list[str], signals: StopSignals) -> int:
-    """Runs one command line to its end, which it tells."""
-    try:
-        code = _main(argv, signals)
-        signals.defer()
-        return code
-    except (Exception, Preempted, KeyboardInterrupt) as error:
-        signals.defer()
-        code, reason = _tell(error)
-        processes.announce_end(code, reason)
-        traceback.clear_frames(error.__traceback__)  # ends the DataLoader workers of its loops
-        return code
-
-
-def _tell(error: BaseException) -> tuple[int, str]:
-    """Says what stopped the run; returns the exit code and one line for the other processes."""
-    if isinstance(error, UsageError):
-        if processes.is_main_process():
-            problems = "".join(f"  - {problem}\n" for problem in error.problems)
-            print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
-        return 2, f"this command line cannot run: {'; '.join(error.problems)}"
-    if isinstance(error, Preempted):
-        logger.warning("%s", error)
-        return preemption.EXIT_CODE, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        logger.error("interrupted: --resume auto goes on from the last state that was saved")
-        return 130, "interrupted"
-    if isinstance(error, LostProcessError):
-        code, reason = processes.announced_end() or (1, str(error))
-        logger.error("error: %s", reason)
-        return code, reason
-    if isinstance(error, _TOLD):
-        logger.error("error: %s", error)
-        return 1, str(error)
-    traceback.print_exception(error)
-    return 1, utils.reason(error)
-
-
 def _main(argv: list[str], signals: StopSignals) -> int:
-    utils.setup_logging()
-    args, problems = options.parse_args(argv)
-    if args.list:
-        print(options.list_configs())
-        return 0
-    processes.meet(args.dist_url)
-    paths: dict[int, Path] = {}
-    first = None
-    if args.eval and not problems:
-        paths = evaluation.find_checkpoints(args)
-        first = checkpoints.load(next(iter(paths.values())))
-        args = evaluation.adopt(args, first)
-    validate_args(args, problems)
-    places = processes.init_processes(args.device)
-    utils.setup_logging()
-    if first is None:
-        code = run(args, places, signals)
-    else:
-        code = run_evaluation(args, places, paths, first)
-    processes.close_processes()
-    return code
+    try:
+        args, problems = options.parse_args(argv)
+        if args.list:
+            print(options.list_configs())
+            return 0
+        program = _import_program()
+    except KeyboardInterrupt:
+        print("interrupted before anything ran", file=sys.stderr)
+        return 130
+    return program.run(args, problems, signals)
 
 
-def run(args: argparse.Namespace, places: Processes, signals: StopSignals) -> int:
-    """Measures, if asked to, and trains."""
-    experiment, found = training.prepare(args, places)
-    if args.speed_test or args.speed_test_only:
-        speed.speed_test(
-            experiment.model,
-            settings.make_optimizer(args, experiment.model, lr=0.0),
-            experiment.options,
-            batch_size=args.batch_size,
-            input_size=args.input_size,
-            output_dir=Path(args.output_dir) if args.output_dir else None,
-        )
-    if not args.speed_test_only:
-        training.run(args, places, signals, experiment, found)
-    return 0
+@functools.cache
+def _import_program() -> ModuleType:
+    """Imports what runs a command line, without the garbage collector: a quarter of the time.
 
-
-def run_evaluation(
-    args: argparse.Namespace, places: Processes, paths: dict[int, Path], first: Checkpoint
-) -> int:
-    """Evaluates checkpoints and writes a results file beside what the run left.
-
-    Args:
-        args: Settings, those of the run included.
-        places: This process among all.
-        paths: Checkpoints by task number.
-        first: The first of them.
+    What is imported stays to the end, so the collector need not look through it later, either.
     """
-    experiment = assemble(
-        args,
-        places,
-        task_classes=first.class_order,
-        weights_follow=evaluation.has_whole_model(args, first),
-    )
-    evaluation.evaluate_checkpoints(experiment, paths)
-    logger.info("%s", experiment.record.table())
-    path = evaluation.result_file(args)
-    if path is not None and processes.is_main_process():
-        earlier = path.with_name(f"{path.stem}_before.json")
-        utils.write_json(path, experiment.record.as_dict(), keep=earlier)
-        logger.info("Wrote %s", path)
-    return 0 if args.checkpoint else evaluation.report_missing(experiment, paths)
+    gc.disable()
+    try:
+        import program
+    finally:
+        gc.enable()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else extension modules report leaks
+    return program
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Pictures of a finished run, drawn from the content of results.json."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import matplotlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import XAxis
-from matplotlib.figure import Figure
 
 import metrics
 import utils
 from task_stream import display_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis
 
 #: Tasks between two labels of an axis, which has up to twenty.
 _TICK_STEPS = (1, 2, 5, *(10**n for n in range(1, 7)))
@@ -34,6 +36,9 @@ def draw_results(results: dict[str, Any], path: Path) -> None:
         results: Content of results.json.
         path: Picture to write; its ending tells the format.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     matplotlib.use("Agg")
     matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
     num_panels = 1 if len(matrix) == 1 else 2

@@ -48,8 +48,14 @@ class StopSignals:
         return self._came[0] if self._came else None
 
     def defer(self) -> None:
-        """Only remembers signals from now on: the program ends anyway."""
+        """Only remembers signals from now on: the program is not ready to stop, or ends anyway."""
         self._deferring = True
+
+    def listen(self) -> None:
+        """Ends `defer()`; raises `Preempted` if a signal has come meanwhile."""
+        self._deferring = False
+        if self._came:
+            raise self._preempted()
 
     def hand_on(self) -> None:
         """Calls whoever listened before for every signal that came."""
@@ -69,7 +75,10 @@ class StopSignals:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._came.append(signal.Signals(number))
         if not self._deferring and len(self._came) == 1:  # after the first it is on its way out
-            raise Preempted(f"{self._came[0].name} stopped the program before it trained")
+            raise self._preempted()
+
+    def _preempted(self) -> Preempted:
+        return Preempted(f"{self._came[0].name} stopped the program before it trained")
 
 
 def ignore_stop_signals() -> None:

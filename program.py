@@ -1,0 +1,146 @@
+"""What main.py does with a command line: checks it, trains or evaluates, and tells how it ended.
+
+All that takes long to import is imported here or below, for main.py to put it off.
+"""
+
+import argparse
+import logging
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+import checkpoints
+import evaluation
+import preemption
+import processes
+import settings
+import speed
+import training
+import utils
+from checkpoints import Checkpoint, CheckpointError
+from engine import NonFiniteLossError
+from experiment import assemble
+from image_sources import DataError
+from options import UsageError
+from preemption import Preempted, StopSignals
+from processes import LostProcessError, Processes
+from validation import validate_args
+from vision_transformer import WeightsError
+
+#: Errors whose message says all that people need.
+_TOLD = (DataError, WeightsError, CheckpointError, NonFiniteLossError, OSError)
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace, problems: list[str], signals: StopSignals) -> int:
+    """Runs one command line to its end, which it tells.
+
+    Args:
+        args: The settings.
+        problems: What is known to be wrong with them.
+        signals: Deferred so far; listened to as long as something runs.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        utils.setup_logging()
+        signals.listen()
+        code = _run(args, problems, signals)
+        signals.defer()
+        return code
+    except (Exception, Preempted, KeyboardInterrupt) as error:
+        signals.defer()
+        code, reason = _tell(error)
+        processes.announce_end(code, reason)
+        traceback.clear_frames(error.__traceback__)  # ends the DataLoader workers of its loops
+        return code
+
+
+def _tell(error: BaseException) -> tuple[int, str]:
+    """Says what stopped the run; returns the exit code and one line for the other processes."""
+    if isinstance(error, UsageError):
+        if processes.is_main_process():
+            problems = "".join(f"  - {problem}\n" for problem in error.problems)
+            print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
+        return 2, f"this command line cannot run: {'; '.join(error.problems)}"
+    if isinstance(error, Preempted):
+        logger.warning("%s", error)
+        return preemption.EXIT_CODE, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        logger.error("interrupted: --resume auto goes on from the last state that was saved")
+        return 130, "interrupted"
+    if isinstance(error, LostProcessError):
+        code, reason = processes.announced_end() or (1, str(error))
+        logger.error("error: %s", reason)
+        return code, reason
+    if isinstance(error, _TOLD):
+        logger.error("error: %s", error)
+        return 1, str(error)
+    traceback.print_exception(error)
+    return 1, utils.reason(error)
+
+
+def _run(args: argparse.Namespace, problems: list[str], signals: StopSignals) -> int:
+    processes.meet(args.dist_url)
+    paths: dict[int, Path] = {}
+    first = None
+    if args.eval and not problems:
+        paths = evaluation.find_checkpoints(args)
+        first = checkpoints.load(next(iter(paths.values())))
+        args = evaluation.adopt(args, first)
+    validate_args(args, problems)
+    places = processes.init_processes(args.device)
+    utils.setup_logging()
+    if first is None:
+        code = _train(args, places, signals)
+    else:
+        code = _evaluate_checkpoints(args, places, paths, first)
+    processes.close_processes()
+    return code
+
+
+def _train(args: argparse.Namespace, places: Processes, signals: StopSignals) -> int:
+    """Measures, if asked to, and trains."""
+    experiment, found = training.prepare(args, places)
+    if args.speed_test or args.speed_test_only:
+        speed.speed_test(
+            experiment.model,
+            partial(settings.make_optimizer, args, experiment.model, lr=0.0),
+            experiment.options,
+            batch_size=args.batch_size,
+            input_size=args.input_size,
+            output_dir=Path(args.output_dir) if args.output_dir else None,
+        )
+    if not args.speed_test_only:
+        training.run(args, places, signals, experiment, found)
+    return 0
+
+
+def _evaluate_checkpoints(
+    args: argparse.Namespace, places: Processes, paths: dict[int, Path], first: Checkpoint
+) -> int:
+    """Evaluates checkpoints and writes a results file beside what the run left.
+
+    Args:
+        args: Settings, those of the run included.
+        places: This process among all.
+        paths: Checkpoints by task number.
+        first: The first of them.
+    """
+    experiment = assemble(
+        args,
+        places,
+        task_classes=first.class_order,
+        weights_follow=evaluation.has_whole_model(args, first),
+    )
+    evaluation.evaluate_checkpoints(experiment, paths)
+    logger.info("%s", experiment.record.table())
+    path = evaluation.result_file(args)
+    if path is not None and processes.is_main_process():
+        earlier = path.with_name(f"{path.stem}_before.json")
+        utils.write_json(path, experiment.record.as_dict(), keep=earlier)
+        logger.info("Wrote %s", path)
+    return 0 if args.checkpoint else evaluation.report_missing(experiment, paths)
