@@ -1,424 +1,248 @@
-"""The data of a task, and its batches.
+"""The loaders of a run: one set of worker processes serves every task, epoch and evaluation.
 
-What an image looks like in training is a pure function of (seed, task, epoch, image): the number of
-processes, of workers, their order and the state of the global random generators have no say in it.
-For that the batch sampler asks for (epoch, position) pairs and every image brings its own seed.
-Replayed images are drawn, and augmented, as a pure function of (seed, task, epoch, step).
+The workers hand over what the transforms made, mostly pixels of one byte; only on the device does
+it become what the model reads. Test images look the same in every evaluation: they are loaded once,
+as far as memory is given for that.
 
-Shapes: B images of a batch, n images of a data set, S input size in pixels, V images that vote
-together, R replayed images that join each of these groups. Images are (3, S, S).
+Shapes: B images of a batch, S input size in pixels.
 """
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import atexit
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import tee
 from typing import NamedTuple
+from weakref import ref
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from image_sources import ImageSource
-from image_transforms import Transform
+from batch_samplers import GlobalBatchSampler, LoaderOptions, ReplaySampler, TestSampler
 from preemption import outlive_stop_signals
-from random_streams import Stream, generator, random_words
 from replay import ReplayBuffer
-from task_stream import LabelledData, Task, TestSet
+from task_data import Key, Replayed, RunData, TrainKey
+from task_stream import Task, TaskStream, TestSet
 
 
-@contextmanager
-def _global_rng_kept() -> Iterator[None]:
-    """Leave the CPU generators of torch, Python and NumPy as they were found."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-def _seed_global_rng(words: Sequence[int]) -> None:
-    # Not torch.manual_seed: that would reset the accelerator's generators too.
-    torch.default_generator.manual_seed(words[0])
-    random.seed(words[1])
-    np.random.seed(words[2])
-
-
-# Data of a task
-
-
-class TrainData(Dataset):
-    """Part of a source, augmented; indexed by (epoch, position).
-
-    Args:
-        source: Where the images come from.
-        indices: Which of its images these are, (n,); one that occurs again is augmented anew.
-        transform: From `build_transform(train=True, ...)`; may draw from the global generators.
-        seed: Seed of the run.
-        task: Index of the task.
+class ToImages(NamedTuple):
+    """What makes images (B, 3, S, S) of the first tensor of a batch, which is on the device.
 
     Attributes:
-        targets: Class id of every image, (n,).
+        train: For training batches.
+        test: For test batches.
+    """
+
+    train: Callable[[Tensor], Tensor]
+    test: Callable[[Tensor], Tensor]
+
+
+class Loaders:
+    """The batches of every task and every test set of a run.
+
+    The workers start when the first batch is asked for, and serve one pass at a time: when another
+    begins, the one before cannot go on.
+
+    Args:
+        stream: The tasks with their test sets.
+        options: See `LoaderOptions`.
+        device: Where the batches are needed.
+        to_images: Makes images there.
+        buffer: Images of earlier tasks that are replayed; None: none are.
     """
 
     def __init__(
         self,
-        source: ImageSource,
-        indices: NDArray[np.int64],
-        transform: Transform,
-        seed: int,
-        task: int,
+        stream: TaskStream,
+        options: LoaderOptions,
+        device: torch.device,
+        to_images: ToImages,
+        buffer: ReplayBuffer | None = None,
     ) -> None:
-        self.source = source
-        self.indices = indices
-        self.targets = source.targets[indices]
-        self.transform = transform
-        self.seed = seed
-        self.task = task
+        self._options, self._buffer = options, buffer
+        self._to_train = _Delivery(device, to_images.train)
+        self._to_test = _Delivery(device, to_images.test)
+        self._workers = _Workers(RunData(stream), options, _most_batches(stream, options))
+        self._cache = _TestCache(options.test_cache_bytes)
 
-    @cached_property
-    def repeats(self) -> NDArray[np.int64]:
-        """How often each image has occurred before its position, (n,)."""
-        return _times_before(self.indices)
+    def train(self, task: Task) -> "TrainBatches":
+        """The training batches of a task; with replayed images if the buffer holds any by now."""
+        place = len(task.data), self._options, task.index
+        if self._buffer is None or len(self._buffer) == 0:
+            sampler = GlobalBatchSampler(*place)
+        else:
+            sampler = ReplaySampler(*place, self._buffer.indices)
+        return TrainBatches(sampler, self._workers, self._to_train)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, int]]:
-        """Load a batch; saving the generators once for all of it costs less than per image."""
-        with _global_rng_kept():
-            return [self._load(epoch, position) for epoch, position in keys]
-
-    def _load(self, epoch: int, position: int) -> tuple[Tensor, int]:
-        index, repeat = int(self.indices[position]), int(self.repeats[position])
-        place = (self.task, epoch, index, *([repeat] if repeat else []))
-        return self.augmented(index, Stream.AUGMENTATION, *place)
-
-    def augmented(self, index: int, stream: Stream, *place: int) -> tuple[Tensor, int]:
-        """An image of the source, of this task or not, augmented as its place in the run says.
-
-        Leaves the global generators changed.
-        """
-        image, target = self.source[index]
-        _seed_global_rng(random_words(self.seed, stream, *place, num_words=3))
-        return self.transform(image), target
-
-
-def _times_before(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each index has occurred before its position, (n,)."""
-    by_index = np.argsort(indices, kind="stable")
-    places = np.arange(len(indices))
-    is_first = np.diff(indices[by_index], prepend=-1) != 0
-    times = np.empty_like(places)
-    times[by_index] = places - np.maximum.accumulate(np.where(is_first, places, 0))
-    return times
-
-
-class Replayed(NamedTuple):
-    """Key of a replayed image.
-
-    Attributes:
-        epoch: 0-based epoch of the task.
-        draw: Number of the draw in the epoch.
-        image: Number of the image in the source.
-    """
-
-    epoch: int
-    draw: int
-    image: int
-
-
-class MixedData(Dataset):
-    """A task's data and replayed images; tells which of them are replayed.
-
-    Args:
-        data: The task's, indexed by (epoch, position); its source holds the replayed images, too,
-            which are asked for by a `Replayed`.
-    """
-
-    def __init__(self, data: TrainData) -> None:
-        self.data = data
-        self.targets = data.targets
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, int, bool]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, int, bool]]:
-        """Load a batch."""
-        own = iter(self.data.__getitems__([k for k in keys if not isinstance(k, Replayed)]))
-        with _global_rng_kept():
-            return [
-                (*self._again(key), True) if isinstance(key, Replayed) else (*next(own), False)
-                for key in keys
-            ]
-
-    def _again(self, key: Replayed) -> tuple[Tensor, int]:
-        place = (self.data.task, key.epoch, key.draw)
-        return self.data.augmented(key.image, Stream.REPLAY_AUGMENTATION, *place)
-
-
-class TestData(Dataset):
-    """Part of a source, not augmented; indexed by position.
-
-    Args:
-        source: Where the images come from.
-        indices: Which of its images these are, (n,).
-        transform: From `build_transform(train=False, ...)`.
-
-    Attributes:
-        targets: Class id of every image, (n,).
-    """
-
-    __test__ = False  # no test class, whatever pytest thinks of the name
-
-    def __init__(
-        self, source: ImageSource, indices: NDArray[np.int64], transform: Transform
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.targets = source.targets[indices]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        image, target = self.source[int(self.indices[position])]
-        return self.transform(image), target
-
-
-# Loaders
+    def test(self, test_set: TestSet) -> "TestBatches":
+        """The batches of this process's share of a test set."""
+        sampler = TestSampler(len(test_set.data), self._options, test_set.index)
+        return TestBatches(sampler, self._workers, self._cache, self._to_test)
 
 
 @dataclass(frozen=True)
-class LoaderOptions:
-    """How images are put into batches.
+class TrainBatches:
+    """Images (B, 3, S, S) and class ids (B,) of an epoch, on the device.
+
+    Where images are replayed, a third tensor tells which they are, bool (B,). B may be 0, see
+    `GlobalBatchSampler`.
 
     Attributes:
-        batch_size: Images of one process in a batch.
-        vote_group_size: Images that choose their prompts together.
-        num_workers: Worker processes of a loader; 0 loads in the process itself.
-        pin_memory: Whether to load into pinned memory, when there is an accelerator.
-        seed: Seed of the run; decides the order of training images.
-        rank: This process among `world_size`.
-        world_size: Processes that share the work.
-        global_batch: Images of all processes in a training step; None: as many as their batches
-            hold together.
-        drop_last: Whether the images that do not fill a last training step are left out.
-        replayed_per_group: R, replayed images that join each vote group once the buffer has any.
+        batch_sampler: Call its `set_epoch(epoch)` before each epoch; it also tells the
+            `global_batch_size(step)` by which a mean over all processes divides.
     """
 
-    batch_size: int
-    vote_group_size: int
-    num_workers: int = 4
-    pin_memory: bool = True
-    seed: int = 42
-    rank: int = 0
-    world_size: int = 1
-    global_batch: int | None = None
-    drop_last: bool = False
-    replayed_per_group: int = 0
-
-    @property
-    def full_batch(self) -> int:
-        """Images of all processes in a full training step."""
-        return self.global_batch or self.batch_size * self.world_size
-
-    def num_groups(self, num_images: int) -> int:
-        """Vote groups of so many images; the last may be smaller."""
-        return -(-num_images // self.vote_group_size)
-
-    def share(self, num_images: int) -> slice:
-        """Which of so many consecutive images are this process's: whole vote groups."""
-        num_groups = self.num_groups(num_images)
-        first, stop = (
-            min(num_images, num_groups * rank // self.world_size * self.vote_group_size)
-            for rank in (self.rank, self.rank + 1)
-        )
-        return slice(first, stop)
-
-
-class GlobalBatchSampler(Sampler[list[tuple[int, ...]]]):
-    """This process's piece of every global batch, as (epoch, position) pairs.
-
-    The order of the images depends on seed, task and epoch alone. It is cut into global batches;
-    of each, every process takes a run of whole vote groups, the same places of each batch. The last
-    batch may be short: then a process may have fewer images or none, so that all take equally many
-    steps. Nothing is padded, and nothing dropped unless `drop_last` asks for it.
-
-    Args:
-        num_images: n, the images of the task.
-        options: See `LoaderOptions`.
-        task: Index of the task.
-    """
-
-    def __init__(self, num_images: int, options: LoaderOptions, task: int) -> None:
-        self.num_images = num_images
-        self.options = options
-        self.task = task
-        self.epoch = 0
-        self.first_step = 0
-
-    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch that the next iteration delivers, and from which step on."""
-        self.epoch, self.first_step = epoch, first_step
+    batch_sampler: GlobalBatchSampler
+    _workers: "_Workers"
+    _deliver: "_Delivery"
 
     def __len__(self) -> int:
-        full_steps, rest = divmod(self.num_images, self.options.full_batch)
-        return full_steps + (rest > 0 and not self.options.drop_last)
+        return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        return self._batches(self.epoch, self.first_step)
-
-    def global_batch_size(self, step: int) -> int:
-        """Images of all processes together in a step of the epoch, counted from 0."""
-        full = self.options.full_batch
-        return min(full, self.num_images - step * full)
-
-    def _batches(self, epoch: int, first_step: int) -> Iterator[list[tuple[int, ...]]]:
-        order = self._order(epoch)
-        full = self.options.full_batch
-        share = self.options.share(full)
-        for step in range(first_step, len(self)):
-            piece = order[step * full : (step + 1) * full][share]
-            yield self._keys(epoch, step, piece)
-
-    def _keys(self, epoch: int, step: int, piece: list[int]) -> list[tuple[int, ...]]:
-        """Keys of this process's images of a step, given their positions."""
-        return [(epoch, position) for position in piece]
-
-    def _order(self, epoch: int) -> list[int]:
-        rng = generator(self.options.seed, Stream.ORDER, self.task, epoch)
-        return rng.permutation(self.num_images).tolist()
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        replaying = isinstance(self.batch_sampler, ReplaySampler)
+        ahead, along = tee(self.batch_sampler)
+        for keys, tensors in zip(along, self._workers.load(ahead), strict=True):
+            flags = [_which_replayed(keys)] if replaying else []
+            yield self._deliver([*tensors, *flags])
 
 
-class ReplaySampler(GlobalBatchSampler):
-    """Lets R replayed images follow the images of every vote group, with which they vote.
+@dataclass(frozen=True)
+class TestBatches:
+    """Images (B, 3, S, S) and class ids (B,) of a test set, on the device."""
+
+    __test__ = False  # no test class, whatever pytest thinks of the name
+
+    _sampler: TestSampler
+    _workers: "_Workers"
+    _cache: "_TestCache"
+    _deliver: "_Delivery"
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        test_set = self._sampler.test_set
+        batches = self._cache.get(test_set)
+        if batches is None:
+            batches = self._cache.keeping(test_set, self._workers.load(self._sampler))
+        return map(self._deliver, batches)
+
+
+def _most_batches(stream: TaskStream, options: LoaderOptions) -> int:
+    """Batches of the longest pass over a task or a test set."""
+    tasks = [len(GlobalBatchSampler(len(t.data), options, t.index)) for t in stream.tasks]
+    return max(tasks + [len(TestSampler(len(t.data), options, t.index)) for t in stream.test_sets])
+
+
+def _which_replayed(keys: Sequence[Key]) -> Tensor:
+    return torch.tensor([isinstance(key, Replayed) for key in keys], dtype=torch.bool)  # (B,)
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """Brings batches to the device, the program not waiting for it, and makes images there."""
+
+    device: torch.device
+    to_images: Callable[[Tensor], Tensor]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        first, *others = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        return [self.to_images(first), *others]
+
+
+class _Workers:
+    """Processes that load whatever comes, pass after pass.
 
     Args:
-        num_images: n, the images of the task.
+        data: All that may come.
         options: See `LoaderOptions`.
-        task: Index of the task.
-        buffer: Numbers of the images that may be replayed, (m,).
+        most_batches: Batches of the longest pass; more processes would never be of use.
     """
 
-    def __init__(
-        self, num_images: int, options: LoaderOptions, task: int, buffer: NDArray[np.int64]
-    ) -> None:
-        super().__init__(num_images, options, task)
-        self.buffer = buffer
+    def __init__(self, data: RunData, options: LoaderOptions, most_batches: int) -> None:
+        num_workers = min(options.num_workers, most_batches)
+        self._agenda = _Agenda()
+        self._loader = DataLoader(
+            data,
+            batch_sampler=self._agenda,
+            num_workers=num_workers,
+            collate_fn=_Collate(data),
+            pin_memory=options.pin_memory and torch.accelerator.is_available(),
+            persistent_workers=num_workers > 0,
+            worker_init_fn=outlive_stop_signals,
+            generator=torch.Generator(),  # else every iteration draws from the global one
+        )
+        atexit.register(_dismiss, ref(self))
 
-    def global_batch_size(self, step: int) -> int:
-        """Images of all processes together in a step of the epoch, replayed ones included."""
-        own = super().global_batch_size(step)
-        return own + self.options.replayed_per_group * self.options.num_groups(own)
+    def load(self, batches: Iterable[list[Key]]) -> Iterator[list[Tensor]]:
+        """Begins a pass with the first batch asked for; what the one before left over is lost."""
+        self._agenda.batches = batches = iter(batches)
+        for tensors in self._loader:
+            yield tensors
+            assert self._agenda.batches is batches, "another pass over the data has begun"
 
-    def _keys(self, epoch: int, step: int, piece: list[int]) -> list[tuple[int, ...]]:
-        size, replayed = self.options.vote_group_size, self.options.replayed_per_group
-        first_group = self.options.share(self.options.full_batch).start // size
-        drawn = self._draw(epoch, step)  # (R * groups of a full step,)
-        keys: list[tuple[int, ...]] = []
-        for group in range(self.options.num_groups(len(piece))):
-            own = piece[group * size : (group + 1) * size]
-            keys += super()._keys(epoch, step, own)
-            first = (first_group + group) * replayed
-            keys += [
-                Replayed(epoch, step * len(drawn) + at, int(drawn[at]))
-                for at in range(first, first + replayed)
-            ]
-        return keys
 
-    def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Images replayed in a step by all processes: each once, if there are enough."""
-        number = self.options.replayed_per_group * self.options.num_groups(self.options.full_batch)
-        rng = generator(self.options.seed, Stream.REPLAY, self.task, epoch, step)
-        return rng.choice(self.buffer, number, replace=number > len(self.buffer))
+def _dismiss(workers: "ref[_Workers]") -> None:
+    """Ends processes that are left when the program ends: Python's way, SIGTERM, they outlive."""
+    if (found := workers()) is not None:
+        del found._loader
+
+
+class _Agenda:
+    """The batches of the pass under way: a DataLoader keeps one batch sampler for life."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.batches
 
 
 class _Collate:
-    """Stack samples; an empty batch becomes empty tensors of the right shape."""
+    """Stack samples; an empty batch, as only training has them, becomes empty tensors."""
 
-    def __init__(self, data: LabelledData | MixedData) -> None:
+    def __init__(self, data: RunData) -> None:
         self.data = data
 
-    def __call__(self, samples: list[tuple]) -> list[Tensor]:
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> list[Tensor]:
         if samples:
-            return default_collate(samples)  # (B, 3, S, S), (B,), with replay (B,)
-        return [tensor[:0] for tensor in default_collate([self.data[0, 0]])]
+            return default_collate(samples)
+        task = next(iter(self.data.tasks))
+        return [tensor[:0] for tensor in default_collate([self.data[TrainKey(task, 0, 0)]])]
 
 
-def build_train_loader(
-    task: Task, options: LoaderOptions, buffer: ReplayBuffer | None = None
-) -> DataLoader:
-    """Make the loader of a task's training images, and of replayed ones if there are any.
-
-    Call `loader.batch_sampler.set_epoch(epoch)` before each epoch; the sampler also tells the
-    `global_batch_size(step)` by which a mean over all processes divides.
+class _TestCache:
+    """Keeps the batches of whole test sets in host memory.
 
     Args:
-        task: The task.
-        options: See `LoaderOptions`.
-        buffer: Images of earlier tasks.
-
-    Returns:
-        Loader of images (B, 3, S, S) and class ids (B,), with replayed images also of which they
-        are, bool (B,). B may be 0, see `GlobalBatchSampler`.
+        num_bytes: How much all of them may take together.
     """
-    if buffer is None or len(buffer) == 0:
-        sampler = GlobalBatchSampler(len(task.data), options, task.index)
-        return _loader(task.data, sampler, options, persistent=True)
-    assert isinstance(task.data, TrainData)
-    replaying = ReplaySampler(len(task.data), options, task.index, buffer.indices)
-    return _loader(MixedData(task.data), replaying, options, persistent=True)
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free = num_bytes
+        self._kept: dict[int, list[list[Tensor]]] = {}
+
+    def get(self, test_set: int) -> Iterable[list[Tensor]] | None:
+        """The batches of a test set, if they are kept."""
+        return self._kept.get(test_set)
+
+    def keeping(self, test_set: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """Hands the batches of a test set on, and keeps them at the end of it if there is room."""
+        held: list[list[Tensor]] = []
+        size = 0
+        for tensors in batches:
+            yield tensors
+            size += sum(tensor.nbytes for tensor in tensors)
+            if size <= self._free:
+                held.append(_in_own_memory(tensors))
+            else:
+                held.clear()
+        if size <= self._free:
+            self._kept[test_set] = held
+            self._free -= size
 
 
-def build_test_loader(test_set: TestSet, options: LoaderOptions) -> DataLoader:
-    """Make the loader of this process's share of a test set, in the data set's order.
-
-    Vote groups are consecutive images of the whole set. Each process gets a run of whole groups (or
-    none at all), and a batch holds whole groups: as many as fit into batch_size, at least one.
-    Every image is seen exactly once by one of the processes.
-
-    Returns:
-        Loader of images (B, 3, S, S) and class ids (B,).
-    """
-    batches = _test_batches(len(test_set.data), options)
-    return _loader(test_set.data, batches, options, persistent=False)
-
-
-def _test_batches(num_images: int, options: LoaderOptions) -> list[list[int]]:
-    share = options.share(num_images)
-    size = max(1, options.batch_size // options.vote_group_size) * options.vote_group_size
-    return [
-        list(range(at, min(at + size, share.stop))) for at in range(share.start, share.stop, size)
-    ]
-
-
-def _loader(
-    data: LabelledData | MixedData,
-    batches: GlobalBatchSampler | list[list[int]],
-    options: LoaderOptions,
-    persistent: bool,
-) -> DataLoader:
-    num_workers = min(options.num_workers, len(batches))
-    return DataLoader(
-        data,  # type: ignore[arg-type]  # a Dataset in all but its base class
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_Collate(data),
-        pin_memory=options.pin_memory and torch.accelerator.is_available(),
-        persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=outlive_stop_signals,
-        generator=torch.Generator(),  # else every iteration draws from the global one
-    )
+def _in_own_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies what a worker shares: shared memory is scarce, and so are its file descriptors."""
+    return [tensor.clone() if tensor.is_shared() else tensor for tensor in tensors]

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from continual_dataloader import TestData, TrainData
 from image_sources import ConcatSource, DataError, ImageSource
 from image_transforms import Transform
 from random_streams import Stream, generator
+from task_data import TestData, TrainData
 from task_stream import Task, TaskStream, TestSet, task_name
 
 SCENARIOS = ("class-incremental", "domain-incremental", "gaussian")

@@ -4,7 +4,7 @@ The engine is handed a `TaskStream` and knows nothing of how it was made. Every 
 (`scenarios.py`) is one way to make such a sequence: classes that come in portions, data sets or
 domains in a row, hundreds of short tasks, everything at once.
 
-Shapes: n images, S input size in pixels, T tasks. Images are (3, S, S).
+Shapes: n images, T tasks.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ def display_names(names: Sequence[str], number: int, form: str) -> list[str]:
     return list(names)
 
 
+def title(part: Task | TestSet) -> str:
+    """What to call a part of the stream: `Task 1` as the original, or a name that says more."""
+    return f"Task {part.index + 1}" if part.name == task_name(part.index) else part.name
+
+
 class LabelledData(Protocol):
     """What the loaders need of a task's or a test set's data.
 
-    `data[epoch, position]` (training) or `data[position]` (test) is an image (3, S, S) and its
-    class id.
+    `data[epoch, position]` (training) or `data[position]` (test) is what the transform made of an
+    image, a tensor, and its class id.
     """
 
     targets: NDArray[np.int64]
@@ -62,6 +67,9 @@ class TrainingData(LabelledData, Protocol):
     """
 
     indices: NDArray[np.int64]
+
+    def replayed(self, epoch: int, draw: int, image: int) -> tuple[Tensor, int]:
+        """A training image of the run, of any task, as a draw of this task's replay shows it."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
 import io
 import json
+import multiprocessing
+import os
 import pickle
 import random
+import subprocess
+import sys
 from dataclasses import fields, replace
 from itertools import chain
 
@@ -11,20 +15,19 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import task_data
+from batch_samplers import GlobalBatchSampler, LoaderOptions, TestSampler
 from class_order import check_split, class_order, read_class_order
-from continual_dataloader import (
-    GlobalBatchSampler,
-    LoaderOptions,
-    build_test_loader,
-    build_train_loader,
-)
+from continual_dataloader import Loaders, ToImages
 from image_sources import ArraySource, DataError, FolderSource
-from image_transforms import TransformOptions, build_transform
+from image_transforms import NORMS, TransformOptions, build_transform, to_input
 from scenarios import Preparation, class_incremental
-from task_stream import TestSet
+from task_data import RunData, TrainKey
+from task_stream import Task, TaskStream, TestSet
 
 SMALL = TransformOptions(input_size=16)
 RICH = replace(SMALL, aa="augmix-m5-w2-d2", color_jitter=0.4, reprob=0.5, interpolation="random")
+CPU = torch.device("cpu")
 
 
 def make_source(per_class, num_classes=6, seed=0):
@@ -46,6 +49,11 @@ def make_stream(options=SMALL, per_class=7, order=(3, 1, 5, 0, 2, 4), num_tasks=
     )
 
 
+def loaders_of(stream, options, transform_options=SMALL):
+    convert = to_input(transform_options, CPU)
+    return Loaders(stream, options, CPU, ToImages(convert, convert))
+
+
 def picture(width=90, height=70):
     rng = np.random.default_rng(3)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
@@ -60,8 +68,69 @@ def rng_states():
 # Transforms
 
 
+def input_of(train, options, image):
+    """What the model gets to see of an image."""
+    return to_input(options, CPU)(build_transform(train, options)(image)[None])[0]
+
+
+def input_as_always(image, norm):
+    """The arithmetic by which every image was converted alone, in a worker."""
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    out = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255))
+    return out if NORMS[norm] is None else transforms.Normalize(*NORMS[norm])(out)
+
+
+def all_levels():
+    """A picture of 16 x 16 with every level once in every channel."""
+    rng = np.random.default_rng(5)
+    levels = [rng.permutation(256).astype(np.uint8).reshape(16, 16) for _ in range(3)]
+    return Image.fromarray(np.stack(levels, axis=2))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_is_bit_for_bit_that_of_each_image_alone(norm):
+    options = replace(SMALL, norm=norm)
+    image = all_levels()
+    pixels = build_transform(False, options)(image)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, torch.tensor(np.asarray(image)).permute(2, 0, 1))
+    kept = pixels.clone()
+    batch = to_input(options, CPU)(torch.stack([pixels, pixels.flip(1)]))
+    expected = input_as_always(image, norm)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.stack([expected, expected.flip(1)]))
+    assert torch.equal(pixels, kept)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_with_random_erasing_is_finished_in_the_transform(norm):
+    """An erased box of no size shows the arithmetic alone."""
+    options = replace(SMALL, norm=norm, hflip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0), reprob=1e-9)
+    out = build_transform(True, options)(all_levels())
+    assert out.dtype == torch.float32
+    assert torch.equal(out, input_as_always(all_levels(), norm))
+    assert to_input(options, CPU)(out[None]).equal(out[None])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("norm", NORMS)
+def test_input_has_the_same_bits_on_every_device(norm):
+    options, cuda = replace(SMALL, norm=norm), torch.device("cuda")
+    pixels = build_transform(False, options)(all_levels())[None]
+    found = to_input(options, cuda)(pixels.to(cuda))
+    assert torch.equal(found.cpu(), to_input(options, CPU)(pixels))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pixels_are_copied_out_of_the_picture(size):
+    out = build_transform(False, TransformOptions(input_size=size))(Image.new("RGB", (size, size)))
+    assert out.is_contiguous()
+    out += 1
+
+
 def test_test_transform_above_32_pixels_resizes_and_crops():
-    out = build_transform(False, TransformOptions(input_size=48))(picture())
+    out = input_of(False, TransformOptions(input_size=48), picture())
     resized = picture().resize((int(90 / 70 * 54), 54), Image.Resampling.BICUBIC)
     left, top = round((resized.width - 48) / 2), round((resized.height - 48) / 2)
     expected = np.asarray(resized.crop((left, top, left + 48, top + 48)))
@@ -76,7 +145,7 @@ def test_test_transform_resizes_short_side_to_256_for_224():
 
 def test_test_transform_up_to_32_pixels_keeps_native_size_untouched():
     image = picture(32, 32)
-    out = build_transform(False, TransformOptions(input_size=32))(image)
+    out = input_of(False, TransformOptions(input_size=32), image)
     assert torch.equal(out, torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255)
     assert build_transform(False, TransformOptions(input_size=32))(picture()).shape == (3, 32, 32)
 
@@ -89,26 +158,24 @@ def test_train_transform_is_torchvisions_crop_and_flip():
             transforms.ToTensor(),
         ]
     )
-    transform = build_transform(True, TransformOptions())
     for seed in range(8):
         torch.manual_seed(seed)
         expected = reference(picture())
         torch.manual_seed(seed)
-        out = transform(picture())
+        out = input_of(True, TransformOptions(), picture())
         assert torch.equal(out, expected)
         assert out.dtype == torch.float32
         assert 0 <= out.min() <= out.max() <= 1
 
 
 def outputs(train, options):
-    """What a transform makes of one picture under 30 seeds."""
-    transform = build_transform(train, options)
+    """What the model gets to see of one picture under 30 seeds."""
     result = []
     for seed in range(30):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        result.append(transform(picture()))
+        result.append(input_of(train, options, picture()))
     return result
 
 
@@ -134,9 +201,9 @@ def test_test_interpolation_is_that_of_test_images_alone():
     changed = replace(SMALL, input_size=40, test_interpolation="bilinear")
     resized = transforms.Resize(45, transforms.InterpolationMode.BILINEAR)(picture())
     expected = transforms.functional.to_tensor(transforms.CenterCrop(40)(resized))
-    assert torch.equal(build_transform(False, changed)(picture()), expected)
+    assert torch.equal(input_of(False, changed, picture()), expected)
     plain = replace(changed, test_interpolation="bicubic")
-    assert not torch.equal(build_transform(False, plain)(picture()), expected)
+    assert not torch.equal(input_of(False, plain, picture()), expected)
     for found, wanted in zip(outputs(True, changed), outputs(True, plain), strict=True):
         assert torch.equal(found, wanted)
 
@@ -165,13 +232,13 @@ def test_every_transform_option_changes_something(name):
     ]
     assert not all(same)
     if train_only and name != "input_size":
-        test, other = (build_transform(False, options)(picture()) for options in (base, changed))
+        test, other = (input_of(False, options, picture()) for options in (base, changed))
         assert torch.equal(test, other)
 
 
 def test_norm_maps_as_its_name_says():
     plain, half, imagenet = (
-        build_transform(False, replace(SMALL, norm=norm))(picture())
+        input_of(False, replace(SMALL, norm=norm), picture())
         for norm in ("none", "half", "imagenet")
     )
     assert torch.allclose(half, plain * 2 - 1, atol=1e-6)
@@ -334,37 +401,42 @@ def test_check_split_says_what_would_fit(arguments, expected):
 # Random augmentation
 
 
-def epoch_images(task, options, epoch):
+def epoch_batches(stream, task, options, epoch, first_step=0):
+    """The batches of an epoch of a task, loaded by workers of their own."""
+    batches = loaders_of(stream, options, RICH).train(stream.tasks[task])
+    batches.batch_sampler.set_epoch(epoch, first_step)
+    return list(batches)
+
+
+def epoch_images(stream, task, options, epoch):
     """All batches of an epoch as one list of (image bytes, target), in order."""
-    loader = build_train_loader(task, options)
-    loader.batch_sampler.set_epoch(epoch)
     return [
         (image.numpy().tobytes(), int(target))
-        for images, targets in loader
+        for images, targets in epoch_batches(stream, task, options, epoch)
         for image, target in zip(images, targets, strict=True)
     ]
 
 
 def test_augmentation_is_the_same_for_any_number_of_workers_and_ranks():
-    task = make_stream(RICH, per_class=9).tasks[1]  # 18 images
-    alone = epoch_images(task, LoaderOptions(8, 8, num_workers=0), epoch=3)
+    stream = make_stream(RICH, per_class=9)  # 18 images a task
+    alone = epoch_images(stream, 1, LoaderOptions(8, 8, num_workers=0), epoch=3)
     assert len(alone) == 18
-    assert epoch_images(task, LoaderOptions(8, 8, num_workers=2), epoch=3) == alone
+    assert epoch_images(stream, 1, LoaderOptions(8, 8, num_workers=2), epoch=3) == alone
     for world_size in (2, 4):
         options = LoaderOptions(8 // world_size, 2, num_workers=0, world_size=world_size)
-        shares = [epoch_images(task, replace(options, rank=r), 3) for r in range(world_size)]
+        shares = [epoch_images(stream, 1, replace(options, rank=r), 3) for r in range(world_size)]
         assert sorted(chain.from_iterable(shares)) == sorted(alone)
         first = [image for share in shares for image in share[: options.batch_size]]
         assert first == alone[:8]  # rank after rank gives the global batch
 
 
 def test_augmentation_ignores_the_global_generators_and_the_order():
-    data = make_stream(RICH).tasks[0].data
-    expected = [data[2, i][0] for i in range(5)]
+    data = RunData(make_stream(RICH))
+    expected = [data[TrainKey(0, 2, i)][0] for i in range(5)]
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    again = data.__getitems__([(2, i) for i in reversed(range(5))])
+    again = data.__getitems__([TrainKey(0, 2, i) for i in reversed(range(5))])
     assert all(torch.equal(a, b) for a, (b, _) in zip(expected, reversed(again), strict=True))
 
 
@@ -386,28 +458,29 @@ def test_loading_leaves_the_global_generators_untouched(num_workers):
     stream = make_stream(RICH)
     options = LoaderOptions(4, 4, num_workers=num_workers)
     before = rng_states()
-    epoch_images(stream.tasks[0], options, epoch=0)
-    list(build_test_loader(stream.tasks[0].test_sets[0], options))
+    epoch_images(stream, 0, options, epoch=0)
+    list(loaders_of(stream, options, RICH).test(stream.test_sets[0]))
     assert rng_states() == before
 
 
 def test_data_survives_the_way_into_a_spawned_worker():
-    task = make_stream(RICH).tasks[1]
-    for data, key in ((task.data, (1, 2)), (task.test_sets[0].data, 2)):
-        assert torch.equal(pickle.loads(pickle.dumps(data))[key][0], data[key][0])
+    data = RunData(make_stream(RICH))
+    sent = pickle.loads(pickle.dumps(data))
+    for key in (TrainKey(1, 1, 2), task_data.Replayed(1, 1, 2, 0), task_data.TestKey(0, 2)):
+        assert torch.equal(sent[key][0], data[key][0])
 
 
 def test_generators_are_restored_after_an_error():
-    data = make_stream().tasks[0].data
+    stream = make_stream()
     before = rng_states()
 
     def fail(_image):
         torch.rand(1)
         raise DataError("broken")
 
-    data.transform = fail
+    stream.tasks[0].data.transform = fail
     with pytest.raises(DataError, match="broken"):
-        data[0, 0]
+        RunData(stream)[TrainKey(0, 0, 0)]
     assert rng_states() == before
 
 
@@ -432,7 +505,7 @@ def test_global_batches_hold_every_image_once(num_images, world_size):
         assert all(len(piece) == 4 for piece in pieces[: len(expected) // 4])
         assert ranks[0].global_batch_size(step) == len(expected)
     seen = [key for batch in alone for key in batch]
-    assert sorted(seen) == [(5, i) for i in range(num_images)]
+    assert sorted(seen) == [TrainKey(2, 5, i) for i in range(num_images)]
 
 
 @pytest.mark.parametrize("num_images", [1, 11, 12, 13, 31])
@@ -472,11 +545,14 @@ def test_shares_are_whole_vote_groups_evenly(num_images, world_size, group):
 
 
 def test_epoch_can_begin_with_a_later_step():
-    task = make_stream(per_class=9).tasks[0]  # 18 images: 8 + 8 + 2
+    stream = make_stream(per_class=9)  # 18 images a task: 8 + 8 + 2
     for rank in (0, 1):
         options = LoaderOptions(4, 4, rank=rank, world_size=2)
         sampler = GlobalBatchSampler(18, options, task=0)
-        loaders = [build_train_loader(task, replace(options, num_workers=n)) for n in (0, 1)]
+        loaders = [
+            loaders_of(stream, replace(options, num_workers=n)).train(stream.tasks[0])
+            for n in (0, 1)
+        ]
         for one in (sampler, *(loader.batch_sampler for loader in loaders)):
             one.set_epoch(2)
         whole = list(sampler)
@@ -496,7 +572,7 @@ def test_order_depends_on_seed_task_and_epoch_alone():
     def order(seed=42, task=0, epoch=0):
         sampler = GlobalBatchSampler(64, LoaderOptions(64, 4, seed=seed), task)
         sampler.set_epoch(epoch)
-        return [position for _, position in next(iter(sampler))]
+        return [key.position for key in next(iter(sampler))]
 
     assert order() == order()
     orders = [order(), order(seed=43), order(task=1), order(epoch=1), list(range(64))]
@@ -504,23 +580,20 @@ def test_order_depends_on_seed_task_and_epoch_alone():
 
 
 def test_set_epoch_reaches_persistent_workers():
-    task = make_stream(RICH).tasks[0]
-    loader = build_train_loader(task, LoaderOptions(8, 8, num_workers=2))
-    assert loader.persistent_workers
-    plain = build_train_loader(task, LoaderOptions(8, 8, num_workers=0))
+    stream = make_stream(RICH)
+    options = LoaderOptions(8, 8, num_workers=2)
+    batches = loaders_of(stream, options, RICH).train(stream.tasks[0])
     for epoch in (0, 1, 0):
-        for one in (loader, plain):
-            one.batch_sampler.set_epoch(epoch)
-        for (images, targets), (same, same_targets) in zip(loader, plain, strict=True):
-            assert torch.equal(images, same)
-            assert torch.equal(targets, same_targets)
+        batches.batch_sampler.set_epoch(epoch)
+        expected = epoch_batches(stream, 0, replace(options, num_workers=0), epoch)
+        assert_same(list(batches), expected)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_process_without_images_gets_an_empty_batch(num_workers):
-    task = make_stream(per_class=9).tasks[0]  # 18 images: 16 + 2
+    stream = make_stream(per_class=9)  # 18 images a task: 16 + 2
     options = LoaderOptions(4, 4, num_workers=num_workers, rank=3, world_size=4)
-    full, empty = list(build_train_loader(task, options))
+    full, empty = list(loaders_of(stream, options).train(stream.tasks[0]))
     assert full[0].shape == (4, 3, 16, 16)
     assert empty[0].shape == (0, 3, 16, 16)
     assert empty[0].dtype == full[0].dtype
@@ -531,37 +604,301 @@ def test_process_without_images_gets_an_empty_batch(num_workers):
 @pytest.mark.parametrize("num_images", [1, 10, 23, 24])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
 @pytest.mark.parametrize(("batch_size", "group"), [(8, 8), (20, 4), (3, 5), (64, 1)])
-def test_test_batches_hold_whole_groups_in_order(num_images, world_size, batch_size, group):
-    test_set = TestSet(0, "x", range_data(num_images), (0,))
+@pytest.mark.parametrize("eval_batch_size", [None, 17])
+def test_test_batches_hold_whole_groups_in_order(
+    num_images, world_size, batch_size, group, eval_batch_size
+):
     seen = []
     for rank in range(world_size):
-        options = LoaderOptions(batch_size, group, 0, rank=rank, world_size=world_size)
-        loader = build_test_loader(test_set, options)
-        batches = [targets.tolist() for _, targets in loader]
-        assert len(batches) == len(loader)
+        options = LoaderOptions(
+            batch_size, group, rank=rank, world_size=world_size, eval_batch_size=eval_batch_size
+        )
+        sampler = TestSampler(num_images, options, test_set=3)
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        assert {key.test_set for batch in keys for key in batch} <= {3}
+        batches = [[key.position for key in batch] for batch in keys]
+        size = eval_batch_size or batch_size
         for batch in batches:
             assert batch[0] % group == 0
-            assert len(batch) <= max(group, batch_size)
+            assert len(batch) <= max(group, size)
             assert len(batch) % group == 0 or batch[-1] == num_images - 1
         for batch in batches[:-1]:
-            assert len(batch) == max(group, batch_size // group * group)
+            assert len(batch) == max(group, size // group * group)
         seen += chain.from_iterable(batches)
     assert seen == list(range(num_images))
 
 
-class RangeData(torch.utils.data.Dataset):
-    def __init__(self, num_images):
-        self.targets = np.arange(num_images)
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        return torch.zeros(3, 1, 1), int(self.targets[index])
+def assert_same(batches, expected):
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
 
 
-def range_data(num_images):
-    return RangeData(num_images)
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("options", [SMALL, RICH], ids=["plain", "erasing"])
+def test_pixels_travel_as_bytes_and_become_images_on_the_device(num_workers, options):
+    stream = make_stream(options)
+    came = {"train": [], "test": []}
+    convert = to_input(options, CPU)
+    to_images = ToImages(
+        *[lambda batch, to=to: (to.append(batch), convert(batch))[1] for to in came.values()]
+    )
+    loaders = Loaders(stream, LoaderOptions(8, 8, num_workers), CPU, to_images)
+    for images, _ in (*loaders.train(stream.tasks[0]), *loaders.test(stream.test_sets[0])):
+        assert images.dtype == torch.float32
+    erasing = options.reprob > 0
+    assert {t.dtype for t in came["train"]} == {torch.float32 if erasing else torch.uint8}
+    assert {t.dtype for t in came["test"]} == {torch.uint8}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_test_images_are_bit_for_bit_what_they_always_were(norm):
+    options = replace(SMALL, norm=norm)
+    stream = make_stream(options)
+    data = stream.test_sets[1].data
+    batches = loaders_of(stream, LoaderOptions(4, 4, 1), options).test(stream.test_sets[1])
+    pictures = [data.source[i][0] for i in data.indices]
+    small = [image.resize((16, 16), Image.Resampling.BICUBIC) for image in pictures]
+    expected = torch.stack([input_as_always(image, norm) for image in small])
+    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+
+
+# One set of workers
+
+
+class Witness:
+    """A transform that makes of every picture the number of its process, and counts them."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, _image):
+        self.calls += 1
+        return torch.tensor([os.getpid(), 0])
+
+
+def witnessed(options, per_class=7):
+    """A stream of three tasks without pixels, its loaders, and who loads test images."""
+    train, test = Witness(), Witness()
+    source = make_source(per_class)
+    stream = class_incremental(source, source, range(6), 3, 2, Preparation(train, test, 42))
+    to_images = ToImages(lambda batch: batch, lambda batch: -batch)
+    return stream, Loaders(stream, options, CPU, to_images), test
+
+
+def children():
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+def pids(batches):
+    return {abs(pid) for images, _ in batches for pid in images[:, 0].tolist()}
+
+
+def test_workers_start_once_for_all_tasks_epochs_and_evaluations():
+    before = children()
+    stream, loaders, _ = witnessed(LoaderOptions(4, 4, num_workers=2))
+    assert children() == before
+    for task in stream.tasks:
+        batches = loaders.train(task)
+        for epoch in (0, 1):
+            batches.batch_sampler.set_epoch(epoch)
+            found = pids(batches)
+            assert len(found) == 2
+            assert found == children() - before
+        for test_set in task.test_sets:
+            assert pids(loaders.test(test_set)) == found
+    assert os.getpid() not in found
+    del loaders, batches
+    assert children() == before
+
+
+LEFT_AT_THE_END = """
+from continual_dataloader import *
+from test_continual_dataloader import *
+stream, loaders, _ = witnessed(LoaderOptions(4, 4, 2))
+batches = loaders.train(stream.tasks[0])
+assert len(pids(batches)) == 2
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_left_do_not_hold_up_the_end_of_the_program():
+    """Python would wait for them as long as they outlive its signal, half a minute."""
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", LEFT_AT_THE_END]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=25
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_without_workers_the_process_itself_loads():
+    before = children()
+    stream, loaders, _ = witnessed(LoaderOptions(4, 4, num_workers=0))
+    for task in stream.tasks:
+        assert pids(loaders.train(task)) == pids(loaders.test(task.test_sets[0])) == {os.getpid()}
+    assert children() == before
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "eval_batch_size", "expected"), [(14, 14, 1), (7, 14, 2), (14, 7, 2)]
+)
+def test_no_more_workers_than_the_longest_pass_has_batches(batch_size, eval_batch_size, expected):
+    before = children()
+    options = LoaderOptions(batch_size, 1, num_workers=2, eval_batch_size=eval_batch_size)
+    stream, loaders, _ = witnessed(options)
+    list(loaders.test(stream.test_sets[0]))
+    assert len(children() - before) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_need_not_hold_pixels(num_workers):
+    options = LoaderOptions(4, 4, num_workers, rank=3, world_size=4, test_cache_bytes=10**6)
+    stream, loaders, _ = witnessed(options)  # 14 images a task: 4 + 4 + 4 + 2
+    (images, targets), *_ = loaders.train(stream.tasks[0])
+    assert (images.shape, images.dtype) == ((2, 2), torch.int64)
+    assert (images[:, 0] > 0).all()
+    stream, loaders, _ = witnessed(options, per_class=6)  # 12 images: none for the last process
+    ((images, targets),) = loaders.train(stream.tasks[0])
+    assert (images.shape, images.dtype) == ((0, 2), torch.int64)
+    assert (targets.shape, targets.dtype) == ((0,), torch.int64)
+    for _ in range(2):
+        ((images, _),) = loaders.test(stream.test_sets[0])
+        assert (images[:, 0] < 0).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pass_given_up_leaves_nothing_to_the_next(num_workers):
+    stream = make_stream(RICH, per_class=9)
+    options = LoaderOptions(2, 2, num_workers=num_workers)
+    loaders = loaders_of(stream, options, RICH)
+    alone = replace(options, num_workers=0)
+    train = [epoch_batches(stream, task, alone, epoch=1) for task in range(3)]
+    test = list(loaders_of(stream, alone, RICH).test(stream.test_sets[0]))
+    for task in range(3):
+        batches = loaders.train(stream.tasks[task])
+        batches.batch_sampler.set_epoch(1)
+        given_up = iter(batches)
+        assert_same([next(given_up), next(given_up)], train[task][:2])
+        if task == 1:
+            assert_same(loaders.test(stream.test_sets[0]), test)
+        if task == 2:
+            batches.batch_sampler.set_epoch(1, 4)
+            assert_same(batches, train[task][4:])
+    with pytest.raises(AssertionError, match="another pass"):
+        next(given_up)
+
+
+# Test images that are kept
+
+TEST_BYTES = 14 * (2 * 8 + 8)  # of a test set of `witnessed`: two numbers and a class id an image
+
+
+def loads(loaders, test_sets, witness):
+    """How many images each test set has loaded in this process."""
+    numbers = []
+    for test_set in test_sets:
+        before = witness.calls
+        list(loaders.test(test_set))
+        numbers.append(witness.calls - before)
+    return numbers
+
+
+@pytest.mark.parametrize("eval_batch_size", [None, 5, 100])
+@pytest.mark.parametrize(
+    ("num_bytes", "again"),
+    [
+        (0, [14, 14, 14]),
+        (TEST_BYTES - 1, [14, 14, 14]),
+        (TEST_BYTES, [0, 14, 14]),
+        (3 * TEST_BYTES - 1, [0, 0, 14]),
+        (3 * TEST_BYTES, [0, 0, 0]),
+    ],
+)
+def test_test_images_are_loaded_once_as_far_as_they_fit(num_bytes, again, eval_batch_size):
+    options = LoaderOptions(
+        4, 1, num_workers=0, eval_batch_size=eval_batch_size, test_cache_bytes=num_bytes
+    )
+    stream, loaders, witness = witnessed(options)
+    assert loads(loaders, stream.test_sets, witness) == [14, 14, 14]
+    for _ in range(2):
+        assert loads(loaders, stream.test_sets, witness) == again
+
+
+def test_smaller_test_set_is_kept_where_a_larger_one_does_not_fit():
+    options = LoaderOptions(2, 2, num_workers=0, test_cache_bytes=5 * 24)
+    data = [task_data.TestData(make_source(1), np.arange(n), Witness()) for n in (6, 4)]
+    test_sets = tuple(TestSet(i, f"set{i}", part, (0,)) for i, part in enumerate(data))
+    train = make_stream().tasks[0].data
+    stream = TaskStream((Task(0, "task1", train, (0,), test_sets),), train.source)
+    loaders = Loaders(stream, options, CPU, ToImages(torch.neg, torch.neg))
+    for _ in range(3):
+        for test_set in test_sets:
+            list(loaders.test(test_set))
+    assert [part.transform.calls for part in data] == [3 * 6, 4]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kept_batches_are_the_loaded_ones_in_memory_of_their_own(num_workers):
+    stream = make_stream()
+    options = LoaderOptions(4, 4, num_workers, test_cache_bytes=10**9)
+    loaders, fresh = (loaders_of(stream, replace(options, num_workers=n)) for n in (num_workers, 0))
+    list(loaders.test(stream.test_sets[0]))
+    for _ in range(2):
+        kept = list(loaders.test(stream.test_sets[0]))
+        assert_same(kept, fresh.test(stream.test_sets[0]))
+        assert len(kept) == len(loaders.test(stream.test_sets[0])) == 3
+        assert not any(targets.is_shared() for _, targets in kept)
+
+
+def test_evaluation_given_up_keeps_nothing():
+    stream, loaders, witness = witnessed(LoaderOptions(4, 4, 0, test_cache_bytes=10**6))
+    test_set = stream.test_sets[0]
+    for _ in range(2):
+        given_up = iter(loaders.test(test_set))
+        next(given_up), next(given_up)
+        del given_up
+    assert witness.calls == 2 * 8
+    assert loads(loaders, [test_set], witness) == [14]
+    assert loads(loaders, [test_set], witness) == [0]
+
+
+def test_evaluation_that_fails_keeps_nothing():
+    stream, loaders, witness = witnessed(LoaderOptions(4, 4, 0, test_cache_bytes=10**6))
+    data = stream.test_sets[0].data
+    last, data.indices[-1] = data.indices[-1], 10**6
+    with pytest.raises(IndexError):
+        list(loaders.test(stream.test_sets[0]))
+    data.indices[-1] = last
+    assert loads(loaders, stream.test_sets[:1], witness) == [14]
+
+
+def test_every_process_keeps_its_own_share():
+    options = LoaderOptions(4, 4, 0, world_size=3, test_cache_bytes=8 * 24)
+    shares = []
+    for rank in range(3):  # 4, 4 and 6 of 14 images
+        stream, loaders, witness = witnessed(replace(options, rank=rank))
+        shares += loads(loaders, stream.test_sets[:1] * 2, witness)
+    assert shares == [4, 0, 4, 0, 6, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_on_cuda_are_those_on_the_cpu(pin_memory, num_workers):
+    options = replace(SMALL, norm="imagenet")
+    stream, cuda = make_stream(options), torch.device("cuda")
+    convert = to_input(options, cuda)
+    loading = LoaderOptions(4, 4, num_workers, pin_memory, test_cache_bytes=10**9)
+    loaders = Loaders(stream, loading, cuda, ToImages(convert, convert))
+    plain = loaders_of(stream, loading, options)
+    passes = [(loaders.train(stream.tasks[0]), plain.train(stream.tasks[0]))]
+    passes += [(loaders.test(stream.test_sets[0]), plain.test(stream.test_sets[0]))] * 2
+    for found, expected in passes:
+        batches = list(found)
+        assert all(tensor.device.type == "cuda" for batch in batches for tensor in batch)
+        assert_same([[tensor.cpu() for tensor in batch] for batch in batches], expected)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -577,18 +914,17 @@ def test_unreadable_image_is_named_from_a_loader(tmp_path, num_workers):
     broken = tmp_path / "bee" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
     options = LoaderOptions(2, 2, num_workers=num_workers)
-    for loader in (
-        build_train_loader(stream.tasks[0], options),
-        build_test_loader(stream.tasks[0].test_sets[0], options),
-    ):
-        message = ""
-        try:
-            list(loader)
-        except DataError as error:  # not pytest.raises: it would keep the workers alive
-            message = str(error)
-            error.__traceback__ = None
-        assert message.startswith(f"{broken}: ")
-        assert "\n" not in message
+    loaders = loaders_of(stream, options)
+    for _ in range(2):
+        for batches in (loaders.train(stream.tasks[0]), loaders.test(stream.test_sets[0])):
+            message = ""
+            try:
+                list(batches)
+            except DataError as error:  # not pytest.raises: it would keep the workers alive
+                message = str(error)
+                error.__traceback__ = None
+            assert message.startswith(f"{broken}: ")
+            assert "\n" not in message
 
 
 def test_read_class_order_reads_back_what_a_stream_reports(tmp_path):

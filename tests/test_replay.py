@@ -8,17 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from continual_dataloader import (
-    GlobalBatchSampler,
-    LoaderOptions,
-    Replayed,
-    ReplaySampler,
-    build_train_loader,
-)
+from batch_samplers import GlobalBatchSampler, LoaderOptions, ReplaySampler
+from continual_dataloader import Loaders, ToImages
 from image_sources import ArraySource
-from image_transforms import TransformOptions, build_transform
+from image_transforms import TransformOptions, build_transform, to_input
 from replay import ReplayBuffer, even_shares
 from scenarios import Preparation, class_incremental
+from task_data import Replayed, RunData
 
 # Shares
 
@@ -227,7 +223,7 @@ def test_every_vote_group_is_followed_by_its_replayed_images(num_images, per_gro
         ]
         assert [isinstance(key, Replayed) for key in keys] == expected
         assert sampler.global_batch_size(step) == len(keys)
-        assert all(key.epoch == 2 and key.image in BUFFER for key in replayed(keys))
+        assert all(key[:2] == (1, 2) and key.image in BUFFER for key in replayed(keys))
         images = [key.image for key in replayed(keys)]
         assert len(set(images)) == len(images)  # the buffer holds more than a step needs
 
@@ -302,6 +298,8 @@ def test_epoch_with_replay_can_begin_with_a_later_step(rank):
 # What is loaded
 
 SMALL = TransformOptions(input_size=16)
+CPU = torch.device("cpu")
+TO_INPUT = to_input(SMALL, CPU)
 
 
 def make_stream(options=SMALL, per_class=9, seed=42):
@@ -321,10 +319,16 @@ def buffer_after(stream, num_tasks, **size):
     return buffer
 
 
-def loaded(task, options, buffer, epoch=1, first_step=0):
-    loader = build_train_loader(task, options, buffer)
-    loader.batch_sampler.set_epoch(epoch, first_step)
-    return list(loader)
+def batches_of(stream, task, options, buffer):
+    return Loaders(stream, options, CPU, ToImages(TO_INPUT, TO_INPUT), buffer).train(
+        stream.tasks[task]
+    )
+
+
+def loaded(stream, task, options, buffer, epoch=1, first_step=0):
+    batches = batches_of(stream, task, options, buffer)
+    batches.batch_sampler.set_epoch(epoch, first_step)
+    return list(batches)
 
 
 def as_bytes(images):
@@ -333,21 +337,34 @@ def as_bytes(images):
 
 def test_first_task_replays_nothing():
     stream = make_stream()
-    plain = loaded(stream.tasks[0], OPTIONS, None)
+    plain = loaded(stream, 0, OPTIONS, None)
     for buffer in (None, buffer_after(stream, 0)):
-        loader = build_train_loader(stream.tasks[0], OPTIONS, buffer)
-        assert not isinstance(loader.batch_sampler, ReplaySampler)
-        loader.batch_sampler.set_epoch(1)
-        for batch, expected in zip(loader, plain, strict=True):
+        batches = batches_of(stream, 0, OPTIONS, buffer)
+        assert not isinstance(batches.batch_sampler, ReplaySampler)
+        batches.batch_sampler.set_epoch(1)
+        for batch, expected in zip(batches, plain, strict=True):
             assert len(batch) == 2
             assert torch.equal(batch[0], expected[0])
+
+
+def test_tasks_replay_what_the_buffer_holds_when_they_begin():
+    stream = make_stream()
+    buffer = ReplayBuffer(stream.train_targets, 42, size=20)
+    loaders = Loaders(stream, OPTIONS, CPU, ToImages(TO_INPUT, TO_INPUT), buffer)
+    for task, seen in zip(stream.tasks, ((), (0, 1), (0, 1, 2, 3)), strict=True):
+        batches = list(loaders.train(task))
+        assert {len(batch) for batch in batches} == {3 if seen else 2}
+        shown = [set(targets[again].tolist()) for _, targets, *flags in batches for again in flags]
+        assert set().union(*shown) <= set(seen)
+        assert all(shown)
+        buffer.add(task.data.indices)
 
 
 def test_own_images_are_as_without_replay_and_flags_tell_them_apart():
     stream = make_stream()
     buffer = buffer_after(stream, 1)
-    plain = loaded(stream.tasks[1], OPTIONS, None)
-    mixed = loaded(stream.tasks[1], OPTIONS, buffer)
+    plain = loaded(stream, 1, OPTIONS, None)
+    mixed = loaded(stream, 1, OPTIONS, buffer)
     assert len(mixed) == len(plain) == 2  # 18 images: 12 and 6, a short last group
     for (images, targets, again), (own_images, own_targets) in zip(mixed, plain, strict=True):
         assert again.dtype == torch.bool
@@ -368,21 +385,22 @@ def test_replayed_images_are_read_raw_and_not_augmented_twice():
     buffer, source = buffer_after(stream, 1), stream.tasks[0].data.source
     sampler = ReplaySampler(18, OPTIONS, 1, buffer.indices)
     sampler.set_epoch(1)
-    batches = loaded(stream.tasks[1], OPTIONS, buffer)
+    batches = loaded(stream, 1, OPTIONS, buffer)
     for keys, (images, targets, again) in zip(sampler, batches, strict=True):
         wanted = [source[key.image] for key in replayed(keys)]
         assert targets[again].tolist() == [target for _, target in wanted]
-        assert torch.equal(images[again], torch.stack([plain(image) for image, _ in wanted]))
+        pixels = torch.stack([plain(image) for image, _ in wanted])
+        assert torch.equal(images[again], TO_INPUT(pixels))
 
 
 def test_same_image_looks_different_in_every_draw():
     stream = make_stream()
     buffer = buffer_after(stream, 1, size=1)  # only ever this one
-    batches = loaded(stream.tasks[1], OPTIONS, buffer) + loaded(stream.tasks[1], OPTIONS, buffer, 2)
+    batches = loaded(stream, 1, OPTIONS, buffer) + loaded(stream, 1, OPTIONS, buffer, 2)
     shown = [one for images, _, again in batches for one in as_bytes(images[again])]
     assert len(shown) == 2 * 5 * 3
     assert len(set(shown)) == len(shown)
-    later = loaded(stream.tasks[2], OPTIONS, buffer)
+    later = loaded(stream, 2, OPTIONS, buffer)
     assert not set(shown) & {one for images, _, again in later for one in as_bytes(images[again])}
 
 
@@ -391,7 +409,7 @@ def test_loading_with_replay_leaves_the_global_generators_untouched():
     torch.manual_seed(3)
     np.random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    loaded(stream.tasks[1], OPTIONS, buffer_after(stream, 1))
+    loaded(stream, 1, OPTIONS, buffer_after(stream, 1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 
@@ -400,10 +418,10 @@ def test_loading_with_replay_leaves_the_global_generators_untouched():
 def test_batches_are_the_same_for_any_number_of_workers(first_step):
     stream = make_stream(replace(SMALL, aa="rand-m9-mstd0.5-inc1", reprob=0.5))
     buffer = buffer_after(stream, 1)
-    expected = loaded(stream.tasks[1], OPTIONS, buffer)[first_step:]
+    expected = loaded(stream, 1, OPTIONS, buffer)[first_step:]
     for workers in (1, 2):
         options = replace(OPTIONS, num_workers=workers)
-        found = loaded(stream.tasks[1], options, buffer, first_step=first_step)
+        found = loaded(stream, 1, options, buffer, first_step=first_step)
         for batch, wanted in zip(found, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
 
@@ -412,11 +430,9 @@ def test_batches_are_the_same_for_any_number_of_workers(first_step):
 def test_images_of_all_processes_are_those_of_one(world_size):
     stream = make_stream()
     buffer = buffer_after(stream, 1)
-    alone = loaded(stream.tasks[1], OPTIONS, buffer)
+    alone = loaded(stream, 1, OPTIONS, buffer)
     options = replace(OPTIONS, batch_size=4, world_size=world_size, global_batch=12)
-    ranks = [
-        loaded(stream.tasks[1], replace(options, rank=rank), buffer) for rank in range(world_size)
-    ]
+    ranks = [loaded(stream, 1, replace(options, rank=rank), buffer) for rank in range(world_size)]
     for step, expected in enumerate(alone):
         pieces = zip(*(batches[step] for batches in ranks), strict=True)
         for parts, whole in zip(pieces, expected, strict=True):
@@ -427,7 +443,7 @@ def test_images_of_all_processes_are_those_of_one(world_size):
 def test_process_without_images_gets_empty_tensors_of_all_three(num_workers):
     stream = make_stream()
     options = LoaderOptions(4, 4, num_workers, rank=3, world_size=4, replayed_per_group=3)
-    full, empty = loaded(stream.tasks[1], options, buffer_after(stream, 1))  # 18 images: 16 + 2
+    full, empty = loaded(stream, 1, options, buffer_after(stream, 1))  # 18 images: 16 + 2
     assert full[0].shape == (7, 3, 16, 16)
     assert [tuple(tensor.shape) for tensor in empty] == [(0, 3, 16, 16), (0,), (0,)]
     assert [tensor.dtype for tensor in empty] == [tensor.dtype for tensor in full]
@@ -435,12 +451,10 @@ def test_process_without_images_gets_empty_tensors_of_all_three(num_workers):
 
 def test_batch_is_the_same_in_a_spawned_worker():
     stream = make_stream()
-    loader = build_train_loader(stream.tasks[1], OPTIONS, buffer_after(stream, 1))
-    data = pickle.loads(pickle.dumps(loader.dataset))
-    keys = next(iter(loader.batch_sampler))
-    for found, wanted in zip(
-        data.__getitems__(keys), loader.dataset.__getitems__(keys), strict=True
-    ):
+    data = RunData(stream)
+    sent = pickle.loads(pickle.dumps(data))
+    keys = next(iter(ReplaySampler(18, OPTIONS, 1, buffer_after(stream, 1).indices)))
+    for found, wanted in zip(sent.__getitems__(keys), data.__getitems__(keys), strict=True):
         assert torch.equal(found[0], wanted[0])
         assert found[1:] == wanted[1:]
 
@@ -451,7 +465,7 @@ def test_batch_is_the_same_in_a_spawned_worker():
 def epoch_of(num_images, epoch, **changes):
     sampler = GlobalBatchSampler(num_images, replace(OPTIONS, **changes), task=0)
     sampler.set_epoch(epoch)
-    return sampler, [[position for _, position in batch] for batch in sampler]
+    return sampler, [[key.position for key in batch] for batch in sampler]
 
 
 @pytest.mark.parametrize(("num_images", "num_steps"), [(11, 0), (12, 1), (23, 1), (24, 2), (40, 3)])
@@ -480,5 +494,5 @@ def test_drop_last_drops_replayed_images_with_the_step():
     assert steps == steps_of(18, OPTIONS)[:1]
     stream = make_stream()
     options = replace(OPTIONS, drop_last=True)
-    loader = build_train_loader(stream.tasks[1], options, buffer_after(stream, 1))
-    assert [len(targets) for _, targets, _ in loader] == [21]
+    batches = loaded(stream, 1, options, buffer_after(stream, 1))
+    assert [len(targets) for _, targets, _ in batches] == [21]
