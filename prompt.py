@@ -11,6 +11,7 @@ Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, sec
 equations 2-5.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -121,9 +122,11 @@ class Prompt(nn.Module):
             vote_group_size: V, consecutive images that vote together; None: the whole batch.
 
         Returns:
-            The selection; gradients reach the keys through `reduce_sim` alone.
+            The selection, in single precision within autocast, too; gradients reach the keys
+            through `reduce_sim` alone.
         """
-        similarity = l2_normalize(query) @ l2_normalize(self._keys()).t()  # (B, M)
+        with _without_autocast(query):
+            similarity = l2_normalize(query) @ l2_normalize(self._keys()).t()  # (B, M)
         own_idx = self._choose(similarity)  # (B, K)
         idx = self._serve(own_idx, task_id, vote_group_size)
         return Selection(
@@ -197,6 +200,13 @@ class Prompt(nn.Module):
         if self.batchwise and vote_group_size != 1:
             return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
         return own_idx
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def l2_normalize(x: Tensor) -> Tensor:

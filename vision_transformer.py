@@ -2,7 +2,8 @@
 
 One unmodified timm ViT serves twice. Without prompts it gives the query, the class token after the
 final norm. With the prompts that the query selected it gives the features that the head classifies.
-The image is embedded once for both passes.
+The image is embedded once for both passes, and each pass computes its last block for the tokens
+alone that are read (`encoder.py`).
 
 Shapes: B images, S pixels a side, C classes, D width, N patches, P prompt tokens, K prompts chosen,
 M pool size. Order of the tokens: class, prompts, (registers,) patches.
@@ -12,12 +13,15 @@ of the prompts and head types as in l2p-pytorch.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from encoder import encode
 from prompt import Prompt
 
 HEAD_TYPES = ("prompt", "token", "gap", "token+prompt")
@@ -28,6 +32,9 @@ PROMPT_POSITIONS = ("class", "none")
 
 #: What the original freezes: everything of the backbone.
 DEFAULT_FREEZE = ("blocks", "patch_embed", "cls_token", "norm", "pos_embed")
+
+#: Tokens at block 0, (B, T, D), to what somebody reads behind the last block.
+Pass = Callable[[Tensor], Tensor]
 
 #: Prefix tokens that count as class tokens when something is frozen by name.
 _CLASS_TOKEN_KIN = ("reg_token", "dist_token")
@@ -56,6 +63,13 @@ class PromptedVisionTransformer(nn.Module):
             Where the prompts stand among the tokens is of no consequence: attention does not see
             the order of tokens.
         freeze: Prefixes of public parameter names that do not train.
+
+    Attributes:
+        amp_dtype: What matrix products of the backbone are computed in; None: as the weights are.
+            Selection, head and whatever follows stay in single precision.
+        recompute: Whether the backward pass computes activations again instead of keeping them.
+        run_query: Tokens at block 0 to queries (B, D); may be replaced by a faster equal.
+        run_prompted: Tokens at block 0 to those that the head reads, (B, R, D); likewise.
 
     Raises:
         ValueError: If head type and pool contradict, the ViT has no class token, or a prefix of
@@ -96,6 +110,10 @@ class PromptedVisionTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
         self._freeze(tuple(freeze))
         self.query_backbone = self._query_copy()
+        self.amp_dtype: torch.dtype | None = None
+        self.recompute = False
+        self.run_query: Pass = self._encode_query
+        self.run_prompted: Pass = self._encode_prompted
 
     def forward(
         self,
@@ -117,12 +135,11 @@ class PromptedVisionTransformer(nn.Module):
             `logits` (B, C), `pre_logits` (B, D); with a pool also `query` (B, D), `similarity`
             (B, M) in [-1, 1], `prompt_idx` and `own_prompt_idx` (B, K), `reduce_sim` ().
         """
-        patches = self.backbone.patch_embed(images)  # (B, N, D)
-        tokens = _place(self.backbone, patches)  # (B, 1+N, D)
+        patches, tokens = self._embed(self.backbone, images)  # (B, N, D), (B, 1+N, D)
         if self.prompt is None:
             return self._classify(tokens)
         if query is None and self.query_backbone is None:
-            query = self._query(self.backbone, patches, tokens)
+            query = self._query(patches, tokens)
         elif query is None:
             query = self.query(images)
         chosen = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
@@ -142,10 +159,8 @@ class PromptedVisionTransformer(nn.Module):
 
     def query(self, images: Tensor) -> Tensor:
         """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
-        vit = self.backbone if self.query_backbone is None else self.query_backbone
         with torch.no_grad():
-            patches = vit.patch_embed(images)
-            return self._query(vit, patches, _place(vit, patches))
+            return self._query(*self._embed(self._query_vit(), images))
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Sets the mode; the copy that gives the query always stays in evaluation mode."""
@@ -228,36 +243,61 @@ class PromptedVisionTransformer(nn.Module):
         if self.query_backbone is not None and not self.backbone_trains:
             self.query_backbone.load_state_dict(self.backbone.state_dict())
 
+    def _query_vit(self) -> VisionTransformer:
+        return self.backbone if self.query_backbone is None else self.query_backbone
+
+    def _embed(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded patches, (B, N, D) or on a grid, and all tokens at block 0, (B, 1+N, D)."""
+        with self._autocast(images):
+            patches = vit.patch_embed(images)
+            return patches, vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
+
     def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
-        x = self.backbone.blocks(tokens)  # (B, 1+P+N, D)
-        if self.fc_norm is None:
-            x = self.backbone.norm(x)
-        pre_logits = self._read(x)  # (B, D)
+        pre_logits = self.run_prompted(tokens).mean(dim=1)  # (B, D)
         pooled = pre_logits if self.fc_norm is None else self.fc_norm(pre_logits)
         return {"logits": self.head(pooled), "pre_logits": pre_logits}
 
-    def _read(self, x: Tensor) -> Tensor:
-        """The tokens that the head reads, averaged, (B, D)."""
-        num_prompts = self.num_prompt_tokens
-        if self.head_type == "token":
-            return x[:, 0]
-        if self.head_type == "prompt":
-            return x[:, 1 : 1 + num_prompts].mean(dim=1)
-        if self.head_type == "token+prompt":
-            return x[:, : 1 + num_prompts].mean(dim=1)
-        return x.mean(dim=1)
+    def _encode_prompted(self, tokens: Tensor) -> Tensor:
+        """The tokens that the head reads, behind all blocks, (B, R, D)."""
+        with self._autocast(tokens):
+            x = encode(self.backbone, tokens, self._read, recompute=self.recompute)
+        return x if self.fc_norm is not None else self.backbone.norm(x)
+
+    def _encode_query(self, tokens: Tensor) -> Tensor:
+        """The class token behind all blocks and the final norm, (B, D)."""
+        vit = self._query_vit()
+        with self._autocast(tokens):
+            x = encode(vit, tokens, slice(0, 1))  # (B, 1, D)
+        return vit.norm(x)[:, 0]
+
+    @property
+    def _read(self) -> slice:
+        """The tokens that the head reads."""
+        prompts = self.num_prompt_tokens
+        return {
+            "token": slice(0, 1),
+            "prompt": slice(1, 1 + prompts),
+            "token+prompt": slice(0, 1 + prompts),
+            "gap": slice(None),
+        }[self.head_type]
 
     @torch.no_grad()
-    def _query(self, vit: VisionTransformer, patches: Tensor, tokens: Tensor) -> Tensor:
+    def _query(self, patches: Tensor, tokens: Tensor) -> Tensor:
         """Queries from embedded patches, or from all tokens at block 0, (B, D)."""
         if self.embedding_key == "cls":
-            return vit.norm(vit.blocks(tokens)[:, 0])
-        patches = patches.reshape(len(patches), -1, patches.shape[-1])  # (B, N, D)
+            return self.run_query(tokens)
+        patches = patches.reshape(len(patches), -1, patches.shape[-1]).to(tokens.dtype)  # (B, N, D)
         if self.embedding_key == "mean":
             return patches.mean(dim=1)
         if self.embedding_key == "max":
             return patches.amax(dim=1)
         return patches.amax(dim=1) + 2 * patches.mean(dim=1)
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Low precision for matrix products, where `amp_dtype` asks for it."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(x.device.type, self.amp_dtype)
 
     def _freeze(self, prefixes: tuple[str, ...]) -> None:
         names = [name for name, _ in self.public_parameters()]
@@ -338,11 +378,6 @@ def _class_position(vit: VisionTransformer) -> Tensor:
     if vit.pos_embed is None or vit.no_embed_class:
         return torch.zeros(1, 1, vit.embed_dim)
     return vit.pos_embed.detach()[:, :1]
-
-
-def _place(vit: VisionTransformer, patches: Tensor) -> Tensor:
-    """Adds class token and positions, as timm does before the blocks, (B, 1+N, D)."""
-    return vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
 
 
 def _is_random(vit: VisionTransformer) -> bool:
