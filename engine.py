@@ -1,9 +1,12 @@
-"""One epoch, one evaluation, and the loop over tasks.
+"""One step, one epoch, and the loop over tasks with an evaluation after each.
 
 The engine is given a model, a stream of tasks and loaders; it imports neither models nor data sets
 and knows no scenario. Every evaluation gives two accuracies: batch-wise, where the images of a vote
 group share the prompts that most of them choose (as published), and instance-wise, each image
-alone.
+alone (`accuracy.py`).
+
+A step never waits for the device: what it gives stays there until it is read, for several steps at
+once (`read_every`).
 
 Shapes: B images, C classes, K prompts chosen, M pool size.
 
@@ -21,21 +24,29 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import metrics
 import utils
-from processes import rank, sum_gradients, sum_over_processes
+from accuracy import (
+    SELECTIONS,
+    Evaluation,
+    QueryCache,
+    class_mask,
+    count_correct,
+    count_ids,
+    evaluate,
+    restrict,
+)
+from processes import rank, sum_over_processes
 from random_streams import seed_model
-from task_stream import task_name
+from task_stream import title
+from updates import MakeOptimizer, Updater
 
 if TYPE_CHECKING:
     from task_stream import Task, TestSet
     from vision_transformer import PromptedVisionTransformer
-
-#: The two ways of choosing prompts for test images.
-SELECTIONS = ("batch", "instance")
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +62,6 @@ class Scheduler(Protocol):
 #: has `set_epoch(epoch, first_step)` and `global_batch_size(step)`; a batch that holds replayed
 #: images tells which ones by a third tensor, bool (B,).
 Loader = Any
-MakeOptimizer = Callable[[], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
 
 
@@ -75,6 +85,9 @@ class EngineOptions:
         shared_prompt_key: The same for the keys.
         print_freq: Steps between two progress lines.
         seed: Seed of what the model draws in training (dropout).
+        read_every: Steps after which loss, accuracy and the wish to stop are read from the device,
+            which waits for it.
+        loss_scaling: Whether the loss is scaled against underflow, see `updates.Updater`.
     """
 
     device: torch.device
@@ -92,24 +105,8 @@ class EngineOptions:
     print_freq: int = 10
     seed: int = 42
     replayed_per_group: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one evaluation of one test set gave.
-
-    Attributes:
-        index: Row of the test set in the accuracy matrix.
-        stats: `Acc@1`, `Acc@5` (percent) and `Loss` for each of `SELECTIONS`.
-        usage: How often each prompt served a test image, for each of `SELECTIONS`; empty without
-            a pool.
-        mean_similarity: Mean cosine similarity of the images to the keys they choose alone.
-    """
-
-    index: int
-    stats: dict[str, dict[str, float]]
-    usage: dict[str, list[int]] = field(default_factory=dict)
-    mean_similarity: float | None = None
+    read_every: int = 1
+    loss_scaling: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,17 +177,15 @@ class Monitor:
     """Watches a run, saves it, stops it; this one does nothing."""
 
     def wants_to_stop(self) -> bool:
-        """Whether this process was asked to stop; if one was, all stop after the step."""
+        """Whether this process was asked to stop; if one was, all stop when steps are read."""
         return False
 
-    def at_boundary(
-        self, position: Position, optimizer: torch.optim.Optimizer, stop: bool = False
-    ) -> None:
-        """Called after every step, epoch, test set and task: the run can go on from here.
+    def at_boundary(self, position: Position, updater: Updater, stop: bool = False) -> None:
+        """Called when steps are read, after every epoch, test set and task: a run can go on here.
 
         Args:
             position: Where it stands.
-            optimizer: The one in use.
+            updater: Has the state of the optimizer.
             stop: Whether the run shall end here, by an exception that this raises.
         """
 
@@ -208,7 +203,7 @@ class NonFiniteLossError(RuntimeError):
 def train_one_epoch(
     model: PromptedVisionTransformer,
     loader: Loader,
-    optimizer: torch.optim.Optimizer,
+    updater: Updater,
     task: Task,
     epoch: int,
     options: EngineOptions,
@@ -220,78 +215,105 @@ def train_one_epoch(
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`.
         loader: Batches of (images, targets) of this process.
-        optimizer: Over the trainable parameters.
+        updater: Updates the trainable parameters.
         task: The task, for its class mask and prompt mask.
         epoch: 0-based epoch inside the task.
         options: See there.
         position: Where in the epoch to begin; kept up to date.
-        monitor: Is told of every step.
+        monitor: Is told whenever steps are read.
 
     Returns:
         Averages over the epoch: `Lr`, `Loss` (mean over batches, pull term included), `Acc@1` and
         `Acc@5` (percent, among the classes that may be predicted).
 
     Raises:
-        NonFiniteLossError: Naming task, epoch, step and value, before the step changes anything.
+        NonFiniteLossError: Naming task, epoch, step and value; the model holds what it had before
+            that step.
     """
     position = position or Position(task.index, epoch)
     monitor = monitor or Monitor()
     model.train()
-    allowed = _mask(task.classes, model, options) if options.train_mask else None
+    mask = class_mask(task.classes, model.num_classes, options.device)
+    allowed = mask if options.train_mask else None
     width = len(str(options.epochs))
     header = f"Train: Epoch[{epoch + 1:{width}d}/{options.epochs}]"
     progress = utils.Progress(header, options.print_freq, position.meters)
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, position.step)
+    unread: list[Tensor] = []
     since = time.monotonic()
     for step, tensors in progress.over(loader, len(loader), position.step):
-        size = sampler.global_batch_size(step)
         batch = [tensor.to(options.device) for tensor in tensors]
         seed_model(options.device, options.seed, task.index, epoch, step, rank())
-        try:
-            loss, correct1, correct5, stop = train_step(
-                model,
-                optimizer,
-                batch,
-                task.index,
-                allowed,
-                size,
-                options,
-                stop=monitor.wants_to_stop(),
-            )
-        except NonFiniteLossError as error:
-            place = f"task {task.index + 1}, epoch {epoch + 1}, step {step + 1}"
-            raise NonFiniteLossError(
-                f"{error} in {place}: lower --lr, or set --clip-grad"
-            ) from None
-        progress.update({"Lr": optimizer.param_groups[0]["lr"], "Loss": loss})
-        progress.update(
-            {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
-        )
+        size = sampler.global_batch_size(step)
+        stop = monitor.wants_to_stop()
+        unread.append(train_step(model, updater, batch, task.index, allowed, size, options, stop))
+        if step % options.read_every and step + 1 < len(loader):
+            continue
+        sizes = [sampler.global_batch_size(s) for s in range(position.step, step + 1)]
+        stop = _read_steps(unread, sizes, updater, progress, position)
+        unread.clear()
         now = time.monotonic()
         position.step, position.meters = step + 1, progress.sums()
         position.train_seconds, since = position.train_seconds + now - since, now
-        monitor.at_boundary(position, optimizer, stop=stop > 0)
+        monitor.at_boundary(position, updater, stop=stop)
     averages = progress.averages()
     logger.info("Averaged stats: %s", "  ".join(f"{k}: {v:.4f}" for k, v in averages.items()))
     return averages
 
 
+def _read_steps(
+    steps: Sequence[Tensor],
+    sizes: Sequence[int],
+    updater: Updater,
+    progress: utils.Progress,
+    position: Position,
+) -> bool:
+    """Reads what steps gave, waiting for the device; returns whether a process shall stop.
+
+    Raises:
+        NonFiniteLossError: Naming the first step whose loss or gradient is not finite.
+    """
+    stopping = 0.0
+    rows = torch.stack(list(steps)).tolist()  # each as `train_step` returns it
+    for number, (row, size) in enumerate(zip(rows, sizes, strict=True), position.step + 1):
+        loss, correct1, correct5, stop, norm = row
+        if problem := _not_finite(loss, norm, updater):
+            place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {number}"
+            raise NonFiniteLossError(f"{problem} in {place}: lower --lr, or set --clip-grad")
+        progress.update({"Lr": updater.lr, "Loss": loss})
+        progress.update(
+            {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
+        )
+        stopping += stop
+    return stopping > 0
+
+
+def _not_finite(loss: float, norm: float, updater: Updater) -> str | None:
+    if not math.isfinite(loss):
+        return f"loss is {loss}"
+    if not math.isfinite(norm) and not updater.may_overflow:
+        return f"the norm of the gradient is {norm} (loss {loss})"
+    return None
+
+
 def train_step(
     model: PromptedVisionTransformer,
-    optimizer: torch.optim.Optimizer,
+    updater: Updater,
     batch: Sequence[Tensor],
     task_id: int,
     allowed: Tensor | None,
     global_size: int,
     options: EngineOptions,
     stop: bool = False,
-) -> list[float]:
-    """One step of all processes.
+) -> Tensor:
+    """One step of all processes; does not wait for the device.
+
+    If the loss or its gradient is not finite, neither this step nor a later one changes the model.
 
     Args:
         model: As `vision_transformer.PromptedVisionTransformer`, in training mode.
-        optimizer: Over the trainable parameters.
+        updater: Updates the trainable parameters.
         batch: This process's images (B, 3, S, S) and targets (B,), on the device, and which of them
             are replayed (B,), if any are; B may be 0.
         task_id: 0-based number of the task.
@@ -301,74 +323,19 @@ def train_step(
         stop: Whether this process was asked to stop.
 
     Returns:
-        Loss, correct@1 and correct@5 over all processes, and how many of them were asked to stop.
-
-    Raises:
-        NonFiniteLossError: If the loss or its gradient is not finite; nothing has changed then.
+        Loss, correct@1 and correct@5 over all processes, how many of them were asked to stop, and
+        the norm of the gradient before it is clipped, (5,), on the device.
     """
-    optimizer.zero_grad()
-    values, served = _forward_backward(model, batch, task_id, allowed, global_size, options)
-    sums = sum_over_processes(torch.cat([values, values.new_tensor([float(stop)]), served]))
-    totals = sums[:4].tolist()
-    if not math.isfinite(totals[0]):
-        raise NonFiniteLossError(f"loss is {totals[0]}")
-    sum_gradients(model.parameters())
-    limit = math.inf if options.clip_grad is None else options.clip_grad
-    norm = nn.utils.clip_grad_norm_(_trained(model), limit).item()
-    if not math.isfinite(norm):
-        raise NonFiniteLossError(f"the norm of the gradient is {norm} (loss {totals[0]})")
-    optimizer.step()
+    updater.begin()
+    values, served = _forward_backward(
+        model, updater, batch, task_id, allowed, global_size, options
+    )
+    stopping = values.new_full((1,), float(stop))
+    sums = sum_over_processes(torch.cat([values, stopping, served]))
+    norm = updater.step(sums[0])
     if model.prompt is not None:
-        model.prompt.count_served(sums[4:])
-    return totals
-
-
-@torch.inference_mode()
-def evaluate(
-    model: PromptedVisionTransformer,
-    loader: Loader,
-    test_set: TestSet,
-    options: EngineOptions,
-    monitor: Monitor | None = None,
-) -> Evaluation:
-    """Evaluates one test set, batch-wise and instance-wise in one pass.
-
-    Images whose own prompts are those of the vote need no second forward pass.
-
-    Args:
-        model: As `vision_transformer.PromptedVisionTransformer`.
-        loader: Batches of (images, targets), each of whole vote groups of this process's share.
-        test_set: What is evaluated.
-        options: See there.
-        monitor: Is asked before every batch.
-
-    Returns:
-        Accuracies over all images of all processes; `Loss` is the mean over vote groups of the
-        group's mean cross-entropy, so it depends neither on the batch nor on the processes.
-    """
-    model.eval()
-    monitor = monitor or Monitor()
-    classes = test_set.classes if options.task_inc else options.all_classes
-    allowed = _mask(classes, model, options)
-    totals = {name: torch.zeros(4, dtype=torch.float64) for name in SELECTIONS}
-    usage = _Usage(model)
-    num_images = torch.zeros((), dtype=torch.float64)
-    progress = utils.Progress(f"Test: [{_name(test_set)}]", options.print_freq)
-    for _, (images, targets) in progress.over(loader, len(loader)):
-        monitor.in_evaluation()
-        images, targets = images.to(options.device), targets.to(options.device)
-        out = model(images, vote_group_size=options.vote_group_size)
-        logits = {"batch": out["logits"], "instance": _instance_logits(model, images, out)}
-        sums = {
-            name: _test_sums(_restrict(logits[name], allowed), targets, options.vote_group_size)
-            for name in SELECTIONS
-        }
-        for name in SELECTIONS:
-            totals[name] += sums[name].cpu()
-        usage.add(out)
-        num_images += len(targets)
-        progress.update({"Acc@1": 100 * sums["batch"][2].item() / len(targets)}, len(targets))
-    return _evaluation(test_set, totals, num_images, usage, options)
+        model.prompt.count_served(torch.where(updater.sound, sums[4:], 0))
+    return torch.cat([sums[:4], norm[None]])
 
 
 def evaluate_till_now(
@@ -380,6 +347,7 @@ def evaluate_till_now(
     position: Position | None = None,
     monitor: Monitor | None = None,
     on_test_set: Callable[[], None] = lambda: None,
+    queries: QueryCache | None = None,
 ) -> list[Evaluation]:
     """Evaluates every test set of a task and enters the accuracies in the matrices.
 
@@ -392,15 +360,18 @@ def evaluate_till_now(
         position: Which test sets are evaluated already; kept up to date.
         monitor: Is asked before every batch.
         on_test_set: Called after every test set.
+        queries: Queries of test images that are known; kept up to date.
 
     Returns:
         One evaluation for each test set, in order; none where the task has no test sets.
     """
-    position = position or Position(task.index)
+    position, monitor = position or Position(task.index), monitor or Monitor()
+    queries = QueryCache() if queries is None else queries
     evaluations = position.evaluations
     for test_set in task.test_sets[len(evaluations) :]:
         start = time.monotonic()
-        result = evaluate(model, test_loader(test_set), test_set, options, monitor)
+        loader = test_loader(test_set)
+        result = evaluate(model, loader, test_set, options, monitor, queries)
         for name in SELECTIONS:
             matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
         batch, alone = result.stats["batch"], result.stats["instance"]
@@ -449,31 +420,44 @@ def train_and_evaluate(
         NonFiniteLossError: See `train_one_epoch`.
     """
     monitor, position = monitor or Monitor(), position or Position()
-    optimizer = make_optimizer()
+    queries = QueryCache()
+    updater = make_updater(model, make_optimizer, options)
     for task in tasks[position.task :]:
         if not position.inside_task:
-            logger.info("%s (%d of %d)", _name(task), task.index + 1, len(tasks))
+            logger.info("%s (%d of %d)", title(task), task.index + 1, len(tasks))
             _begin_task(model, task.index, options)
             if task.index > 0 and options.reinit_optimizer:
-                optimizer, optimizer_state = make_optimizer(), None
-        scheduler = _continue_schedule(make_scheduler, optimizer, position, optimizer_state)
+                updater.renew()
+                optimizer_state = None
+        scheduler = _continue_schedule(make_scheduler, updater, position, optimizer_state)
         optimizer_state = None
         loader = train_loader(task)
         while position.epoch < options.epochs:
             stats = train_one_epoch(
-                model, loader, optimizer, task, position.epoch, options, position, monitor
+                model, loader, updater, task, position.epoch, options, position, monitor
             )
             position.end_epoch(stats)
             if scheduler is not None:
                 scheduler.step(position.epoch, metric=stats["Acc@1"])
-            monitor.at_boundary(position, optimizer)
-        on_test_set = partial(monitor.at_boundary, position, optimizer)
+            monitor.at_boundary(position, updater)
+        on_test_set = partial(monitor.at_boundary, position, updater)
         evaluate_till_now(
-            model, test_loader, task, matrices, options, position, monitor, on_test_set
+            model, test_loader, task, matrices, options, position, monitor, on_test_set, queries
         )
         monitor.at_task_end(position.report())
         position = Position(task.index + 1)
-        monitor.at_boundary(position, optimizer)
+        monitor.at_boundary(position, updater)
+
+
+def make_updater(
+    model: PromptedVisionTransformer, make_optimizer: MakeOptimizer, options: EngineOptions
+) -> Updater:
+    """What updates the trainable parameters of a model, as the options say."""
+    return Updater(
+        *(model.parameters(), make_optimizer, options.device),
+        clip_grad=options.clip_grad,
+        loss_scaling=options.loss_scaling,
+    )
 
 
 def average_stats(evaluations: Sequence[Evaluation], selection: str) -> dict[str, float]:
@@ -508,7 +492,7 @@ def masked_cross_entropy(
         allowed: Which classes may be predicted, bool (C,) or (B, C); None: all.
         smoothing: Part of the target that is spread over the allowed classes.
     """
-    log_prob = F.log_softmax(_restrict(logits, allowed), dim=1)  # (B, C)
+    log_prob = F.log_softmax(restrict(logits, allowed), dim=1)  # (B, C)
     loss = F.nll_loss(log_prob, targets)
     if smoothing == 0:
         return loss
@@ -521,6 +505,7 @@ def masked_cross_entropy(
 
 def _forward_backward(
     model: PromptedVisionTransformer,
+    updater: Updater,
     batch: Sequence[Tensor],
     task_id: int,
     allowed: Tensor | None,
@@ -546,113 +531,34 @@ def _forward_backward(
     if options.pull_coeff and "reduce_sim" in out:
         loss = loss - options.pull_coeff * out["reduce_sim"]
     loss = loss * (len(images) / global_size)
-    loss.backward()
+    updater.backward(loss)
     with torch.no_grad():
-        correct = _correct(_restrict(out["logits"], allowed), targets)
+        correct = count_correct(restrict(out["logits"], allowed), targets).to(loss.dtype)
         if "prompt_idx" in out:
-            idx = out["prompt_idx"].flatten()  # (B*K,)
-            served.scatter_add_(0, idx, served.new_ones(1).expand_as(idx))
-    return torch.cat([loss.detach()[None], correct.sum(dim=0).to(loss.dtype)]), served
-
-
-def _correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the target is the first, and among the first five, bool (B, 2)."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-    hits = best == targets[:, None]
-    return torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
-
-
-def _test_sums(logits: Tensor, targets: Tensor, group_size: int) -> Tensor:
-    """Sum of the vote groups' mean losses, their number, correct@1 and correct@5, (4,)."""
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    means = torch.stack([group.mean() for group in losses.split(group_size)])
-    sums = torch.stack([means.sum(), means.new_tensor(float(len(means)))]).double()
-    return torch.cat([sums, _correct(logits, targets).sum(dim=0).double()])
-
-
-def _instance_logits(
-    model: PromptedVisionTransformer, images: Tensor, out: dict[str, Tensor]
-) -> Tensor:
-    """Logits with each image's own prompts; only images that the vote overruled are computed."""
-    if "prompt_idx" not in out:
-        return out["logits"]
-    served, own = out["prompt_idx"], out["own_prompt_idx"]
-    if not model.prompt_order_matters:
-        served, own = served.sort(dim=1).values, own.sort(dim=1).values
-    overruled = (served != own).any(dim=1)  # (B,)
-    if not overruled.any():
-        return out["logits"]
-    logits = out["logits"].clone()
-    again = model(images[overruled], query=out["query"][overruled], vote_group_size=1)
-    logits[overruled] = again["logits"]
-    return logits
-
-
-class _Usage:
-    """Counts which prompts served the test images, and how near their keys were."""
-
-    def __init__(self, model: PromptedVisionTransformer) -> None:
-        self.size = 0 if model.prompt is None else model.prompt.size
-        self.counts = {name: torch.zeros(self.size, dtype=torch.float64) for name in SELECTIONS}
-        self.similarity = torch.zeros(2, dtype=torch.float64)  # sum, number
-
-    def add(self, out: dict[str, Tensor]) -> None:
-        if not self.size:
-            return
-        for name, key in zip(SELECTIONS, ("prompt_idx", "own_prompt_idx"), strict=True):
-            self.counts[name] += torch.bincount(out[key].flatten(), minlength=self.size).cpu()
-        own = out["similarity"].gather(1, out["own_prompt_idx"]).double()  # (B, K)
-        self.similarity += torch.stack([own.sum(), own.new_tensor(float(own.numel()))]).cpu()
-
-
-def _evaluation(
-    test_set: TestSet,
-    totals: dict[str, Tensor],
-    num_images: Tensor,
-    usage: _Usage,
-    options: EngineOptions,
-) -> Evaluation:
-    stats = {}
-    total_images = sum_over_processes(_on(num_images, options)).item()
-    for name in SELECTIONS:
-        loss, groups, *correct = sum_over_processes(_on(totals[name], options)).tolist()
-        top1, top5 = (100 * c / total_images for c in correct)
-        stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
-    if not usage.size:
-        return Evaluation(test_set.index, stats)
-    counts = {
-        name: [int(c) for c in sum_over_processes(_on(usage.counts[name], options))]
-        for name in SELECTIONS
-    }
-    total, number = sum_over_processes(_on(usage.similarity, options)).tolist()
-    return Evaluation(test_set.index, stats, counts, total / number)
+            served = count_ids(out["prompt_idx"], len(served))
+    return torch.cat([loss.detach()[None], correct]), served
 
 
 def _continue_schedule(
     make_scheduler: MakeScheduler,
-    optimizer: torch.optim.Optimizer,
+    updater: Updater,
     position: Position,
     optimizer_state: dict[str, Any] | None,
 ) -> Scheduler | None:
-    """The schedule of a task after its finished epochs; the optimizer gets its state, if any.
+    """The schedule of a task after its finished epochs; the updater gets its state, if any.
 
     A schedule follows from the accuracies of the epochs alone, so it is led through them again:
     the state dicts of timm's schedulers do not hold all that counts.
     """
     if optimizer_state is not None and not position.inside_task:
-        optimizer.load_state_dict(optimizer_state)  # the schedule begins with what it finds
-    scheduler = make_scheduler(optimizer)
+        updater.load_state_dict(optimizer_state)  # the schedule begins with what it finds
+    scheduler = make_scheduler(updater.optimizer)
     if scheduler is not None:
         for epoch, stats in enumerate(position.epoch_stats):
             scheduler.step(epoch + 1, metric=stats["Acc@1"])
     if optimizer_state is not None and position.inside_task:
-        optimizer.load_state_dict(optimizer_state)
+        updater.load_state_dict(optimizer_state)
     return scheduler
-
-
-def _name(part: Task | TestSet) -> str:
-    """What to call a part of the stream: `Task 1` as the original, or a name that says more."""
-    return f"Task {part.index + 1}" if part.name == task_name(part.index) else part.name
 
 
 def _begin_task(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:
@@ -667,25 +573,3 @@ def _begin_task(model: PromptedVisionTransformer, task_id: int, options: EngineO
             "Task %d shares no prompts with task %d: the pool of %d has no slots left for it",
             *(task_id + 1, task_id, model.prompt.size),
         )
-
-
-def _mask(
-    classes: Sequence[int], model: PromptedVisionTransformer, options: EngineOptions
-) -> Tensor:
-    """Which classes may be predicted, bool (C,)."""
-    mask = torch.zeros(model.num_classes, dtype=torch.bool)
-    mask[list(classes)] = True
-    return mask.to(options.device)
-
-
-def _restrict(logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Logits with -inf for the classes that may not be predicted, (B, C)."""
-    return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
-
-
-def _trained(model: PromptedVisionTransformer) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def _on(values: Tensor, options: EngineOptions) -> Tensor:
-    return values.to(options.device)

@@ -18,6 +18,7 @@ import metrics
 import options
 import scenarios
 import settings
+from accuracy import QueryCache
 from checkpoints import Checkpoint, CheckpointError
 from experiment import Experiment, check_same_run
 from options import UsageError
@@ -28,11 +29,15 @@ logger = logging.getLogger(__name__)
 #: to compute and evaluate.
 _CHANGEABLE = (
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "file_lists", "batch_size", "vote_group_size", "vote_ties", "task_inc",
+    "file_lists", "batch_size", "vote_group_size", "vote_ties", "task_inc", "amp", "tf32",
+    "compile", "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
 )  # fmt: skip
 
 #: Of these, what is never taken from a checkpoint.
-_OF_THIS_COMMAND = ("output_dir", "device", "num_workers", "pin_mem", "print_freq")
+_OF_THIS_COMMAND = (
+    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "tf32", "compile",
+    "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
+)  # fmt: skip
 
 #: What decides the evaluation of a checkpoint of the original.
 _FROM_ORIGINAL = (
@@ -121,16 +126,19 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
         CheckpointError: If a checkpoint does not belong to the others.
         WeightsError: If it does not fit the model.
     """
+    queries = QueryCache()
     for number, path in paths.items():
         checkpoint = checkpoints.load(path)
         _check_belongs(run, checkpoint, number, path)
         _load(run, checkpoint, path)
+        if checkpoint.original:  # it brought a network for the query
+            queries.clear()
         logger.info("Evaluating %s", path)
         start = time.monotonic()
         task = run.stream.tasks[number - 1]
         matrices = run.record.matrices
         evaluations = engine.evaluate_till_now(
-            run.model, run.test_loader, task, matrices, run.options
+            run.model, run.test_loader, task, matrices, run.options, queries=queries
         )
         seconds = time.monotonic() - start
         run.record.reports.append(engine.TaskReport(number - 1, {}, evaluations, 0.0, seconds))

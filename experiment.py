@@ -2,29 +2,28 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from timm.utils import random_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import backbone
-import continual_dataloader as data
 import datasets
 import metrics
+import numerics
 import scenarios
 import settings
 from backbone import BackboneIdentity
 from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
+from continual_dataloader import Loaders, TestBatches, TrainBatches
 from engine import SELECTIONS, EngineOptions
-from image_sources import DataError, join_names
-from image_transforms import build_transform
+from image_pipeline import ImagePipeline, build_pipeline
+from image_sources import DataError, ImageSource, join_names
 from processes import Processes
 from replay import ReplayBuffer
 from results import RunRecord
@@ -55,8 +54,8 @@ class Experiment:
     model: PromptedVisionTransformer
     identity: BackboneIdentity
     options: EngineOptions
-    train_loader: Callable[[Task], DataLoader]
-    test_loader: Callable[[TestSet], DataLoader]
+    train_loader: Callable[[Task], TrainBatches]
+    test_loader: Callable[[TestSet], TestBatches]
     record: RunRecord
     global_batch: int
     buffer: ReplayBuffer | None
@@ -90,7 +89,7 @@ def assemble(
     """
     random_seed(args.seed)
     global_batch = global_batch or args.batch_size * processes.world_size
-    stream = build_stream(args, global_batch, task_classes)
+    stream, pipeline = build_stream(args, global_batch, processes.device, task_classes)
     if not args.eval:
         _check_steps(args, stream, global_batch)
     buffer = _build_buffer(args, stream)
@@ -98,6 +97,9 @@ def assemble(
     identity = backbone.identify(vit, args.model, settings.backbone_source(args))
     model = settings.build_model(args, vit, stream.num_classes).to(processes.device)
     loading = settings.loader_options(args, processes, global_batch)
+    how = settings.numerics(args)
+    numerics.apply(how, model, loading.full_batches, weights_follow)
+    loaders = Loaders(stream, loading, processes.device, pipeline.to_images, buffer)
     shape = len(stream.test_sets), stream.num_tasks
     record = RunRecord(
         config={
@@ -110,14 +112,15 @@ def assemble(
         matrices={s: metrics.empty_matrix(*shape) for s in SELECTIONS},
         tasks=[task.name for task in stream.tasks],
         test_sets=[test_set.name for test_set in stream.test_sets],
+        numerics={**how.as_dict(), "data_on_device": pipeline.on_device},
     )
     return Experiment(
         stream=stream,
         model=model,
         identity=identity,
         options=settings.engine_options(args, processes.device, stream.classes),
-        train_loader=partial(data.build_train_loader, options=loading, buffer=buffer),
-        test_loader=partial(data.build_test_loader, options=loading),
+        train_loader=loaders.train,
+        test_loader=loaders.test,
         record=record,
         global_batch=global_batch,
         buffer=buffer,
@@ -125,47 +128,66 @@ def assemble(
 
 
 def build_stream(
-    args: argparse.Namespace, global_batch: int, task_classes: list[list[int]] | None = None
-) -> TaskStream:
-    """The tasks that the settings describe.
+    args: argparse.Namespace,
+    global_batch: int,
+    device: torch.device,
+    task_classes: list[list[int]] | None = None,
+) -> tuple[TaskStream, ImagePipeline]:
+    """The tasks that the settings describe, and the way of their images to the model.
 
     Args:
         args: The settings.
         global_batch: Images of all processes in a training step.
+        device: Where the model is.
         task_classes: Class ids of each task; None: as the settings say.
 
     Raises:
         DataError: If the data are missing or damaged, do not fit the settings, or the file of
             `--class_order` does not fit.
     """
-    transforms = settings.transform_options(args)
-    prepare = Preparation(
-        build_transform(True, transforms), build_transform(False, transforms), args.seed
-    )
     try:
-        stream = _scenario(args, prepare, global_batch, task_classes)
+        train, test = _load_data(args)
+        sources = [*train.values(), *test.values()]
+        transforms = settings.transform_options(args)
+        pipeline, sources = build_pipeline(args.data_on_device, transforms, sources, device)
+        train = dict(zip(train, sources, strict=False))
+        test = dict(zip(test, sources[len(train) :], strict=True))
+        prepare = Preparation(pipeline.train_transform, pipeline.test_transform, args.seed)
+        stream = _scenario(args, train, test, prepare, global_batch, task_classes)
     except ValueError as error:
         raise DataError(str(error)) from error
     if args.joint:
         stream = scenarios.joint(stream, prepare)
-    return stream if args.eval else scenarios.evaluate_every(stream, args.eval_every)
+    kept = stream if args.eval else scenarios.evaluate_every(stream, args.eval_every)
+    return kept, pipeline
+
+
+def _load_data(
+    args: argparse.Namespace,
+) -> tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]:
+    """Training and test images by data set or domain."""
+    path = Path(args.data_path)
+    if args.scenario == "domain-incremental":
+        lists = settings.file_lists(args)
+        return datasets.load_domains(args.dataset, path, lists, args.domains)
+    parts = datasets.load_parts(args.dataset, path)
+    return {n: train for n, (train, _) in parts.items()}, {n: t for n, (_, t) in parts.items()}
 
 
 def _scenario(
     args: argparse.Namespace,
+    train_parts: Mapping[str, ImageSource],
+    test_parts: Mapping[str, ImageSource],
     prepare: Preparation,
     global_batch: int,
     task_classes: list[list[int]] | None,
 ) -> TaskStream:
-    path = Path(args.data_path)
     if args.scenario == "domain-incremental":
-        lists = settings.file_lists(args)
-        domains = datasets.load_domains(args.dataset, path, lists, args.domains)
-        return scenarios.domain_incremental(*domains, prepare)
-    parts = datasets.load_parts(args.dataset, path)
-    if len(parts) > 1:
+        return scenarios.domain_incremental(train_parts, test_parts, prepare)
+    if len(train_parts) > 1:
+        parts = {name: (train, test_parts[name]) for name, train in train_parts.items()}
         return scenarios.several_data_sets(parts, prepare)
-    ((train, test),) = parts.values()
+    (train,), (test,) = train_parts.values(), test_parts.values()
     if args.scenario == "gaussian":
         episodes = task_classes or _episodes(args, train.classes)
         num_images = settings.images_per_episode(args, global_batch)
@@ -325,6 +347,9 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
         "" if processes.world_size == 1 else "es",
         processes.device,
     )
+    changed = {name: value for name, value in run.record.numerics.items() if value}
+    if changed:
+        logger.info("Speed: %s", ", ".join(f"{name} {value}" for name, value in changed.items()))
     idle = processes.world_size - -(-run.global_batch // settings.vote_group_size(args))
     if idle > 0:
         logger.warning(

@@ -60,6 +60,11 @@ def parse_bool_or_path(text: str) -> bool | str:
     return _WORDS.get(text.lower(), text)
 
 
+def parse_bool_or_auto(text: str) -> bool | str:
+    """Reads a yes/no word, or `auto`."""
+    return text if text == "auto" else parse_bool(text)
+
+
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Reads `none` for none, anything else as `parse` does."""
 
@@ -209,7 +214,8 @@ def _build() -> _Flags:
     _add_prompts(flags.group("prompts"))
     _add_optimizer(flags.group("optimizer and learning rate"))
     _add_augmentation(flags.group("image transforms"))
-    _add_evaluation(flags.group("evaluation and speed"))
+    _add_speed(flags.group("speed and precision"))
+    _add_evaluation(flags.group("evaluation and measurements"))
     return flags
 
 
@@ -404,6 +410,27 @@ def _add_augmentation(add: Callable[..., None]) -> None:
     add("--remode", "pixel", "what an erased box is filled with: const, rand or pixel")
     add("--recount", 1, "boxes erased", type=int)
     add("--norm", "none", "pixels: none ([0, 1], the original), half ([-1, 1]) or imagenet")
+
+
+def _add_speed(add: Callable[..., None]) -> None:
+    add("--amp", None, "mixed precision of the backbone: bf16, fp16, or none (fp32, the original)")
+    add("--tf32", False, "TensorFloat-32 products on a GPU, in place of full fp32", **_YN)
+    add("--compile", False, "compile the passes through the backbone, with CUDA graphs", **_YN)
+    add("--grad_checkpointing", False, "compute activations twice to hold fewer of them", **_YN)
+    add(
+        "--data_on_device",
+        "auto",
+        "keep all images on the device and crop and resize there: true, false, or auto (on a GPU, "
+        "where they fit and the image transforms allow it)",
+        type=parse_bool_or_auto,
+    )
+    add(
+        "--eval_batch_size",
+        None,
+        "test images of a batch; none: --batch-size, on a GPU at least 256",
+        type=int,
+    )
+    add("--test_cache", 2.0, "gigabytes of decoded test images that a process keeps", type=float)
 
 
 def _add_evaluation(add: Callable[..., None]) -> None:

@@ -50,6 +50,7 @@ class RunRecord:
         reports: One for each finished task.
         tasks: Name of each task.
         test_sets: Name of each test set.
+        numerics: How numbers were computed, plain values.
     """
 
     config: dict[str, Any]
@@ -60,6 +61,7 @@ class RunRecord:
     reports: list[TaskReport] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     test_sets: list[str] = field(default_factory=list)
+    numerics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last_task(self) -> int:
@@ -75,6 +77,7 @@ class RunRecord:
             "tasks": self.tasks,
             "test_sets": self.test_sets,
             "backbone": self.backbone,
+            "numerics": self.numerics,
             "prompt_usage": [usage for report in self.reports for usage in self._usage(report)],
             "timing": [
                 {

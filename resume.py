@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import checkpoints
@@ -28,6 +27,7 @@ from checkpoints import CheckpointError, Entries
 from engine import Evaluation, Position, TaskReport
 from experiment import Experiment
 from options import UsageError
+from updates import Updater
 
 FORMAT = "l2p run state 2"
 #: The same without a buffer.
@@ -37,7 +37,8 @@ _FIRST_FORMAT = "l2p run state 1"
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
 _FREE = (
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "batch_size", "lr", "lr_scale", "class_order", "replay_batch", "file_lists",
+    "batch_size", "lr", "lr_scale", "class_order", "replay_batch", "file_lists", "compile",
+    "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -85,12 +86,12 @@ def newest_path(output_dir: Path) -> Path:
     return output_dir / "checkpoint" / "last.pth"
 
 
-def take(run: Experiment, position: Position, optimizer: torch.optim.Optimizer) -> RunState:
+def take(run: Experiment, position: Position, updater: Updater) -> RunState:
     """The state of a run at a boundary."""
     record = run.record
     return RunState(
         model=run.model.trained_state(),
-        optimizer=optimizer.state_dict(),
+        optimizer=updater.state_dict(),
         position=position,
         reports=record.reports,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},

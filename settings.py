@@ -18,10 +18,11 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import backbone
 import datasets
+from batch_samplers import LoaderOptions
 from class_folders import DomainList
-from continual_dataloader import LoaderOptions
 from engine import EngineOptions, Scheduler
 from image_transforms import TransformOptions
+from numerics import Numerics
 from processes import Processes
 from prompt import Prompt
 from vision_transformer import PromptedVisionTransformer
@@ -203,7 +204,15 @@ def loader_options(
         global_batch=global_batch,
         drop_last=args.drop_last,
         replayed_per_group=replayed_per_group(args),
+        eval_batch_size=_eval_batch_size(args, processes.device),
+        test_cache_bytes=int(args.test_cache * 10**9),
     )
+
+
+def _eval_batch_size(args: argparse.Namespace, device: torch.device) -> int:
+    if args.eval_batch_size is not None:
+        return args.eval_batch_size
+    return max(args.batch_size, 256) if device.type == "cuda" else args.batch_size
 
 
 def _usable_cores() -> int:
@@ -232,7 +241,14 @@ def engine_options(
         print_freq=args.print_freq,
         seed=args.seed,
         replayed_per_group=replayed_per_group(args),
+        read_every=args.print_freq if device.type == "cuda" else 1,
+        loss_scaling=numerics(args).loss_scaling,
     )
+
+
+def numerics(args: argparse.Namespace) -> Numerics:
+    """What the run trades for speed or memory."""
+    return Numerics(args.amp, args.tf32, args.compile, args.grad_checkpointing)
 
 
 def build_backbone(args: argparse.Namespace, pretrained: bool = False) -> VisionTransformer:

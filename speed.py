@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchprofile import profile_macs
 
 import utils
-from engine import EngineOptions, train_step
+from engine import EngineOptions, make_updater, train_step
 from processes import is_main_process
+from updates import MakeOptimizer
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _ClassifyPass(nn.Module):
 
 def speed_test(
     model: PromptedVisionTransformer,
-    optimizer: torch.optim.Optimizer,
+    make_optimizer: MakeOptimizer,
     options: EngineOptions,
     *,
     batch_size: int,
@@ -67,7 +67,7 @@ def speed_test(
 
     Args:
         model: The model, on its device.
-        optimizer: Over its trainable parameters, with learning rate 0.
+        make_optimizer: Makes one over its trainable parameters, with learning rate 0.
         options: What a training step computes.
         batch_size: B.
         input_size: S.
@@ -79,11 +79,11 @@ def speed_test(
     lines = [
         f"inference_speed: {_images_per_second(_inference(model, images), images):.2f} images/s",
         f"training_speed: "
-        f"{_images_per_second(_step(model, optimizer, images, targets, options), images):.2f} "
+        f"{_images_per_second(_step(model, make_optimizer, images, targets, options), images):.2f} "
         "images/s",
         *_macs(model, images[:1]),
         f"params: {_count(model, trained=False):,} (trainable: {_count(model, trained=True):,})",
-        f"peak memory: {_peak_megabytes(options.device):.0f} MB",
+        f"peak memory: {peak_megabytes(options.device):.0f} MB",
     ]
     for line in lines:
         logger.info(line)
@@ -97,7 +97,7 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
     """Multiply-accumulates (10^9) of the passes over images: `query`, `prompted`, and their sum."""
     model.eval()
     query = torch.zeros(len(images), model.backbone.embed_dim, device=images.device)
-    with warnings.catch_warnings(), torch.no_grad(), _explicit_attention(model):
+    with warnings.catch_warnings(), torch.no_grad(), explicit_attention(model):
         warnings.simplefilter("ignore")  # operators without multiplications, tracing
         prompted = _gmacs(_ClassifyPass(model), (images, query))
         asked = 0.0 if model.prompt is None else _gmacs(_QueryPass(model), (images,))
@@ -105,7 +105,7 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
 
 
 @contextmanager
-def _explicit_attention(model: nn.Module) -> Iterator[None]:
+def explicit_attention(model: nn.Module) -> Iterator[None]:
     """Spells attention out: older torchprofile does not count the fused one."""
     fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False)]
     for attention in fused:
@@ -118,6 +118,8 @@ def _explicit_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _gmacs(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    from torchprofile import profile_macs
+
     macs = profile_macs(module, inputs)
     assert isinstance(macs, int)
     return macs / 1e9
@@ -140,14 +142,16 @@ def _inference(model: PromptedVisionTransformer, images: Tensor) -> Callable[[],
 
 def _step(
     model: PromptedVisionTransformer,
-    optimizer: torch.optim.Optimizer,
+    make_optimizer: MakeOptimizer,
     images: Tensor,
     targets: Tensor,
     options: EngineOptions,
 ) -> Callable[[], None]:
+    updater = make_updater(model, make_optimizer, options)
+
     def step() -> None:
         model.train()
-        train_step(model, optimizer, (images, targets), 0, None, len(images), options)
+        train_step(model, updater, (images, targets), 0, None, len(images), options)
 
     return step
 
@@ -171,9 +175,14 @@ def _count(model: nn.Module, *, trained: bool) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
-def _peak_megabytes(device: torch.device) -> float:
+def peak_megabytes(device: torch.device) -> float:
     """Most memory so far in 2^20 bytes: of the GPU's tensors, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):  # ru_maxrss begins with that of the process that started it
+            return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

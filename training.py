@@ -8,8 +8,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import checkpoints
 import engine
 import metrics
@@ -25,6 +23,7 @@ from experiment import Experiment, assemble, check_same_run, describe
 from preemption import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
+from updates import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +121,7 @@ class Keeper(engine.Monitor):
         if self.wants_to_stop():
             raise Preempted(self._word("in an evaluation, which will be done again"))
 
-    def at_boundary(
-        self, position: Position, optimizer: torch.optim.Optimizer, stop: bool = False
-    ) -> None:
+    def at_boundary(self, position: Position, updater: Updater, stop: bool = False) -> None:
         """Saves the state at milestones, when it is due, and before the run stops.
 
         No process stops before the state is saved: the others would be stopped with it.
@@ -132,7 +129,7 @@ class Keeper(engine.Monitor):
         if self.output_dir is not None:
             due = time.monotonic() - self.saved >= self.save_every
             if due or stop or self._is_milestone(position):
-                state = resume.take(self.experiment, position, optimizer)
+                state = resume.take(self.experiment, position, updater)
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
         if stop:

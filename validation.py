@@ -11,6 +11,8 @@ import timm.optim
 
 import class_order
 import datasets
+import device_images
+import numerics
 import options
 import processes
 import prompt
@@ -39,6 +41,7 @@ _CHOICES = {
     "--gaussian_reading": scenarios.GAUSSIAN_READINGS,
     "--sched": SCHEDULES,
     "--lr_scale": LR_SCALES,
+    "--amp": (None, *numerics.AMP_DTYPES),
 }
 
 #: Flags that count something and need at least so many.
@@ -56,13 +59,16 @@ _AT_LEAST = {
     "--buffer_size": 1,
     "--buffer_per_class": 1,
     "--replay_batch": 1,
+    "--eval_batch_size": 1,
     "--num_workers": 0,
     "--warmup-epochs": 0,
     "--cooldown-epochs": 0,
 }
 
 _POSITIVE = ("--lr", "--clip-grad", "--opt-eps", "--decay-rate", "--gaussian_sigma")
-_NOT_NEGATIVE = ("--weight-decay", "--pull_constraint_coeff", "--warmup-lr", "--min-lr")
+_NOT_NEGATIVE = (
+    "--weight-decay", "--pull_constraint_coeff", "--warmup-lr", "--min-lr", "--test_cache",
+)  # fmt: skip
 _SHARES = ("--drop", "--drop-path", "--smoothing", "--momentum")
 
 
@@ -86,6 +92,7 @@ def validate_args(
         *of_the_model,
         *_schedule(args),
         *_transforms(args),
+        *_speed(args),
         *_scenario(args),
         *_replay(args),
         *_votes(args),
@@ -107,7 +114,8 @@ def _value(args: argparse.Namespace, flag: str) -> object:
 def _values(args: argparse.Namespace) -> Iterator[str]:
     for flag, allowed in _CHOICES.items():
         if (value := _value(args, flag)) not in allowed:
-            yield f"{flag} {value} is unknown: choose one of {', '.join(allowed)}"
+            known = ", ".join("none" if name is None else name for name in allowed)
+            yield f"{flag} {value} is unknown: choose one of {known}"
     for flag, least in _AT_LEAST.items():
         value = _value(args, flag)
         if isinstance(value, int) and value < least:
@@ -187,6 +195,18 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
         settings.transform_options(args)
     except ValueError as error:
         yield from str(error).split("; ")
+
+
+def _speed(args: argparse.Namespace) -> Iterator[str]:
+    """Fast ways that other settings do not go with."""
+    if args.data_on_device is not True:
+        return
+    try:
+        reason = device_images.why_not_on_device(settings.transform_options(args))
+    except ValueError:
+        return  # which `_transforms` tells
+    if reason is not None:
+        yield f"--data_on_device true: {reason}"
 
 
 def _scenario(args: argparse.Namespace) -> Iterator[str]:
@@ -347,6 +367,8 @@ def _trained(
     if not any(p.requires_grad for p in model.parameters()):
         yield f"--freeze {' '.join(args.freeze)} leaves nothing to train"
         return
+    if args.grad_checkpointing and not (args.prompt_pool or model.backbone_trains):
+        yield "--grad_checkpointing: only the head trains, no activation is kept for it"
     try:
         settings.make_optimizer(args, model, lr=args.lr)
     except Exception as error:  # timm's optimizers check their settings in many ways
@@ -356,7 +378,9 @@ def _trained(
 def _processes(args: argparse.Namespace) -> Iterator[str]:
     launch = processes.find_launch()
     try:
-        processes.choose_device(args.device, launch)
+        device = processes.choose_device(args.device, launch)
+        if args.tf32 and device.type == "cpu":
+            yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
     except ValueError as error:
         yield str(error)
     launched = 1 if launch is None else launch.world_size

@@ -528,7 +528,7 @@ def test_joint_is_one_task_wherever_the_data_are(name, tmp_path):
 
 def test_joint_puts_all_tasks_into_one_and_tests_them_apart():
     plain, joint = (
-        experiment.build_stream(parse("digits_l2p", *overlay), global_batch=16)
+        experiment.build_stream(parse("digits_l2p", *overlay), 16, torch.device("cpu"))[0]
         for overlay in ([], ["joint"])
     )
     assert (plain.num_tasks, joint.num_tasks) == (5, 1)
@@ -766,7 +766,7 @@ def test_task_smaller_than_a_step_is_refused(tmp_path, capsys):
     found = re.search(r"error: --drop_last leaves no step of task1: it has (\d+) images, a step 500"
                       r"; lower --batch-size or leave --drop_last out", text)  # fmt: skip
     assert found, text
-    plain = experiment.build_stream(parse(*argv), global_batch=500)
+    plain, _ = experiment.build_stream(parse(*argv), 500, torch.device("cpu"))
     assert int(found[1]) == len(plain.tasks[0].data) < 500
     assert not (tmp_path / "results.json").exists()
 

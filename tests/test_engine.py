@@ -105,10 +105,14 @@ def sgd(model, lr=0.1):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
+def updating(model, lr=0.1, options=OPTIONS):
+    return engine.make_updater(model, lambda: sgd(model, lr), options)
+
+
 def train_step(model, options=OPTIONS, task=FIRST, lr=0.0, **loader):
     """One step on one batch: statistics; the gradients stay in the model."""
     batches = Loader(*data(task, 8), batch_size=8, **loader)
-    return engine.train_one_epoch(model, batches, sgd(model, lr), task, 0, options)
+    return engine.train_one_epoch(model, batches, updating(model, lr, options), task, 0, options)
 
 
 def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
@@ -279,7 +283,7 @@ REPLAYING = replace(OPTIONS, replayed_per_group=2, pull_coeff=0)
 def replay_step(model, options=REPLAYING, lr=0.0):
     images = pictures(10, torch.Generator().manual_seed(5))
     loader = Mixed(images, MIXED_TARGETS, AGAIN)
-    stats = engine.train_one_epoch(model, loader, sgd(model, lr), SECOND, 0, options)
+    stats = engine.train_one_epoch(model, loader, updating(model, lr), SECOND, 0, options)
     return images, stats
 
 
@@ -316,7 +320,7 @@ def test_other_classes_learn_from_replayed_images_alone():
     images = pictures(10, torch.Generator().manual_seed(5))
     targets = MIXED_TARGETS.masked_fill(AGAIN, 1)  # of the task, so that nothing is infinite
     loader = Mixed(images, targets, torch.zeros(10, dtype=torch.bool))
-    engine.train_one_epoch(model, loader, sgd(model, 0.0), SECOND, 0, REPLAYING)
+    engine.train_one_epoch(model, loader, updating(model, 0.0), SECOND, 0, REPLAYING)
     assert (model.head.bias.grad != 0).tolist() == [c in SECOND.classes for c in range(C)]
 
 
@@ -345,7 +349,7 @@ def test_empty_piece_of_a_step_with_replay_changes_nothing():
     empty = torch.empty(0, dtype=torch.long)
     loader = Mixed(torch.empty(0, 3, 8, 8), empty, empty.bool())
     loader.global_batch_size = lambda step: 6
-    engine.train_one_epoch(model, loader, sgd(model), SECOND, 0, REPLAYING)
+    engine.train_one_epoch(model, loader, updating(model), SECOND, 0, REPLAYING)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -363,13 +367,13 @@ def count_by_hand(model, batches, group=4):
 def test_prompts_count_the_training_images_that_they_serve():
     model = make_model({"diversify": "frequency"})
     loader = Loader(*data(FIRST, 10))
-    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 0, OPTIONS)
+    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 0, OPTIONS)
     expected = count_by_hand(model, loader)
     assert model.prompt.served_now.tolist() == expected
     assert sum(expected) == 10 * K
     assert len([n for n in expected if n]) > K
     assert model.prompt.served_before.tolist() == [0] * M
-    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 1, OPTIONS)
+    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 1, OPTIONS)
     assert model.prompt.served_now.tolist() == [2 * n for n in expected]
 
 
@@ -383,7 +387,7 @@ def test_prompts_count_the_images_of_all_processes(monkeypatch):
     model = make_model({"diversify": "frequency"})
     monkeypatch.setattr(engine, "sum_over_processes", lambda values: 3 * values)
     loader = Loader(*data(FIRST, 8), share=3)
-    engine.train_one_epoch(model, loader, sgd(model, 0.0), FIRST, 0, OPTIONS)
+    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 0, OPTIONS)
     assert model.prompt.served_now.tolist() == [3 * n for n in count_by_hand(model, loader)]
 
 
@@ -425,15 +429,15 @@ def test_frequency_changes_no_first_task_and_spreads_the_second():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_step_of_a_non_finite_loss_counts_nothing(value, clip_grad):
     model = make_model({"diversify": "frequency"})
-    loader = Loader(*data(FIRST, 12))
+    loader, options = Loader(*data(FIRST, 12)), replace(OPTIONS, clip_grad=clip_grad)
     with pytest.raises(engine.NonFiniteLossError):
         engine.train_one_epoch(
             Spoiled(model, call=2, value=value),
             loader,
-            sgd(model, 0.0),
+            updating(model, 0.0, options),
             FIRST,
             0,
-            replace(OPTIONS, clip_grad=clip_grad),
+            options,
         )
     assert model.prompt.served_now.tolist() == count_by_hand(model, loader.batches[:1])
 
@@ -446,7 +450,7 @@ def test_train_one_epoch_averages_loss_over_batches_and_accuracy_over_images():
     images, targets = data(FIRST, 10)
     options = replace(OPTIONS, pull_coeff=0)
     stats = engine.train_one_epoch(
-        model, Loader(images, targets), sgd(model, lr=0.0), FIRST, 0, options
+        model, Loader(images, targets), updating(model, lr=0.0), FIRST, 0, options
     )
     losses, hits = [], 0
     for x, y in Loader(images, targets):
@@ -461,7 +465,7 @@ def test_train_one_epoch_averages_loss_over_batches_and_accuracy_over_images():
 def test_train_one_epoch_tells_the_sampler_its_epoch_and_trains_in_training_mode():
     model = make_model({}).eval()
     loader = Loader(*data())
-    engine.train_one_epoch(model, loader, sgd(model), FIRST, 3, OPTIONS)
+    engine.train_one_epoch(model, loader, updating(model), FIRST, 3, OPTIONS)
     assert loader.epochs == [3]
     assert model.training
 
@@ -492,7 +496,7 @@ def test_train_step_without_images_of_its_own_changes_nothing():
     before = copy.deepcopy(model.state_dict())
     loader = Loader(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.long))
     loader.global_batch_size = lambda step: 4  # the images are at other processes
-    engine.train_one_epoch(model, loader, sgd(model), FIRST, 0, OPTIONS)
+    engine.train_one_epoch(model, loader, updating(model), FIRST, 0, OPTIONS)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -558,9 +562,10 @@ def test_non_finite_loss_names_place_and_value_and_keeps_the_last_good_weights(c
     spoiled, loader = Spoiled(bad, call=2, value=float("nan")), Loader(images, targets)
     message = r"loss is nan in task 2, epoch 3, step 2: lower --lr"
     with pytest.raises(engine.NonFiniteLossError, match=message):
-        engine.train_one_epoch(spoiled, loader, sgd(bad), SECOND, 2, options)
+        engine.train_one_epoch(spoiled, loader, updating(bad, 0.1, options), SECOND, 2, options)
     good = make_model({})
-    engine.train_one_epoch(good, Loader(images[:4], targets[:4]), sgd(good), SECOND, 2, options)
+    loader = Loader(images[:4], targets[:4])
+    engine.train_one_epoch(good, loader, updating(good, 0.1, options), SECOND, 2, options)
     for name, value in good.state_dict().items():
         assert torch.equal(bad.state_dict()[name], value), name
 
@@ -570,7 +575,7 @@ def test_non_finite_gradient_is_named_before_it_spoils_the_weights():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(engine.NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
-        engine.train_one_epoch(model, Loader(*data(FIRST, 4)), sgd(model), FIRST, 0, OPTIONS)
+        engine.train_one_epoch(model, Loader(*data(FIRST, 4)), updating(model), FIRST, 0, OPTIONS)
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -580,7 +585,81 @@ def test_non_finite_loss_of_a_target_outside_the_mask_is_named():
     images, _ = data()
     loader = Loader(images, torch.full((8,), 1))  # class 1 belongs to the second task
     with pytest.raises(engine.NonFiniteLossError, match=r"loss is inf in task 1, epoch 1, step 1"):
-        engine.train_one_epoch(model, loader, sgd(model), FIRST, 0, OPTIONS)
+        engine.train_one_epoch(model, loader, updating(model), FIRST, 0, OPTIONS)
+
+
+# Steps that are read together
+
+
+class Boundaries(engine.Monitor):
+    """Notes where the engine says that a run can go on."""
+
+    def __init__(self, stop_at=None):
+        self.positions, self.asked, self.stop_at = [], 0, stop_at
+
+    def wants_to_stop(self):
+        self.asked += 1
+        return self.asked == self.stop_at
+
+    def at_boundary(self, position, updater, stop=False):
+        self.positions.append((position.step, copy.deepcopy(position.meters), stop))
+
+
+def read_every(number, steps=7, stop_at=None):
+    model, monitor = make_model({}), Boundaries(stop_at)
+    options = replace(OPTIONS, read_every=number)
+    loader = Loader(*data(FIRST, 4 * steps))
+    stats = engine.train_one_epoch(
+        model, loader, updating(model), FIRST, 0, options, monitor=monitor
+    )
+    return model, stats, monitor.positions
+
+
+@pytest.mark.parametrize(("number", "steps_read"), [(2, [1, 3, 5, 7]), (3, [1, 4, 7]), (9, [1, 7])])
+def test_steps_read_together_give_the_same_run(number, steps_read):
+    model, stats, positions = read_every(1)
+    other, other_stats, read = read_every(number)
+    assert other_stats == stats
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert [step for step, _, _ in read] == steps_read
+    assert read == [positions[step - 1] for step in steps_read]
+
+
+def test_wish_to_stop_is_told_when_steps_are_read():
+    assert [stop for _, _, stop in read_every(3, stop_at=3)[2]] == [False, True, False]
+
+
+def test_non_finite_step_is_named_though_later_ones_were_made():
+    options = replace(OPTIONS, read_every=100)
+    bad, (images, targets) = make_model({}), data(SECOND, 28)
+    spoiled = Spoiled(bad, call=4, value=float("nan"))
+    with pytest.raises(engine.NonFiniteLossError, match=r"loss is nan in task 2, epoch 1, step 4"):
+        engine.train_one_epoch(spoiled, Loader(images, targets), updating(bad), SECOND, 0, options)
+    assert spoiled.calls == 7
+    good = make_model({})
+    loader = Loader(images[:12], targets[:12])
+    engine.train_one_epoch(good, loader, updating(good), SECOND, 0, options)
+    for name, value in good.state_dict().items():
+        assert torch.equal(bad.state_dict()[name], value), name
+
+
+def test_resumed_epoch_reads_its_own_steps():
+    _, _, positions = read_every(1)
+    model = make_model({})
+    position = engine.Position(0, 0, step=2, meters=positions[1][1])
+    monitor = Boundaries()
+
+    class Rest(Loader):
+        def __iter__(self):
+            return iter(self.batches[2:])
+
+    engine.train_one_epoch(
+        *(model, Rest(*data(FIRST, 28)), updating(model, 0.0), FIRST, 0),
+        *(replace(OPTIONS, read_every=3), position, monitor),
+    )
+    assert [step for step, _, _ in monitor.positions] == [4, 7]
+    assert monitor.positions[-1][1]["Acc@1"][1] == 28
 
 
 # Evaluation

@@ -11,12 +11,14 @@ from contextlib import suppress
 
 import pytest
 
-import continual_dataloader
+import accuracy
 import engine
 import main
 import preemption
+import program
 import resume
 import settings
+import task_data
 import training
 import utils
 from preemption import EXIT_CODE, Preempted, StopSignals
@@ -178,7 +180,7 @@ def test_signal_in_the_last_step_of_a_task_saves_before_the_evaluation(
 ):
     with monkeypatch.context() as patch:
         sending(patch, engine, "_forward_backward", signal.SIGTERM, at=4)
-        patch.setattr(engine, "_test_sums", None)
+        patch.setattr(accuracy, "_test_sums", None)
         assert start(command, tmp_path) == EXIT_CODE
     position = load(newest(tmp_path)).position
     assert (position.task, position.epoch, position.evaluations) == (0, 2, [])
@@ -193,7 +195,7 @@ def test_second_signal_while_the_state_is_saved_changes_nothing(
         sending(patch, engine, "_forward_backward", signal.SIGTERM, at=3)
         sending(patch, resume, "take", signal.SIGTERM, at=2)
         sending(patch, resume, "save", signal.SIGUSR2, at=2, behind=True)
-        sending(patch, main, "_tell", signal.SIGTERM)
+        sending(patch, program, "_tell", signal.SIGTERM)
         assert start(command, tmp_path) == EXIT_CODE
     position = load(newest(tmp_path)).position
     assert (position.task, position.epoch, position.step) == (0, 1, 1)
@@ -217,7 +219,7 @@ def test_signal_in_an_evaluation_leaves_at_the_next_batch(
     argv = [*command, "--batch-size", "4"]
     assert start(argv, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        sums = sending(patch, engine, "_test_sums", number, at=9)  # second test set of task 2
+        sums = sending(patch, accuracy, "_test_sums", number, at=9)  # second test set of task 2
         assert start(argv, tmp_path / "stopped") == EXIT_CODE
     assert sums["n"] == 10
     assert f"{number.name} stopped the run in an evaluation" in capsys.readouterr().out
@@ -329,8 +331,8 @@ def test_loader_workers_outlive_a_signal_to_all_processes(command, whole, tmp_pa
     def be_a_job():
         os.setsid()
         settings._usable_cores = lambda: 2
-        read = continual_dataloader.TrainData._load
-        continual_dataloader.TrainData._load = lambda *args: (time.sleep(0.02), read(*args))[1]
+        read = task_data.TrainData.__getitem__
+        task_data.TrainData.__getitem__ = lambda *args: (time.sleep(0.02), read(*args))[1]
 
     argv = [*command, "--num_workers", "2", "--output_dir", str(tmp_path), "--resume", "auto"]
     child = Child(argv, tmp_path / "child.txt", moment=3, prepare=be_a_job)
@@ -364,5 +366,5 @@ def test_signal_while_an_error_is_told_changes_nothing(monkeypatch, capsys):
         signal.raise_signal(signal.SIGTERM)
         return 2, str(error)
 
-    monkeypatch.setattr(main, "_tell", tell)
+    monkeypatch.setattr(program, "_tell", tell)
     assert main.main(["--bogus"]) == 2

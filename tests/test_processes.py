@@ -125,7 +125,7 @@ def free_port():
 def context():
     """Where processes are forked from: a server that does not know what pytest has done since."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["test_processes", "torch._dynamo"])
+    server.set_forkserver_preload(["test_processes", "program", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")

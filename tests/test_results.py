@@ -283,8 +283,9 @@ def test_gmacs_of_vit_base_are_the_known_ones(fused):
     set_fused_attn(True)
     model = PromptedVisionTransformer(vit, 100, Prompt(size=10, length=5, top_k=5, embed_dim=768))
     gmacs = speed.count_gmacs(model, torch.zeros(1, 3, 224, 224))
-    assert gmacs["query"] == pytest.approx(17.57, abs=0.02)
-    assert gmacs["prompted"] == pytest.approx(19.88, abs=0.02)
+    # All tokens of all blocks are 17.56 and 19.88; what nobody reads of the last one is left out.
+    assert gmacs["query"] == pytest.approx(17.56 - 1.22, abs=0.02)
+    assert gmacs["prompted"] == pytest.approx(19.88 - 1.23, abs=0.02)
     assert gmacs["total"] == gmacs["query"] + gmacs["prompted"]
 
 

@@ -29,6 +29,7 @@ import engine
 import main
 import options
 import plots
+import program
 import random_streams
 import resume
 import settings
@@ -92,8 +93,8 @@ def stop_after(patch, number):
     """Lets runs save and stop at the boundary of that number, counted over all of them."""
     at_boundary, count = training.Keeper.at_boundary, itertools.count(1)
 
-    def stopping(keeper, position, optimizer, stop=False):
-        at_boundary(keeper, position, optimizer, stop or next(count) == number)
+    def stopping(keeper, position, updater, stop=False):
+        at_boundary(keeper, position, updater, stop or next(count) == number)
 
     patch.setattr(training.Keeper, "at_boundary", stopping)
 
@@ -363,7 +364,7 @@ _USUAL = {
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes longest in a command that is known to be sound."""
-    monkeypatch.setattr(main, "validate_args", lambda *_: None)
+    monkeypatch.setattr(program, "validate_args", lambda *_: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -386,10 +387,10 @@ def test_run_stopped_at_every_boundary_ends_as_if_never_stopped(
     at_boundary = training.Keeper.at_boundary
     places, rates = [], set()
 
-    def stopping(keeper, position, optimizer, stop=False):
+    def stopping(keeper, position, updater, stop=False):
         places.append((position.task, position.epoch, position.step, len(position.evaluations)))
-        rates.add(optimizer.param_groups[0]["lr"])
-        at_boundary(keeper, position, optimizer, stop=position.task < 2)
+        rates.add(updater.lr)
+        at_boundary(keeper, position, updater, stop=position.task < 2)
 
     monkeypatch.setattr(training.Keeper, "at_boundary", stopping)
     while (code := start(argv, tmp_path / "parts")) != 0:
@@ -910,7 +911,8 @@ def test_state_that_does_not_fit_is_refused_before_anything_is_written(
 #: May differ: where things are, and how they are computed.
 FREE = {
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "class_order", "file_lists",
+    "class_order", "file_lists", "compile", "grad_checkpointing", "data_on_device",
+    "eval_batch_size", "test_cache",
 }  # fmt: skip
 
 #: May differ if images of a step, replayed ones, votes and rate stay the same.
@@ -1042,7 +1044,7 @@ def test_step_of_several_processes_goes_on_in_one(command, whole, half):
         edit(path, config=config)
     flags = ["--batch-size", "4", "--lr", "1.0", "--vote_group_size", "8"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "validate_args", lambda *_: None)  # votes of 8 among 4 images
+        patch.setattr(program, "validate_args", lambda *_: None)  # votes of 8 among 4 images
         assert start(command, half, *flags) == 0
     names = ("batch_size", "lr")
     changed = [f"{f}/config/{n}" for f in ("results.json", *_tasks(2)) for n in names]
@@ -1156,11 +1158,12 @@ def test_run_with_replay_goes_on_with_its_buffer_alone(command, tmp_path, capsys
 
 # Files of earlier versions
 
-#: Settings that came with the buffer.
+#: Settings that came with the buffer, and later.
 NEWER = {
-    "buffer_per_class", "buffer_size", "diversify", "drop_last", "eval_every", "file_lists",
-    "gaussian_reading", "gaussian_sigma", "joint", "prompt_position", "replay_batch", "scenario",
-    "steps_per_task",
+    "amp", "buffer_per_class", "buffer_size", "compile", "data_on_device", "diversify",
+    "drop_last", "eval_batch_size", "eval_every", "file_lists", "gaussian_reading",
+    "gaussian_sigma", "grad_checkpointing", "joint", "prompt_position", "replay_batch",
+    "scenario", "steps_per_task", "test_cache", "tf32",
 }  # fmt: skip
 
 
