@@ -105,7 +105,6 @@ def evaluate(
     for step, (images, targets) in progress.over(loader, len(loader)):
         if monitor is not None:
             monitor.in_evaluation()
-        images, targets = images.to(options.device), targets.to(options.device)
         query = None if known is None else known[tally.num_images :][: len(images)]
         out = model(images, query, vote_group_size=options.vote_group_size)
         if known is None and "query" in out:

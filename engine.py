@@ -58,9 +58,9 @@ class Scheduler(Protocol):
         """Sets the learning rate of an epoch (0-based)."""
 
 
-#: Batches of (images, targets), and their number as its length. For training its `batch_sampler`
-#: has `set_epoch(epoch, first_step)` and `global_batch_size(step)`; a batch that holds replayed
-#: images tells which ones by a third tensor, bool (B,).
+#: Batches of (images, targets) on the device, and their number as its length. For training its
+#: `batch_sampler` has `set_epoch(epoch, first_step)` and `global_batch_size(step)`; a batch that
+#: holds replayed images tells which ones by a third tensor, bool (B,).
 Loader = Any
 MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
 
@@ -242,8 +242,7 @@ def train_one_epoch(
     sampler.set_epoch(epoch, position.step)
     unread: list[Tensor] = []
     since = time.monotonic()
-    for step, tensors in progress.over(loader, len(loader), position.step):
-        batch = [tensor.to(options.device) for tensor in tensors]
+    for step, batch in progress.over(loader, len(loader), position.step):
         seed_model(options.device, options.seed, task.index, epoch, step, rank())
         size = sampler.global_batch_size(step)
         stop = monitor.wants_to_stop()

@@ -40,15 +40,16 @@ class Batches:
 
 @dataclass
 class GoldenRun:
-    """One golden file with the model, tasks and options that it describes."""
+    """One golden file with the model, tasks and options that it describes, on a device."""
 
     name: str
+    device: str = "cpu"
 
     def __post_init__(self):
         arrays = np.load(GOLDEN / f"{self.name}.npz")
         self.config = json.loads(str(arrays["config"]))
         self.arrays = {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != "config"}
-        self.model = self._model()
+        self.model = self._model().to(self.device)
         self.tasks = self._tasks()
         self.options = self._options()
         self.matrices = {s: metrics.empty_matrix(2, 2) for s in engine.SELECTIONS}
@@ -67,10 +68,14 @@ class GoldenRun:
         return vit
 
     def train_loader(self, task):
-        return Batches(self["train_x"][task.index], self["train_y"][task.index].long(), 8)
+        return self._batches("train", task.index)
 
     def test_loader(self, test_set):
-        return Batches(self["test_x"][test_set.index], self["test_y"][test_set.index].long(), 8)
+        return self._batches("test", test_set.index)
+
+    def _batches(self, split, index):
+        images, targets = self[f"{split}_x"][index], self[f"{split}_y"][index].long()
+        return Batches(images.to(self.device), targets.to(self.device), 8)
 
     def make_optimizer(self):
         c = self.config
@@ -142,7 +147,7 @@ class GoldenRun:
     def _options(self):
         c = self.config
         return engine.EngineOptions(
-            device=torch.device("cpu"),
+            device=torch.device(self.device),
             epochs=c["epochs"],
             vote_group_size=c["batch_size"],
             all_classes=tuple(range(c["num_classes"])),

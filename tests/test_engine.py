@@ -139,7 +139,7 @@ def run(
         model,
         tasks,
         hooks.pop("train_loader", lambda task: Loader(*data(task))),
-        lambda test_set: Loader(*data(test_set, seed=1)),
+        hooks.pop("test_loader", lambda test_set: Loader(*data(test_set, seed=1))),
         make_optimizer or (lambda: sgd(model)),
         make_scheduler or (lambda optimizer: None),
         matrices,

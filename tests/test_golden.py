@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 import checkpoints
 import engine
 import metrics
+import numerics
 from accuracy import class_mask
 from golden_run import GOLDEN, GoldenRun
+from numerics import Numerics
 
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 POOLED = [name for name in NAMES if not name.startswith("no_prompt")]
@@ -68,6 +71,29 @@ def test_first_gradients_equal_original(run):
 
 
 def test_whole_run_equals_original(run):
+    assert_equals_original(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "head_token_prompt"])
+def test_whole_compiled_run_equals_original(name):
+    torch._dynamo.reset()
+    run = GoldenRun(name)
+    numerics.apply(Numerics(compile=True), run.model, batch_sizes={8})
+    assert_equals_original(run)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whole_run_on_cuda_equals_original(run, compiled):
+    torch._dynamo.reset()
+    run = GoldenRun(run.name, "cuda")
+    numerics.apply(Numerics(compile=compiled), run.model, batch_sizes={8})
+    assert_equals_original(run)
+
+
+def assert_equals_original(run):
     train_stats, evaluations = [], []
     run.train(train_stats.append, lambda report: evaluations.extend(report.evaluations))
 
@@ -91,8 +117,8 @@ def test_whole_run_equals_original(run):
     trained = run.model.trained_state()
     for name, wanted in run.under("out.final.").items():
         close(trained[name], wanted, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    logits = run.model.eval()(first_images(run))["logits"]
-    close(logits, run["out.logits_after"], atol=1e-4, rtol=1e-4)
+    logits = run.model.eval()(first_images(run).to(run.device))["logits"]
+    close(logits.cpu(), run["out.logits_after"], atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_backbone_is_unchanged_by_training(run):
