@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,6 +44,9 @@ _CHOICES = {
     "--lr_scale": LR_SCALES,
     "--amp": (None, *numerics.AMP_DTYPES),
 }
+
+#: What torch compiles with, on the CPU or around a GPU's kernels.
+_COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
 
 #: Flags that count something and need at least so many.
 _AT_LEAST = {
@@ -381,6 +385,8 @@ def _processes(args: argparse.Namespace) -> Iterator[str]:
         device = processes.choose_device(args.device, launch)
         if args.tf32 and device.type == "cpu":
             yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
+        if args.compile and not any(map(shutil.which, _COMPILERS)):
+            yield f"--compile needs a C++ compiler: install one of {', '.join(_COMPILERS)}"
     except ValueError as error:
         yield str(error)
     launched = 1 if launch is None else launch.world_size

@@ -187,6 +187,12 @@ def test_refusal_says_what_and_why(flags, message, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_compilation_without_a_compiler_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    train(tmp_path / "out", "--compile", code=2)
+    assert "--compile needs a C++ compiler: install one of g++" in capsys.readouterr().err
+
+
 def test_images_in_files_are_not_put_on_the_device(image_folder, tmp_path, caplog):
     flags = ["--dataset", "ImageFolder", "--data-path", str(image_folder)]
     train(tmp_path / "out", *flags, "--data_on_device", "true", code=1)
