@@ -63,7 +63,7 @@ from benchmarks.workload import (
     two_copies,
 )
 from image_sources import DataError
-from preemption import StopSignals
+from preemption import Preempted, StopSignals
 from results import versions
 from speed import explicit_attention, peak_megabytes
 from vision_transformer import PromptedVisionTransformer, WeightsError
@@ -86,6 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     own, flags = _parser().parse_known_args(argv)
     try:
+        return _run(own, flags, argv)
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted", file=sys.stderr)
+        return 130
+    except Preempted:
+        print("benchmark.py: ended by a signal", file=sys.stderr)
+        return 1
+
+
+def _run(own: argparse.Namespace, flags: list[str], argv: list[str]) -> int:
+    try:
         workload = read_workload(flags, own.synthetic)
     except options.UsageError as error:
         problems = "".join(f"  - {problem}\n" for problem in error.problems)
@@ -102,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     print(table(report))
     if own.json:
-        utils.write_json(Path(own.json), report)
+        utils.write_json(own.json, report)
     return 0
 
 
@@ -116,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--repetitions", type=_at_least(1), default=3, help="measured turns (default: 3)")
     add("--warm_up", type=_at_least(0), default=1, help="turns before that, left out (default: 1)")
-    add("--json", metavar="FILE", help="where every number goes")
+    add("--json", type=_file, metavar="FILE", help="where every number goes")
     add("--only", type=_parts, default=PARTS, help=f"of {','.join(PARTS)}, with commas between")
     add(
         "--synthetic",
@@ -135,6 +146,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")
+    return path
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -357,7 +375,8 @@ def matrix_products(
 ) -> dict[str, tuple[int, int, int]]:
     """Shapes of products (n, k) x (k, m), as (n, k, m): large ones, and those of the MLP."""
     vit: Any = model.backbone
-    width, tokens = vit.embed_dim, vit.pos_embed.shape[1] + model.num_prompt_tokens
+    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens + model.num_prompt_tokens
+    width = vit.embed_dim
     hidden = vit.blocks[0].mlp.fc1.out_features
     squares = {f"square {n}": (n, n, n) for n in _SQUARES[device.type]}
     return {**squares, "MLP": (batch_size * tokens, width, hidden)}

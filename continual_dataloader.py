@@ -37,6 +37,10 @@ class ToImages(NamedTuple):
     test: Callable[[Tensor], Tensor]
 
 
+class LostWorkerError(RuntimeError):
+    """A worker is gone without a word of its own; a single line for people."""
+
+
 class Loaders:
     """The batches of every task and every test set of a run.
 
@@ -178,9 +182,14 @@ class _Workers:
     def load(self, batches: Iterable[list[Key]]) -> Iterator[list[Tensor]]:
         """Begins a pass with the first batch asked for; what the one before left over is lost."""
         self._agenda.batches = batches = iter(batches)
-        for tensors in self._loader:
-            yield tensors
-            assert self._agenda.batches is batches, "another pass over the data has begun"
+        try:
+            for tensors in self._loader:
+                yield tensors
+                assert self._agenda.batches is batches, "another pass over the data has begun"
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LostWorkerError(f"{error} Was memory short? Give fewer --num_workers") from error
 
 
 def _dismiss(workers: "ref[_Workers]") -> None:
@@ -222,6 +231,7 @@ class _TestCache:
     def __init__(self, num_bytes: int) -> None:
         self._free = num_bytes
         self._kept: dict[int, list[list[Tensor]]] = {}
+        self._too_large: set[int] = set()
 
     def get(self, test_set: int) -> Iterable[list[Tensor]] | None:
         """The batches of a test set, if they are kept."""
@@ -229,6 +239,9 @@ class _TestCache:
 
     def keeping(self, test_set: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         """Hands the batches of a test set on, and keeps them at the end of it if there is room."""
+        if test_set in self._too_large:
+            yield from batches
+            return
         held: list[list[Tensor]] = []
         size = 0
         for tensors in batches:
@@ -241,8 +254,11 @@ class _TestCache:
         if size <= self._free:
             self._kept[test_set] = held
             self._free -= size
+        else:
+            self._too_large.add(test_set)
 
 
 def _in_own_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies what a worker shares: shared memory is scarce, and so are its file descriptors."""
-    return [tensor.clone() if tensor.is_shared() else tensor for tensor in tensors]
+    """Copies what a worker shares, or what is page-locked: there is little of such memory."""
+    scarce = [tensor.is_shared() or tensor.is_pinned() for tensor in tensors]
+    return [t.clone() if is_scarce else t for t, is_scarce in zip(tensors, scarce, strict=True)]

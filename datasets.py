@@ -29,6 +29,7 @@ class SourceSpec:
         needs_data_path: Whether anything is read from, or downloaded to, the folder.
         downloadable: Whether a missing data set is downloaded.
         any_data: Whether it is whatever images lie in the folder.
+        in_files: Whether its images are files, opened when they are needed.
         load_domains: Reads the data by domain: training sources, test sources. Takes the folder
             and that of the file lists.
         list_domains: Names of the domains and number of classes; as `count_classes`.
@@ -40,6 +41,7 @@ class SourceSpec:
     needs_data_path: bool = True
     downloadable: bool = False
     any_data: bool = False
+    in_files: bool = False
     load_domains: Callable[[Path, Path | None], Domains] | None = None
     list_domains: Callable[[Path, Path | None], DomainList] | None = None
 
@@ -57,16 +59,18 @@ SOURCES = {
         arrays.load_fashion_mnist, lambda _: 10, aliases=("Fashion-MNIST",), downloadable=True
     ),
     "SVHN": SourceSpec(arrays.load_svhn, lambda _: 10, downloadable=True),
-    "NotMNIST": SourceSpec(folders.load_not_mnist, folders.count_not_mnist),
+    "NotMNIST": SourceSpec(folders.load_not_mnist, folders.count_not_mnist, in_files=True),
     "Flowers102": SourceSpec(
         folders.load_flowers102,
         lambda _: 102,
         aliases=("Flowers-102", "OxfordFlowers102"),
         downloadable=True,
+        in_files=True,
     ),
     "CORe50": SourceSpec(
         core50.load_core50,
         core50.count_core50,
+        in_files=True,
         load_domains=core50.load_core50_domains,
         list_domains=core50.list_core50_domains,
     ),
@@ -74,11 +78,13 @@ SOURCES = {
         folders.load_imagenet_r,
         folders.count_imagenet_r,
         aliases=("ImageNetR", "Split-Imagenet-R"),
+        in_files=True,
     ),
     "ImageFolder": SourceSpec(
         folders.load_image_folder,
         folders.count_image_folder,
         any_data=True,
+        in_files=True,
         load_domains=folders.load_image_domains,
         list_domains=folders.list_image_domains,
     ),

@@ -5,8 +5,8 @@ and knows no scenario. Every evaluation gives two accuracies: batch-wise, where 
 group share the prompts that most of them choose (as published), and instance-wise, each image
 alone (`accuracy.py`).
 
-A step never waits for the device: what it gives stays there until it is read, for several steps at
-once (`read_every`).
+A step does not wait for the device: what it gives stays there until it is read, for several steps
+at once (`read_every`). A scaled loss (fp16) is the exception.
 
 Shapes: B images, C classes, K prompts chosen, M pool size.
 
@@ -39,7 +39,7 @@ from accuracy import (
     evaluate,
     restrict,
 )
-from processes import rank, sum_over_processes
+from processes import is_alone, rank, sum_over_processes
 from random_streams import seed_model
 from task_stream import title
 from updates import MakeOptimizer, Updater
@@ -247,7 +247,8 @@ def train_one_epoch(
         size = sampler.global_batch_size(step)
         stop = monitor.wants_to_stop()
         unread.append(train_step(model, updater, batch, task.index, allowed, size, options, stop))
-        if step % options.read_every and step + 1 < len(loader):
+        due = step % options.read_every == 0 or step + 1 == len(loader)
+        if not due and not (stop and is_alone()):
             continue
         sizes = [sampler.global_batch_size(s) for s in range(position.step, step + 1)]
         stop = _read_steps(unread, sizes, updater, progress, position)
@@ -306,7 +307,7 @@ def train_step(
     options: EngineOptions,
     stop: bool = False,
 ) -> Tensor:
-    """One step of all processes; does not wait for the device.
+    """One step of all processes; does not wait for the device, unless the loss is scaled.
 
     If the loss or its gradient is not finite, neither this step nor a later one changes the model.
 
@@ -426,7 +427,7 @@ def train_and_evaluate(
             logger.info("%s (%d of %d)", title(task), task.index + 1, len(tasks))
             _begin_task(model, task.index, options)
             if task.index > 0 and options.reinit_optimizer:
-                updater.renew()
+                updater.renew(optimizer_state)
                 optimizer_state = None
         scheduler = _continue_schedule(make_scheduler, updater, position, optimizer_state)
         optimizer_state = None

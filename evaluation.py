@@ -86,7 +86,8 @@ def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespac
         raise CheckpointError(f"the settings in the checkpoint are damaged: {'; '.join(problems)}")
     given = {name: known[name] for name in args.explicit}
     clashes = [
-        f"--{name} {given[name]} contradicts the checkpoint, which has {stored[name]}"
+        f"--{name} {options.shown(given[name])} contradicts the checkpoint, which has "
+        f"{options.shown(stored[name])}"
         for name in sorted(given)
         if name in stored
         and name not in _CHANGEABLE
@@ -177,6 +178,8 @@ def _load(run: Experiment, checkpoint: Checkpoint, path: Path) -> None:
         run.model.load_trained_state(checkpoint.model, str(path))
         return
     run.model.load_original_state(checkpoint.model, str(path))
+    if run.model.prompt is not None and run.model.backbone_trains:
+        return  # the query comes from the weights that the settings name
     vit = run.model.query_backbone or run.model.backbone
     run.record.backbone.update(backbone.identify(vit, run.identity.name, path.name).as_dict())
 

@@ -15,13 +15,15 @@ import backbone
 import datasets
 import metrics
 import numerics
+import options
 import scenarios
 import settings
+from accuracy import SELECTIONS
 from backbone import BackboneIdentity
 from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
 from continual_dataloader import Loaders, TestBatches, TrainBatches
-from engine import SELECTIONS, EngineOptions
+from engine import EngineOptions
 from image_pipeline import ImagePipeline, build_pipeline
 from image_sources import DataError, ImageSource, join_names
 from processes import Processes
@@ -112,7 +114,11 @@ def assemble(
         matrices={s: metrics.empty_matrix(*shape) for s in SELECTIONS},
         tasks=[task.name for task in stream.tasks],
         test_sets=[test_set.name for test_set in stream.test_sets],
-        numerics={**how.as_dict(), "data_on_device": pipeline.on_device},
+        numerics={
+            **how.as_dict(),
+            "data_on_device": pipeline.on_device,
+            "eval_batch_size": loading.test_batch,
+        },
     )
     return Experiment(
         stream=stream,
@@ -347,9 +353,8 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
         "" if processes.world_size == 1 else "es",
         processes.device,
     )
-    changed = {name: value for name, value in run.record.numerics.items() if value}
-    if changed:
-        logger.info("Speed: %s", ", ".join(f"{name} {value}" for name, value in changed.items()))
+    fast = [f"{n} {options.shown(v)}" for n, v in run.record.numerics.items() if v]
+    logger.info("Speed: %s", ", ".join(fast))
     idle = processes.world_size - -(-run.global_batch // settings.vote_group_size(args))
     if idle > 0:
         logger.warning(

@@ -10,6 +10,7 @@ Both give the same images, to the last bit.
 Shapes: B images, S input size in pixels.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,14 @@ from torch import Tensor
 import device_images
 from continual_dataloader import ToImages
 from device_images import DeviceImages
-from image_sources import DataError, ImageSource
+from image_sources import ImageSource
 from image_transforms import Transform, TransformOptions, build_transform, to_input
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
 _SHARE_OF_MEMORY = 0.25
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,21 +56,20 @@ def build_pipeline(
     """Chooses the way and prepares it.
 
     Args:
-        on_device: Whether the images shall lie on the device; `auto`: on a GPU, if they can.
+        on_device: Whether the images shall lie on the device, which they can; `auto`: on a GPU, if
+            they can.
         options: What happens to an image.
         sources: All images of the run.
         device: Where the model is.
 
     Returns:
         The way, and the sources to take instead, in the same order.
-
-    Raises:
-        DataError: If the images shall lie on the device, but cannot.
     """
     finish = to_input(options, device)
     reason = _why_not(on_device, options, sources, device)
-    if on_device is True and reason is not None:
-        raise DataError(f"--data_on_device true: {reason}")
+    assert on_device is not True or reason is None, reason
+    if on_device == "auto" and device.type == "cuda" and reason is not None:
+        logger.info("Images are not kept on %s: %s", device, reason)
     if reason is not None:
         build, to_images = build_transform, ToImages(finish, finish)
         placed = list(sources)

@@ -24,7 +24,7 @@ class Numerics:
     Attributes:
         amp: Type of the backbone's matrix products, a key of `AMP_DTYPES`; None: single precision.
             Selection, similarity, head, softmax and loss are single precision always.
-        tf32: Whether single-precision products on CUDA are rounded to TensorFloat-32.
+        tf32: Whether all single-precision products on CUDA are rounded to TensorFloat-32.
         compile: Whether both passes through the backbone are compiled, with CUDA graphs on CUDA.
         grad_checkpointing: Whether the backward pass computes activations again.
     """
@@ -62,15 +62,17 @@ def apply(
     torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = numerics.tf32
     model.recompute = numerics.grad_checkpointing
+    on_cuda = model.head.weight.is_cuda
     if numerics.amp is not None:
         model.amp_dtype = AMP_DTYPES[numerics.amp]
         if not weights_follow:
             _round_frozen_weights(model, model.amp_dtype)
-        if not next(model.parameters()).is_cuda:
+        if not on_cuda:
             _spell_attention_out(model)
     if numerics.compile:
-        model.run_query = _Compiled(model.run_query, batch_sizes)
-        model.run_prompted = _Compiled(model.run_prompted, batch_sizes)
+        mode = "reduce-overhead" if on_cuda else None
+        model.run_query = _Compiled(model.run_query, batch_sizes, mode)
+        model.run_prompted = _Compiled(model.run_prompted, batch_sizes, mode)
 
 
 def _round_frozen_weights(model: PromptedVisionTransformer, dtype: torch.dtype) -> None:
@@ -95,11 +97,11 @@ class _Compiled:
     Args:
         plain: The pass.
         batch_sizes: Numbers of images that it is compiled for.
+        mode: That of `torch.compile`.
     """
 
-    def __init__(self, plain: Pass, batch_sizes: Collection[int]) -> None:
+    def __init__(self, plain: Pass, batch_sizes: Collection[int], mode: str | None) -> None:
         self.plain, self.batch_sizes = plain, frozenset(batch_sizes)
-        mode = "reduce-overhead" if torch.cuda.is_available() else None
         self.fast = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -62,7 +62,12 @@ def parse_bool_or_path(text: str) -> bool | str:
 
 def parse_bool_or_auto(text: str) -> bool | str:
     """Reads a yes/no word, or `auto`."""
-    return text if text == "auto" else parse_bool(text)
+    if text == "auto":
+        return text
+    try:
+        return parse_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, true or false") from None
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -115,7 +120,7 @@ class _Flags:
         def add(name: str, default: Any, text: str, **kwargs: Any) -> None:
             spellings = list(dict.fromkeys([name, *_spellings(name)]))
             if text != argparse.SUPPRESS:
-                text = f"{text} (default: {_shown(default)})".replace("%", "%%")
+                text = f"{text} (default: {shown(default)})".replace("%", "%%")
             may_be_none = default is None and "nargs" not in kwargs
             if may_be_none:
                 kwargs["type"] = _or_none(kwargs.get("type", str))
@@ -197,6 +202,15 @@ def _first_line(name: str) -> str:
     """What a configuration says of itself."""
     with (CONFIG_DIR / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().removeprefix("#").strip()
+
+
+def shown(value: Any) -> str:
+    """A value as people write it on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value in (None, "") else str(value)
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
@@ -427,7 +441,7 @@ def _add_speed(add: Callable[..., None]) -> None:
     add(
         "--eval_batch_size",
         None,
-        "test images of a batch; none: --batch-size, on a GPU at least 256",
+        "test images of a batch, in whole vote groups; none: --batch-size, on a GPU at least 256",
         type=int,
     )
     add("--test_cache", 2.0, "gigabytes of decoded test images that a process keeps", type=float)
@@ -552,12 +566,6 @@ def _tokens(flags: _Flags, key: str, value: Any) -> list[str]:
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(str, default)) or "none"
-    return "none" if default in (None, "") else str(default).lower()
 
 
 def _spellings(name: str) -> list[str]:

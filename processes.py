@@ -228,6 +228,11 @@ def rank() -> int:
     return 0 if launch is None else launch.rank
 
 
+def is_alone() -> bool:
+    """Whether there is no other process to sum with."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that logs and writes files."""
     return rank() == 0
@@ -239,7 +244,7 @@ def share_bytes(data: bytes) -> bytes:
     Raises:
         LostProcessError: If another process is gone.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return data
     device, is_main = _group_device(), is_main_process()
     size = torch.tensor([len(data) if is_main else 0], device=device)
@@ -255,7 +260,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     Raises:
         LostProcessError: If another process is gone.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not is_alone():
         try:
             dist.all_reduce(values)
         except RuntimeError as error:
@@ -265,7 +270,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sums the gradients of all processes; a process without an image adds zeros."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if is_alone():
         return
     trained = [p for p in parameters if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]

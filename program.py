@@ -19,6 +19,7 @@ import speed
 import training
 import utils
 from checkpoints import Checkpoint, CheckpointError
+from continual_dataloader import LostWorkerError
 from engine import NonFiniteLossError
 from experiment import assemble
 from image_sources import DataError
@@ -29,7 +30,9 @@ from validation import validate_args
 from vision_transformer import WeightsError
 
 #: Errors whose message says all that people need.
-_TOLD = (DataError, WeightsError, CheckpointError, NonFiniteLossError, OSError)
+_TOLD = (
+    DataError, LostWorkerError, WeightsError, CheckpointError, NonFiniteLossError, OSError,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

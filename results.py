@@ -12,7 +12,8 @@ import numpy as np
 
 import metrics
 import utils
-from engine import SELECTIONS, TaskReport, average_stats
+from accuracy import SELECTIONS
+from engine import TaskReport, average_stats
 from task_stream import display_names
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")

@@ -150,7 +150,7 @@ def check_settings(args: argparse.Namespace, world_size: int, path: Path, state:
     stored, given = {**options.defaults(), **state.config}, settings.resolved(args)
     given["vote_group_size"] = settings.vote_group_size(args)
     differences = [
-        f"--{name} {given[name]}, where the run has {stored[name]}"
+        f"--{name} {options.shown(given[name])}, where the run has {options.shown(stored[name])}"
         for name in sorted(given.keys() & stored.keys())
         if name not in _FREE and not settings.same(name, given[name], stored[name])
     ]

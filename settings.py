@@ -27,6 +27,9 @@ from processes import Processes
 from prompt import Prompt
 from vision_transformer import PromptedVisionTransformer
 
+#: Steps that run ahead on a GPU: a signal to stop is heard by all processes that much later.
+_MOST_UNREAD = 10
+
 #: Names in the namespace that describe a single command rather than the run.
 _TRANSIENT = (
     "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
@@ -241,7 +244,7 @@ def engine_options(
         print_freq=args.print_freq,
         seed=args.seed,
         replayed_per_group=replayed_per_group(args),
-        read_every=args.print_freq if device.type == "cuda" else 1,
+        read_every=min(args.print_freq, _MOST_UNREAD) if device.type == "cuda" else 1,
         loss_scaling=numerics(args).loss_scaling,
     )
 

@@ -76,11 +76,12 @@ def speed_test(
     with torch.random.fork_rng():
         images = torch.rand(batch_size, 3, input_size, input_size, device=options.device)
         targets = torch.randint(model.num_classes, (batch_size,), device=options.device)
+    step = _step(model, make_optimizer, images, targets, options)
+    with _counts_kept(model):
+        training_speed = _images_per_second(step, images)
     lines = [
         f"inference_speed: {_images_per_second(_inference(model, images), images):.2f} images/s",
-        f"training_speed: "
-        f"{_images_per_second(_step(model, make_optimizer, images, targets, options), images):.2f} "
-        "images/s",
+        f"training_speed: {training_speed:.2f} images/s",
         *_macs(model, images[:1]),
         f"params: {_count(model, trained=False):,} (trainable: {_count(model, trained=True):,})",
         f"peak memory: {peak_megabytes(options.device):.0f} MB",
@@ -97,7 +98,12 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
     """Multiply-accumulates (10^9) of the passes over images: `query`, `prompted`, and their sum."""
     model.eval()
     query = torch.zeros(len(images), model.backbone.embed_dim, device=images.device)
-    with warnings.catch_warnings(), torch.no_grad(), explicit_attention(model):
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        explicit_attention(model),
+        _plain_passes(model),
+    ):
         warnings.simplefilter("ignore")  # operators without multiplications, tracing
         prompted = _gmacs(_ClassifyPass(model), (images, query))
         asked = 0.0 if model.prompt is None else _gmacs(_QueryPass(model), (images,))
@@ -115,6 +121,28 @@ def explicit_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for attention in fused:
             attention.fused_attn = True
+
+
+@contextmanager
+def _plain_passes(model: PromptedVisionTransformer) -> Iterator[None]:
+    """Undoes `--compile` in its body: compiled code cannot be traced."""
+    kept = model.run_query, model.run_prompted
+    model.run_query, model.run_prompted = (getattr(run, "plain", run) for run in kept)
+    try:
+        yield
+    finally:
+        model.run_query, model.run_prompted = kept
+
+
+@contextmanager
+def _counts_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what steps count beside the weights."""
+    kept = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(old)
 
 
 def _gmacs(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:

@@ -1,7 +1,8 @@
 """One update of what trains: gradients summed, scaled back, clipped, checked and applied.
 
-Nothing here waits for the device. A value that is not finite is noticed there, and nothing changes
-from that step on; whoever reads the norms later finds the model as it was before that step.
+Nothing here waits for the device, unless the loss is scaled. A value that is not finite is noticed
+there, and nothing changes from that step on: whoever reads the norms later finds the model as it
+was before.
 """
 
 import math
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from processes import sum_gradients
 
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
+
+#: Below this scale of the loss, gradients that overflow still are no matter of precision.
+_LEAST_SCALE = 2.0**-10
 
 
 class Updater:
@@ -54,12 +58,16 @@ class Updater:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients that are not finite only lower the scale of the loss."""
-        return self.scaler.is_enabled()
+        """Whether gradients that are not finite only lower the scale of the loss.
 
-    def renew(self) -> None:
-        """Begins with a fresh optimizer."""
+        Reading the scale waits for the device.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_SCALE
+
+    def renew(self, state: dict[str, Any] | None = None) -> None:
+        """Begins with a fresh optimizer; the scale stays, or is that of a state."""
         self.optimizer = self.make_optimizer()
+        self._load_scale(state or {})
 
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
@@ -82,7 +90,7 @@ class Updater:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.limit)
         self.sound &= loss.isfinite()
-        if not self.may_overflow:
+        if not self.scaler.is_enabled():
             self.sound &= norm.isfinite()
         before = [p.detach().clone() for p in self.parameters]
         self.scaler.step(self.optimizer)
@@ -100,5 +108,8 @@ class Updater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` gave."""
         self.optimizer.load_state_dict({k: v for k, v in state.items() if k != "scaler"})
+        self._load_scale(state)
+
+    def _load_scale(self, state: dict[str, Any]) -> None:
         if "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])

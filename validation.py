@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import timm.optim
@@ -132,7 +133,7 @@ def _values(args: argparse.Namespace) -> Iterator[str]:
     for flag in _NOT_NEGATIVE:
         value = _value(args, flag)
         if isinstance(value, float) and not (0 <= value < math.inf):
-            yield f"{flag} {value}: must not be negative"
+            yield f"{flag} {value}: must be a finite number that is not negative"
     if not 0 <= args.seed < 2**32:
         yield f"--seed {args.seed}: must be in [0, 2^32)"
     for flag in _SHARES:
@@ -202,15 +203,18 @@ def _transforms(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _speed(args: argparse.Namespace) -> Iterator[str]:
-    """Fast ways that other settings do not go with."""
+    """What images on the device do not go with."""
     if args.data_on_device is not True:
         return
-    try:
-        reason = device_images.why_not_on_device(settings.transform_options(args))
-    except ValueError:
-        return  # which `_transforms` tells
-    if reason is not None:
-        yield f"--data_on_device true: {reason}"
+    with suppress(ValueError):  # which `_transforms` and `_data` tell
+        if reason := device_images.why_not_on_device(settings.transform_options(args)):
+            yield f"--data_on_device true: {reason}"
+        for name, spec in datasets.find_sources(args.dataset).items():
+            if spec.in_files:
+                yield (
+                    f"--data_on_device true: the images of {name} are files, opened when they are "
+                    "needed; leave it out"
+                )
 
 
 def _scenario(args: argparse.Namespace) -> Iterator[str]:
@@ -249,6 +253,11 @@ def _replay(args: argparse.Namespace) -> Iterator[str]:
 def _votes(args: argparse.Namespace) -> Iterator[str]:
     """Whether each vote group lies in one batch, with equally many replayed images."""
     batch, votes = args.batch_size, settings.vote_group_size(args)
+    if args.eval_batch_size is not None and 1 <= args.eval_batch_size < votes:
+        yield (
+            f"--eval_batch_size {args.eval_batch_size}: a vote group, {votes} images, must lie in "
+            f"one batch; give at least {votes}, or a smaller --vote_group_size"
+        )
     if args.eval or batch < 1 or votes < 1:
         return
     if (args.prompt_pool or settings.has_buffer(args)) and batch % votes:

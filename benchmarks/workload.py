@@ -55,7 +55,7 @@ _FIXED = (
     "shared_prompt_pool", "shared_prompt_key", "buffer_size", "buffer_per_class", "opt", "opt_eps",
     "opt_betas", "weight_decay", "reinit_optimizer", "smoothing", "sched", "train_interpolation",
     "train_resize", "train_jpeg", "test_interpolation", "color_jitter", "aa", "reprob", "norm",
-    "eval", "resume", "speed_test", "speed_test_only",
+    "eval", "list", "resume", "speed_test", "speed_test_only",
 )  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def read_workload(flags: list[str], synthetic: tuple[int, int] | None = None) ->
     if synthetic is not None and args.dataset != "CIFAR100":
         problems.append(f"--dataset {args.dataset}: --synthetic stands in for CIFAR100 alone")
     problems += [
-        f"--{name} {_word(getattr(args, name))}: the baseline knows {_word(known[name])} only"
+        f"--{name} {options.shown(getattr(args, name))}: the baseline knows "
+        f"{options.shown(known[name])} only"
         for name in _FIXED
         if getattr(args, name) != known[name]
     ]
@@ -120,12 +121,6 @@ def _settings(
     explicit = args.explicit | usual.explicit
     changed = {**missing, "output_dir": "", "explicit": explicit}
     return argparse.Namespace(**{**vars(args), **changed}), problems
-
-
-def _word(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "none" if value is None else str(value)
 
 
 def describe(workload: Workload) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from benchmarks import workload as benchmark_workload
 from benchmarks.baseline import TwoCopies
 from benchmarks.table import table
 from benchmarks.workload import Ours, plain_model, plain_stream, read_workload, standing_in
+from preemption import Preempted
 
 close = torch.testing.assert_close
 
@@ -502,3 +503,27 @@ def test_everything_is_measured(monkeypatch, tmp_path, capsys):
     assert levels["before"] < levels["query"] <= levels["backward"] <= levels["highest"]
     sizes = report["checkpoints"]["workload"]
     assert sizes["ratio"] == sizes["baseline"] / sizes["ours"] > 1
+
+
+@pytest.mark.parametrize("file", [".", "gone/x.json"])
+def test_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refusal:
+        benchmark.main(["--json", file])
+    assert refusal.value.code == 2
+    assert "is no file in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (Preempted("SIGTERM"), 1, "ended by a signal")],
+)
+def test_signal_ends_it_in_one_line(error, code, word, monkeypatch, capsys):
+    def interrupted(*args):
+        raise error
+
+    monkeypatch.setattr(benchmark, "measure", interrupted)
+    assert benchmark.main([]) == code
+    assert capsys.readouterr().err == f"benchmark.py: {word}\n"

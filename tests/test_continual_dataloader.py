@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import continual_dataloader
 import task_data
 from batch_samplers import GlobalBatchSampler, LoaderOptions, TestSampler
 from class_order import check_split, class_order, read_class_order
@@ -932,3 +933,36 @@ def test_read_class_order_reads_back_what_a_stream_reports(tmp_path):
     (tmp_path / "order.json").write_text(json.dumps(stream.class_order))
     order = read_class_order(tmp_path / "order.json", stream.class_names)
     assert make_stream(order=order).class_order == stream.class_order
+
+
+def test_test_set_beyond_the_budget_is_held_once_at_most():
+    cache, copied = continual_dataloader._TestCache(10), []
+
+    class Batch(torch.Tensor):
+        def is_shared(self):
+            copied.append(1)
+            return False
+
+    for _ in range(3):
+        batches = [[torch.zeros(4, dtype=torch.uint8).as_subclass(Batch)] for _ in range(4)]
+        assert len(list(cache.keeping(0, batches))) == 4
+    assert sum(copied) == 2
+    assert cache.get(0) is None
+
+
+def test_lost_worker_is_told_in_a_line(monkeypatch):
+    class Killed:
+        def __iter__(self):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    class Broken:
+        def __iter__(self):
+            raise RuntimeError("something else")
+
+    workers = object.__new__(continual_dataloader._Workers)
+    workers._agenda, workers._loader = continual_dataloader._Agenda(), Killed()
+    with pytest.raises(continual_dataloader.LostWorkerError, match="Give fewer --num_workers"):
+        list(workers.load([]))
+    workers._loader = Broken()
+    with pytest.raises(RuntimeError, match="something else"):
+        list(workers.load([]))

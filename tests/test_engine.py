@@ -626,8 +626,28 @@ def test_steps_read_together_give_the_same_run(number, steps_read):
     assert read == [positions[step - 1] for step in steps_read]
 
 
-def test_wish_to_stop_is_told_when_steps_are_read():
-    assert [stop for _, _, stop in read_every(3, stop_at=3)[2]] == [False, True, False]
+def test_wish_to_stop_reads_at_once_where_there_is_nobody_else():
+    _, _, positions = read_every(3, stop_at=3)
+    assert [(step, stop) for step, _, stop in positions] == [
+        *[(1, False), (3, True), (4, False), (7, False)]
+    ]
+
+
+def test_wish_to_stop_waits_for_the_others_until_steps_are_read(monkeypatch):
+    monkeypatch.setattr(engine, "is_alone", lambda: False)
+    _, _, positions = read_every(3, stop_at=3)
+    assert [(step, stop) for step, _, stop in positions] == [(1, False), (4, True), (7, False)]
+
+
+def test_gradients_that_overflow_at_any_scale_are_named():
+    model = make_model({})
+    model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    options = replace(OPTIONS, loss_scaling=True)
+    updater = updating(model, 0.1, options)
+    loader = Loader(*data(FIRST, 4 * 30))
+    with pytest.raises(engine.NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
+        engine.train_one_epoch(model, loader, updater, FIRST, 0, options)
+    assert updater.scaler.get_scale() < 0.01
 
 
 def test_non_finite_step_is_named_though_later_ones_were_made():

@@ -1,7 +1,10 @@
 """Every fast way through the command line gives what the plain way gives, or says what it is."""
 
 import json
-import shutil
+import os
+import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ import torch
 import checkpoints
 import engine
 import main
+import options
 import processes
+import settings
 import training
 from test_main import _restore_logging  # noqa: F401
 
@@ -62,13 +67,43 @@ EXACT = {
     "workers": ["--num_workers", "2"],
     "no cache of test images": ["--test_cache", "0"],
     "activations computed twice": ["--grad_checkpointing"],
-    "every step for itself": ["--print_freq", "1"],
 }
 
 
 @pytest.mark.parametrize("flags", EXACT.values(), ids=EXACT)
 def test_exact_ways_give_the_same_run(plain, tmp_path, flags):
     assert_same(train(tmp_path / "out", *flags), plain)
+
+
+@pytest.fixture
+def read_together(monkeypatch):
+    """Steps are read three at a time, as on a GPU."""
+    plain = settings.engine_options
+    monkeypatch.setattr(
+        settings, "engine_options", lambda *args: replace(plain(*args), read_every=3)
+    )
+
+
+@pytest.mark.usefixtures("read_together")
+def test_steps_that_are_read_together_give_the_same_run(plain, tmp_path):
+    assert_same(train(tmp_path / "out"), plain)
+
+
+@pytest.mark.usefixtures("read_together")
+@pytest.mark.parametrize("step", [2, 20])
+def test_signal_between_two_readings_stops_at_once(plain, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        train_step, count = engine.train_step, iter(range(100))
+
+        def stopping(*args, **kwargs):
+            if next(count) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*args, **kwargs)
+
+        patch.setattr(engine, "train_step", stopping)
+        train(tmp_path / "out", code=75)
+        assert next(count) <= step + 3
+    assert_same(train(tmp_path / "out", "--resume", "auto"), plain)
 
 
 @pytest.mark.parametrize("flags", [["--norm", "half", "--train-interpolation", "bicubic"]])
@@ -110,6 +145,7 @@ def test_plain_run_names_its_numerics(plain):
         "compile": False,
         "grad_checkpointing": False,
         "data_on_device": False,
+        "eval_batch_size": 16,
     }
 
 
@@ -130,8 +166,24 @@ def test_eval_repeats_the_precision_of_the_run(tmp_path, caplog):
     assert (numerics["amp"], numerics["data_on_device"]) == (None, True)
 
 
+@pytest.fixture
+def high_scale(monkeypatch):
+    """A loss scale so high that the first steps overflow and lower it."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**30))
+
+
+@pytest.mark.usefixtures("high_scale")
+@pytest.mark.parametrize(
+    "is_place",
+    [
+        lambda number, position: number == 8,
+        lambda number, position: position.task == 1 and not position.inside_task,
+    ],
+    ids=["inside a task", "between tasks"],
+)
 @pytest.mark.parametrize("flags", [["--amp", "fp16"], ["--data_on_device", "true"]])
-def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags):
+def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags, is_place):
     whole = train(tmp_path / "whole", *flags)
     folder, count = tmp_path / "out", iter(range(100))
     with monkeypatch.context() as patch:
@@ -140,7 +192,8 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags):
             training.Keeper,
             "at_boundary",
             lambda keeper, position, updater, stop=False: at_boundary(
-                keeper, position, updater, stop or next(count) == 20
+                *(keeper, position, updater),
+                stop or is_place(next(count), position),
             ),
         )
         train(folder, *flags, code=75)
@@ -152,7 +205,7 @@ def test_resume_in_another_precision_is_refused(tmp_path, capsys):
     state = tmp_path / "out" / "checkpoint" / "last.pth"
     kept = state.read_bytes()
     train(tmp_path / "out", "--resume", "auto", code=2)
-    assert "--amp None, where the run has bf16" in capsys.readouterr().err
+    assert "--amp none, where the run has bf16" in capsys.readouterr().err
     assert state.read_bytes() == kept
 
 
@@ -171,11 +224,13 @@ def test_compiled_run_is_near_the_plain_one(plain, tmp_path):
 REFUSED = {
     "--amp bf8": "--amp bf8 is unknown: choose one of none, bf16, fp16",
     "--tf32": "--tf32 is for CUDA, and the run would take place on the CPU: leave it out",
-    "--data_on_device maybe": "'maybe' is not true or false",
+    "--data_on_device maybe": "'maybe' is not auto, true or false",
     "--data_on_device true --reprob 0.3": "--data_on_device true: --reprob 0.3 needs",
     "--data_on_device true --train_jpeg 95": "--data_on_device true: --train_jpeg 95 needs",
     "--eval_batch_size 0": "--eval_batch_size 0: must be at least 1",
-    "--test_cache -1": "--test_cache -1.0: must not be negative",
+    "--eval_batch_size 7": "--eval_batch_size 7: a vote group, 8 images, must lie in one batch",
+    "--test_cache -1": "--test_cache -1.0: must be a finite number that is not negative",
+    "--data_on_device true --dataset Flowers102": "the images of Flowers102 are files, opened when",
     "--grad_checkpointing --no-prompt_pool --head_type token": "only the head trains",
 }
 
@@ -193,22 +248,18 @@ def test_compilation_without_a_compiler_is_refused(capsys, tmp_path, monkeypatch
     assert "--compile needs a C++ compiler: install one of g++" in capsys.readouterr().err
 
 
-def test_images_in_files_are_not_put_on_the_device(image_folder, tmp_path, caplog):
+def test_images_in_files_are_not_put_on_the_device(image_folder, tmp_path, capsys):
     flags = ["--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    train(tmp_path / "out", *flags, "--data_on_device", "true", code=1)
-    assert "--data_on_device true: the images are files" in caplog.text
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    train(tmp_path / "out", *flags, "--data_on_device", "true", code=2)
+    assert "--data_on_device true: the images of ImageFolder are files" in capsys.readouterr().err
     run = train(tmp_path / "out", *flags, "--data_on_device", "auto")
     assert run.results["numerics"]["data_on_device"] is False
 
 
 def test_steps_are_read_together_on_a_gpu_alone():
     """Reading costs nothing where nothing runs ahead."""
-    import options
-    import settings
-
-    args, _ = options.parse_args(["--print_freq", "7"])
-    for device, every in (("cpu", 1), ("cuda", 7)):
+    for device, every, print_freq in (("cpu", 1, 7), ("cuda", 7, 7), ("cuda", 10, 1000)):
+        args, _ = options.parse_args(["--print_freq", str(print_freq)])
         found = settings.engine_options(args, torch.device(device), (0, 1))
         assert found.read_every == every
         loading = settings.loader_options(

@@ -547,6 +547,39 @@ def test_original_checkpoints_keep_their_votes_in_other_batches(trained, tmp_pat
     assert found["batch"] == read(trained[0] / "results.json")["batch"]
 
 
+def test_original_checkpoints_that_bring_other_networks_get_queries_of_their_own(
+    trained, tmp_path, caplog
+):
+    """The second checkpoint alone gives what it gives behind the first."""
+    write_original(trained, tmp_path)
+    path = checkpoints.task_path(tmp_path, 1)
+    content = torch.load(path, weights_only=False)
+    content["model"]["blocks.0.attn.qkv.weight"] *= -3
+    torch.save(content, path)
+    assert eval_original(trained, tmp_path) == 0
+    both = read(tmp_path / "eval_results.json")
+    path.unlink()
+    eval_original(trained, tmp_path)
+    alone = read(tmp_path / "eval_results.json")
+    of_second = [usage for usage in both["prompt_usage"] if usage["after_task"] == 2]
+    assert of_second == alone["prompt_usage"]
+    assert both["backbone"]["sha256"] == alone["backbone"]["sha256"]
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_original_checkpoint_of_an_unfrozen_run_keeps_the_identity_of_the_query(
+    trained, tmp_path, amp
+):
+    write_original(trained, tmp_path, freeze=[])
+    seed = str(read(trained[0] / "results.json")["config"]["seed"])
+    assert (
+        eval_original(trained, tmp_path, "--pretrained", "false", "--seed", seed, "--amp", amp) == 0
+    )
+    found, stored = read(tmp_path / "eval_results.json"), read(trained[0] / "results.json")
+    assert found["backbone"]["sha256"] == stored["backbone"]["sha256"]
+    assert found["numerics"]["amp"] == (None if amp == "none" else amp)
+
+
 def test_original_checkpoint_with_another_width_is_named(trained, tmp_path, capsys):
     write_original(trained, tmp_path, length=3)
     assert eval_original(trained, tmp_path) == 1
@@ -572,6 +605,23 @@ def test_speed_test_leaves_the_run_unchanged(trained, tmp_path):
     other = final(argv, tmp_path, "--speed_test")
     plain = checkpoints.load(checkpoints.task_path(output, 2)).model
     assert all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+def test_speed_test_leaves_the_counts_of_the_penalty_unchanged(trained, tmp_path):
+    _, argv = trained
+    flags = ["--diversify", "frequency"]
+    plain = final(argv, tmp_path / "plain", *flags)
+    other = final(argv, tmp_path / "other", *flags, "--speed_test")
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_speed_test_measures_compiled_passes(trained, tmp_path):
+    _, argv = trained
+    torch._dynamo.reset()
+    flags = ["--compile", "--amp", "bf16", "--batch-size", "1", "--vote_group_size", "1"]
+    assert run(argv, tmp_path, *flags, "--speed_test_only") == 0
+    assert "GMACs: " in (tmp_path / "speed_macs.txt").read_text()
 
 
 # What is refused

@@ -106,6 +106,24 @@ def test_renew_keeps_the_scale():
     assert updater.scaler.get_scale() == scale
 
 
+def test_renew_takes_the_scale_of_a_state():
+    updater, other = (make_updater([1.0], loss_scaling=True) for _ in range(2))
+    step(updater, [float("inf")])
+    other.renew(updater.state_dict())
+    assert other.scaler.get_scale() == updater.scaler.get_scale()
+    assert not other.optimizer.state
+
+
+def test_overflow_at_any_scale_is_no_matter_of_precision():
+    updater = make_updater([1.0], loss_scaling=True)
+    scales = []
+    while updater.may_overflow:
+        step(updater, [float("inf")])
+        scales.append(updater.scaler.get_scale())
+    assert len(scales) == 26  # from 2^16 to 2^-10
+    assert not make_updater([1.0]).may_overflow
+
+
 @pytest.mark.parametrize("loss_scaling", [False, True])
 def test_state_goes_on_where_it_was(loss_scaling):
     torch.manual_seed(0)
