@@ -26,7 +26,6 @@ from image_transforms import Transform, TransformOptions, build_transform, to_in
 #: Part of a GPU's free memory that images may take unless they are asked for.
 _SHARE_OF_MEMORY = 0.25
 
-
 logger = logging.getLogger(__name__)
 
 

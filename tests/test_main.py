@@ -718,7 +718,7 @@ def test_eval_with_speed_test_is_refused(trained, capsys):
 
 def test_eval_with_a_contradicting_configuration_is_refused(trained, capsys):
     text = refused(["--eval", "linear_probe", "--output_dir", str(trained[0])], capsys)
-    assert "--prompt_pool False contradicts the checkpoint" in text
+    assert "--prompt_pool false contradicts the checkpoint" in text
 
 
 def test_failing_start_leaves_an_earlier_run_alone(trained, tmp_path):

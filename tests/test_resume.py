@@ -964,7 +964,8 @@ def test_other_setting_is_refused(given, name):
     with pytest.raises(UsageError) as error:
         check(*given, **{name: changed})
     assert len(error.value.problems) == 2 + (name in _BUFFER)
-    assert error.value.problems[1] == f"--{name} {changed}, where the run has {state.config[name]}"
+    given, was = options.shown(changed), options.shown(state.config[name])
+    assert error.value.problems[1] == f"--{name} {given}, where the run has {was}"
 
 
 @pytest.mark.parametrize("name", sorted(FREE))
@@ -1027,7 +1028,7 @@ def test_other_settings_are_refused_with_all_differences(command, half, capsys):
         f"--resume: {newest(half)} belongs to a run with other settings",
         "--epochs 3, where the run has 2",
         "--opt sgd, where the run has adam",
-        "--shuffle False, where the run has True",
+        "--shuffle false, where the run has true",
         "--seed 1, where the run has 42",
         "a learning rate of 0.003125, where the run has 0.015625",
     ):
@@ -1111,14 +1112,14 @@ def test_same_replay_by_other_settings_is_accepted(replaying, changes):
         (
             {"buffer_size": None, "buffer_per_class": 6},
             [
-                "--buffer_per_class 6, where the run has None",
-                "--buffer_size None, where the run has 6",
+                "--buffer_per_class 6, where the run has none",
+                "--buffer_size none, where the run has 6",
             ],
         ),
         (
             {"buffer_size": None},
             [
-                "--buffer_size None, where the run has 6",
+                "--buffer_size none, where the run has 6",
                 "0 replayed images with each vote group, where the run has 4",
             ],
         ),
