@@ -67,6 +67,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):  # noqa: F811
     done = launch(LAUNCH, 2, *shape(6, 3, pictures, tmp_path))
     assert done.returncode == 0, done.stderr

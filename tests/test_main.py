@@ -294,6 +294,7 @@ def test_classes_per_task_leaves_the_others_out(trained, tmp_path):
     assert read(tmp_path / "results.json")["class_order"] == [[0], [1]]
 
 
+@pytest.mark.slow
 def test_run_goes_on_when_nobody_reads_any_more(image_folder, tmp_path):
     """As `python main.py ... | head -1`."""
     argv = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]

@@ -473,7 +473,7 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
     assert_equal_runs(tmp_path, alone(4, 2))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("where", [("experiment.build_stream", 1), ("engine.evaluate", 2)])
 def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank, where):
     actions = {rank: partial(signal_itself, signal.SIGTERM)}

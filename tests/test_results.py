@@ -276,7 +276,7 @@ def test_picture_shows_the_numbers_of_the_results(tmp_path, monkeypatch):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gmacs_of_vit_base_are_the_known_ones(fused):
     set_fused_attn(fused)
     vit = backbone.build_backbone("vit_base_patch16_224")

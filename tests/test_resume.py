@@ -354,11 +354,7 @@ SETTINGS |= {
 
 
 #: Of these, what runs each time.
-_USUAL = {
-    "adam", "lookahead", "kept momentum", "dropout", "shared pool", "no pool", "all trains",
-    "augmentation", "cosine schedule", "plateau schedule, noise",
-    "cosine schedule, kept optimizer", "replay", "replay, frequency", "gaussian",
-}  # fmt: skip
+_USUAL = {"adam", "lookahead", "dropout", "augmentation", "plateau schedule, noise", "gaussian"}
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def test_answer_about_the_program_imports_nothing_heavy(flags, answer):
     assert heavy(end) == set()
 
 
+@pytest.mark.slow
 def test_refusal_imports_what_every_run_needs_and_tells_nothing_else(tmp_path):
     end, output, error = start("--size", "0", "--top_k", "9", "--data-path", tmp_path)
     assert (end["code"], output) == (2, "")
@@ -98,6 +99,7 @@ def test_run_imports_what_it_needs(image_folder, flags, more):
     assert heavy(end) == NEEDED | more
 
 
+@pytest.mark.slow
 def test_signal_during_the_imports_leaves_behind_them():
     end, output, error = start("--size", "0", number=signal.SIGUSR1)
     assert (end["code"], error) == (75, "")
