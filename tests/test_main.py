@@ -684,7 +684,7 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         (["--opt", "adahessian"], "needs second derivatives"),
         (["--opt-betas", "0.9"], "does not take its settings"),
         (["--opt", "sgd", "--opt-betas", "0.9", "0.99"], "has none"),
-        (["--weight-decay", "nan"], "must not be negative"),
+        (["--weight-decay", "nan"], "must be a finite number that is not negative"),
         (["--seed", "99999999999999999999"], "must be in [0, 2^32)"),
         (["--sched", "cosine"], "--warmup-epochs 5 leaves nothing of --epochs 5"),
         (["--lr-noise", "0.1", "0.9"], "--lr-noise needs a schedule"),
