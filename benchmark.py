@@ -99,8 +99,7 @@ def _run(own: argparse.Namespace, flags: list[str], argv: list[str]) -> int:
     try:
         workload = read_workload(flags, own.synthetic)
     except options.UsageError as error:
-        problems = "".join(f"  - {problem}\n" for problem in error.problems)
-        print(f"benchmark.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
+        print(error.told_by("benchmark.py"), end="", file=sys.stderr)
         return 2
     with standing_in(own.synthetic):
         if own.memory_of:

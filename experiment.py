@@ -191,8 +191,7 @@ def _scenario(
     if args.scenario == "domain-incremental":
         return scenarios.domain_incremental(train_parts, test_parts, prepare)
     if len(train_parts) > 1:
-        parts = {name: (train, test_parts[name]) for name, train in train_parts.items()}
-        return scenarios.several_data_sets(parts, prepare)
+        return scenarios.several_data_sets(train_parts, test_parts, prepare)
     (train,), (test,) = train_parts.values(), test_parts.values()
     if args.scenario == "gaussian":
         episodes = task_classes or _episodes(args, train.classes)

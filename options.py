@@ -36,6 +36,11 @@ class UsageError(ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
+    def told_by(self, program: str) -> str:
+        """What people read when a program refuses its command line, several lines."""
+        lines = "".join(f"  - {problem}\n" for problem in self.problems)
+        return f"{program}: this command line cannot run:\n{lines}"
+
 
 def parse_bool(text: str) -> bool:
     """Reads a yes/no word strictly."""

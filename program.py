@@ -66,8 +66,7 @@ def _tell(error: BaseException) -> tuple[int, str]:
     """Says what stopped the run; returns the exit code and one line for the other processes."""
     if isinstance(error, UsageError):
         if processes.is_main_process():
-            problems = "".join(f"  - {problem}\n" for problem in error.problems)
-            print(f"main.py: this command line cannot run:\n{problems}", end="", file=sys.stderr)
+            print(error.told_by("main.py"), end="", file=sys.stderr)
         return 2, f"this command line cannot run: {'; '.join(error.problems)}"
     if isinstance(error, Preempted):
         logger.warning("%s", error)

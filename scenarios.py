@@ -102,23 +102,24 @@ def class_incremental(
 
 
 def several_data_sets(
-    parts: Mapping[str, tuple[ImageSource, ImageSource]], prepare: Preparation
+    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], prepare: Preparation
 ) -> TaskStream:
     """Makes a task of each data set; class ids of a data set follow those of the one before.
 
     Args:
-        parts: Training and test images by name of the data set, in order.
+        train: Training images by name of the data set, in order.
+        test: Test images by the same names.
         prepare: What happens to every image.
     """
-    names = [f"{name}/{c}" for name, (train, _) in parts.items() for c in train.classes]
-    sizes = [len(train.classes) for train, _ in parts.values()]
+    names = [f"{name}/{c}" for name, source in train.items() for c in source.classes]
+    sizes = [len(source.classes) for source in train.values()]
     offsets = [0, *np.cumsum(sizes)[:-1].tolist()]
     joined = [
         {
-            name: ConcatSource([pair[split]], names, [offset])
-            for (name, pair), offset in zip(parts.items(), offsets, strict=True)
+            name: ConcatSource([source], names, [offset])
+            for (name, source), offset in zip(parts.items(), offsets, strict=True)
         }
-        for split in (0, 1)
+        for parts in (train, test)
     ]
     return domain_incremental(joined[0], joined[1], prepare)
 

@@ -322,7 +322,8 @@ def test_class_incremental_images_are_those_of_the_pictures():
 
 def test_several_data_sets_images_are_those_of_the_pictures():
     def make_stream(sources, prepare):
-        return several_data_sets({"a": sources[:2], "b": sources[2:]}, prepare)
+        train, test = ({"a": sources[at], "b": sources[2 + at]} for at in (0, 1))
+        return several_data_sets(train, test, prepare)
 
     shapes = [(28, 28), (28, 28), (32, 32, 3), (32, 32, 3)]
     sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]

@@ -105,16 +105,17 @@ def test_other_scenarios_fit_the_same_types():
 
 def make_parts():
     """Three data sets of 6, 2 and 3 classes; the second lacks images of a class it names."""
-    return {
+    pairs = {
         "big": (make_source(4), make_source(2, seed=1)),
         "few": (make_source(3, 2, 2, "x"), make_source(1, 2, 3, "x")),
         "more": (without(make_source(3, 4, 4, "y"), 1), without(make_source(1, 4, 5, "y"), 1)),
     }
+    return [{name: pair[split] for name, pair in pairs.items()} for split in (0, 1)]
 
 
 def test_several_data_sets_stand_one_behind_the_other():
-    parts = make_parts()
-    stream = scenarios.several_data_sets(parts, PREPARE)
+    train_parts, test_parts = make_parts()
+    stream = scenarios.several_data_sets(train_parts, test_parts, PREPARE)
     assert [task.name for task in stream.tasks] == ["big", "few", "more"]
     assert stream.num_classes == 6 + 2 + 4
     assert stream.class_names[:2] == ("big/name0", "big/name1")
@@ -123,8 +124,8 @@ def test_several_data_sets_stand_one_behind_the_other():
     assert [rows(task) for task in stream.tasks] == [[0], [0, 1], [0, 1, 2]]
     used = np.concatenate([task.data.indices for task in stream.tasks])
     assert used.tolist() == list(range(24 + 6 + 9)) == list(range(len(stream.train_targets)))
-    pairs = zip(stream.tasks, parts.values(), (0, 6, 8), strict=True)
-    for task, (train, test), offset in pairs:
+    sources = train_parts.values(), test_parts.values()
+    for task, train, test, offset in zip(stream.tasks, *sources, (0, 6, 8), strict=True):
         assert task.data.targets.tolist() == (train.targets + offset).tolist()
         assert stream.train_targets[task.data.indices].tolist() == task.data.targets.tolist()
         latest = task.test_sets[-1]
@@ -367,7 +368,7 @@ def test_joint_of_some_classes_has_their_images_alone():
 
 
 def test_joint_of_several_data_sets():
-    task = assert_joint(scenarios.several_data_sets(make_parts(), PREPARE), 39)
+    task = assert_joint(scenarios.several_data_sets(*make_parts(), PREPARE), 39)
     assert rows(task) == [0, 1, 2]
     assert set(task.data.targets.tolist()) == {*range(8), 8, 10, 11}
 
