@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import utils
+from metrics import SELECTIONS
 from processes import sum_over_processes
 from task_stream import title
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from engine import EngineOptions, Loader, Monitor
     from task_stream import TestSet
     from vision_transformer import PromptedVisionTransformer
-
-#: The two ways of choosing prompts for test images.
-SELECTIONS = ("batch", "instance")
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,15 @@ class Evaluation:
         usage: How often each prompt served a test image, for each of `SELECTIONS`; empty without
             a pool.
         mean_similarity: Mean cosine similarity of the images to the keys they choose alone.
+        key_similarity: Mean cosine similarity of the images to every key (M,); empty without a
+            pool.
     """
 
     index: int
     stats: dict[str, dict[str, float]]
     usage: dict[str, list[int]] = field(default_factory=dict)
     mean_similarity: float | None = None
+    key_similarity: list[float] = field(default_factory=list)
 
 
 class QueryCache:
@@ -135,6 +136,7 @@ class _Tally:
         self.sums = {name: new.clone() for name in SELECTIONS}
         self.served = {name: new.new_zeros(self.num_prompts) for name in SELECTIONS}
         self.similarity = new.new_zeros(2)  # sum, number
+        self.key_similarity = new.new_zeros(self.num_prompts)  # sum
         self.num_images = 0
         self._num_read, self._correct_read = 0, 0.0
 
@@ -150,6 +152,7 @@ class _Tally:
         for name, key in zip(SELECTIONS, ("prompt_idx", "own_prompt_idx"), strict=True):
             self.served[name] += count_ids(out[key], self.num_prompts)
         own = out["similarity"].gather(1, out["own_prompt_idx"]).double()  # (B, K)
+        self.key_similarity += out["similarity"].double().sum(dim=0)  # (M,)
         self.similarity += torch.stack([own.sum(), own.new_full((), own.numel())])
 
     def newest_accuracy(self) -> tuple[float, int]:
@@ -179,7 +182,8 @@ class _Tally:
             for name, served in self.served.items()
         }
         similarity, number = sum_over_processes(self.similarity).tolist()
-        return Evaluation(test_set.index, stats, usage, similarity / number)
+        of_keys = (sum_over_processes(self.key_similarity) / total).tolist()
+        return Evaluation(test_set.index, stats, usage, similarity / number, of_keys)
 
 
 def class_mask(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 import metrics
 import utils
 from accuracy import (
-    SELECTIONS,
     Evaluation,
     QueryCache,
     class_mask,
@@ -39,6 +38,7 @@ from accuracy import (
     evaluate,
     restrict,
 )
+from metrics import SELECTIONS
 from processes import is_alone, rank, sum_over_processes
 from random_streams import seed_model
 from task_stream import title
@@ -119,6 +119,7 @@ class TaskReport:
         evaluations: One for each test set.
         train_seconds: Wall time of training.
         eval_seconds: Wall time of evaluation.
+        epoch_stats: The same averages over each epoch.
     """
 
     task: int
@@ -126,6 +127,7 @@ class TaskReport:
     evaluations: list[Evaluation]
     train_seconds: float
     eval_seconds: float
+    epoch_stats: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -170,6 +172,7 @@ class Position:
             self.evaluations,
             self.train_seconds,
             self.eval_seconds,
+            self.epoch_stats,
         )
 
 

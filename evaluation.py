@@ -25,18 +25,14 @@ from options import UsageError
 
 logger = logging.getLogger(__name__)
 
+#: What is never taken from a checkpoint.
+_OF_THIS_COMMAND = (*options.COMPUTE_ONLY, "tf32")
+
 #: What the command line may change although a checkpoint says otherwise: where things are, and how
 #: to compute and evaluate.
 _CHANGEABLE = (
-    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "file_lists", "batch_size", "vote_group_size", "vote_ties", "task_inc", "amp", "tf32",
-    "compile", "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
-)  # fmt: skip
-
-#: Of these, what is never taken from a checkpoint.
-_OF_THIS_COMMAND = (
-    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "tf32", "compile",
-    "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
+    *_OF_THIS_COMMAND, "data_path", "pretrained", "file_lists", "batch_size", "vote_group_size",
+    "vote_ties", "task_inc", "amp",
 )  # fmt: skip
 
 #: What decides the evaluation of a checkpoint of the original.

@@ -18,7 +18,6 @@ import numerics
 import options
 import scenarios
 import settings
-from accuracy import SELECTIONS
 from backbone import BackboneIdentity
 from checkpoints import CheckpointError
 from class_order import check_split, class_order, read_class_order
@@ -26,6 +25,7 @@ from continual_dataloader import Loaders, TestBatches, TrainBatches
 from engine import EngineOptions
 from image_pipeline import ImagePipeline, build_pipeline
 from image_sources import DataError, ImageSource, join_names
+from metrics import SELECTIONS
 from processes import Processes
 from replay import ReplayBuffer
 from results import RunRecord
@@ -118,6 +118,13 @@ def assemble(
             **how.as_dict(),
             "data_on_device": pipeline.on_device,
             "eval_batch_size": loading.test_batch,
+        },
+        command=settings.command(args),
+        run={
+            "processes": processes.world_size,
+            "images_per_step": global_batch,
+            "learning_rate": settings.learning_rate(args, global_batch),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
     )
     return Experiment(

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
+#: The two ways of choosing prompts for test images.
+SELECTIONS = ("batch", "instance")
+
 
 def empty_matrix(num_test_sets: int, num_tasks: int) -> Matrix:
     """A matrix in which nothing is evaluated yet."""

@@ -25,6 +25,12 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 #: What the line of an overlay about itself begins with.
 _OVERLAY = "Overlay: "
 
+#: Settings that say where, how fast and how visibly a run is computed, not what.
+COMPUTE_ONLY = (
+    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "compile", "grad_checkpointing",
+    "data_on_device", "eval_batch_size", "test_cache",
+)  # fmt: skip
+
 _WORDS = {"true": True, "yes": True, "on": True, "1": True}
 _WORDS |= {"false": False, "no": False, "off": False, "0": False}
 
@@ -146,8 +152,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         argv: The arguments without the program's name.
 
     Returns:
-        Every setting by name, and `explicit`: the names that flags and configurations set; and
-        what is wrong, with defaults in the place of what could not be read.
+        Every setting by name; `explicit`, the names that flags and configurations set; `command`,
+        the names of the `configurations` and what `flags` set; and what is wrong, with defaults in
+        the place of what could not be read.
     """
     flags = _build()
     problems: list[str] = []
@@ -160,7 +167,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         configured |= _read_config(flags, name, problems)
     settings |= configured | given
     settings["model_kwargs"] = dict(settings["model_kwargs"])
-    return argparse.Namespace(**settings, explicit=frozenset({*configured, *given})), problems
+    explicit = frozenset({*configured, *given})
+    command = {"configurations": names, "flags": given}
+    return argparse.Namespace(**settings, explicit=explicit, command=command), problems
 
 
 def defaults() -> dict[str, Any]:
@@ -234,6 +243,7 @@ def _build() -> _Flags:
     _add_optimizer(flags.group("optimizer and learning rate"))
     _add_augmentation(flags.group("image transforms"))
     _add_speed(flags.group("speed and precision"))
+    _add_views(flags.group("what is shown"))
     _add_evaluation(flags.group("evaluation and measurements"))
     return flags
 
@@ -247,7 +257,8 @@ def _add_run(add: Callable[..., None]) -> None:
     add("--world_size", None, "processes of the run; checked against the launcher's", type=int)
     add("--resume", None, "go on from a saved state: auto (the newest in --output_dir) or a path")
     add("--save_every", 300.0, "seconds between two saved states inside an epoch", type=float)
-    add("--print_freq", 10, "steps between two progress lines in a log file or pipe", type=int)
+    add("--seeds", None, "train once for each of these seeds, in folders of their own", **_INTS)
+    add("--dry_run", False, "check data and weights, run one step, write nothing, and stop", **_YN)
     add("--local-rank", None, argparse.SUPPRESS, type=int)
 
 
@@ -452,6 +463,13 @@ def _add_speed(add: Callable[..., None]) -> None:
     add("--test_cache", 2.0, "gigabytes of decoded test images that a process keeps", type=float)
 
 
+def _add_views(add: Callable[..., None]) -> None:
+    add("--print_freq", 10, "steps between two progress lines in a log file or pipe", type=int)
+    add("--plots", True, "draw pictures at the end of a run", **_YN)
+    add("--tensorboard", False, "log to TensorBoard, in --output_dir/tensorboard", **_YN)
+    add("--wandb", False, "log to Weights & Biases, if wandb is installed", **_YN)
+
+
 def _add_evaluation(add: Callable[..., None]) -> None:
     add("--eval", False, "evaluate the task checkpoints of --output_dir", **_YN)
     add("--checkpoint", None, "with --eval: this checkpoint alone")
@@ -462,6 +480,7 @@ def _add_evaluation(add: Callable[..., None]) -> None:
 _YN: dict[str, Any] = {"type": parse_bool, "metavar": "BOOL"}
 _NUMBER: dict[str, Any] = {"type": _or_none(float), "metavar": "NUMBER"}
 _FLOATS: dict[str, Any] = {"type": float, "nargs": "+"}
+_INTS: dict[str, Any] = {"type": int, "nargs": "+"}
 _PAIRS: dict[str, Any] = {"type": parse_key_value, "nargs": "*", "metavar": "NAME=VALUE"}
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 import metrics
 import utils
-from accuracy import SELECTIONS
 from engine import TaskReport, average_stats
+from metrics import SELECTIONS
 from task_stream import display_names
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -52,6 +52,9 @@ class RunRecord:
         tasks: Name of each task.
         test_sets: Name of each test set.
         numerics: How numbers were computed, plain values.
+        command: `configurations` and `flags` of the command line.
+        run: What follows from the settings: `processes`, `images_per_step`, `learning_rate`,
+            `trained_parameters`.
     """
 
     config: dict[str, Any]
@@ -63,6 +66,8 @@ class RunRecord:
     tasks: list[str] = field(default_factory=list)
     test_sets: list[str] = field(default_factory=list)
     numerics: dict[str, Any] = field(default_factory=dict)
+    command: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last_task(self) -> int:
@@ -73,12 +78,19 @@ class RunRecord:
         """The content of results.json."""
         return {
             **{name: self._selection(name) for name in SELECTIONS},
+            "command": self.command,
+            "run": self.run,
             "class_order": self.class_order,
             "class_names": self.class_names,
             "tasks": self.tasks,
             "test_sets": self.test_sets,
             "backbone": self.backbone,
             "numerics": self.numerics,
+            "training_curve": [
+                {"task": report.task + 1, "epoch": epoch, **stats}
+                for report in self.reports
+                for epoch, stats in enumerate(report.epoch_stats, start=1)
+            ],
             "prompt_usage": [usage for report in self.reports for usage in self._usage(report)],
             "timing": [
                 {
@@ -127,6 +139,7 @@ class RunRecord:
                 "name": self.test_sets[evaluation.index] if self.test_sets else None,
                 **evaluation.usage,
                 "mean_similarity": evaluation.mean_similarity,
+                "key_similarity": [round(value, 6) for value in evaluation.key_similarity],
             }
             for evaluation in report.evaluations
             if evaluation.usage

@@ -36,9 +36,8 @@ _FIRST_FORMAT = "l2p run state 1"
 #: Settings that may differ when a run goes on: where things are, and how they are computed. What
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
 _FREE = (
-    "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
-    "batch_size", "lr", "lr_scale", "class_order", "replay_batch", "file_lists", "compile",
-    "grad_checkpointing", "data_on_device", "eval_batch_size", "test_cache",
+    *options.COMPUTE_ONLY, "data_path", "pretrained", "batch_size", "lr", "lr_scale", "class_order",
+    "replay_batch", "file_lists",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

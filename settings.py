@@ -32,14 +32,21 @@ _MOST_UNREAD = 10
 
 #: Names in the namespace that describe a single command rather than the run.
 _TRANSIENT = (
-    "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
-    "world_size", "resume", "save_every", "list",
+    "explicit", "command", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
+    "dist_url", "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that describe the run, as plain values for config.yaml and checkpoints."""
     return {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
+
+
+def command(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line said of the run: names of configurations, and flags with values."""
+    flags = {k: v for k, v in args.command["flags"].items() if k not in _TRANSIENT}
+    return {"configurations": args.command["configurations"], "flags": flags}
 
 
 def same(name: str, one: object, other: object) -> bool:

@@ -1,0 +1,291 @@
+"""Finished runs as they lie on disk: found, checked, and grouped by configuration.
+
+A run is a folder with a results.json. Runs whose settings are equal but for the seed form a group;
+where things lie and how fast they are computed does not count (`options.COMPUTE_ONLY`). What cannot
+be used (damaged, unfinished, the same seed twice) is left out and named.
+
+Nothing here needs torch: thousands of runs are read in seconds.
+"""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import metrics
+import options
+from metrics import SELECTIONS
+
+#: Folders inside a run's, or beside runs, that hold no runs that count.
+_NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
+
+#: What a run leaves before its first task is finished.
+_TRACES = ("config.yaml", "log.txt")
+
+#: Settings that do not tell one configuration from another: repetitions, and where things are. The
+#: backbone is told by its checksum.
+_NOT_CONFIGURATION = (*options.COMPUTE_ONLY, "seed", "data_path", "file_lists", "pretrained")
+
+
+class ResultsError(ValueError):
+    """Results that cannot be used, with the file and why."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What is kept of a finished run when many are read.
+
+    Attributes:
+        folder: Where it lies.
+        written: When its results were written, seconds since the epoch.
+        seed: Its seed.
+        name: Its configurations and flags as on a command line, seed and places left out.
+        settings: All that tells its configuration from others, as JSON text with sorted keys.
+        matrices: Accuracy matrix for each of `SELECTIONS`, percent.
+    """
+
+    folder: Path
+    written: float
+    seed: int
+    name: str
+    settings: str
+    matrices: dict[str, metrics.Matrix]
+
+    def numbers(self, selection: str) -> dict[str, Any]:
+        """All metrics after the last task, see `metrics.summarize`."""
+        matrix = self.matrices[selection]
+        return metrics.summarize(matrix, matrix.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration, one for each seed, in the order of seeds.
+
+    Attributes:
+        label: The configuration in a few words, different from that of any other group.
+        settings: What the runs have in common, by name.
+        runs: At least one.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    runs: tuple[StoredRun, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, ascending."""
+        return [run.seed for run in self.runs]
+
+    def values(self, selection: str, metric: str) -> dict[int, float]:
+        """A metric of `metrics.summarize` by seed, percent; without runs that do not have it."""
+        found = {run.seed: run.numbers(selection).get(metric) for run in self.runs}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None as the latter for a single value.
+
+    Raises:
+        ValueError: Without any value.
+    """
+    array = np.fromiter(values, np.float64)
+    if len(array) == 0:
+        raise ValueError("there is no mean of no values")
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Folders of runs.
+
+    Args:
+        paths: Folders of runs, folders that have some somewhere below them, or results.json files.
+
+    Returns:
+        The folders, each once, sorted within each path; and one line for each path or folder in
+        which results were expected and not found.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for path in paths:
+        path = path.parent if path.name == "results.json" else path
+        if not path.is_dir():
+            problems.append(f"{path}: there is no such folder")
+            continue
+        before = len(problems)
+        folders = list(_walk(path, problems))
+        if not folders and len(problems) == before:
+            problems.append(f"{path}: holds no results.json, nor does any folder below it")
+        found |= dict.fromkeys(folders)
+    return list(found), problems
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """The content of a run's results.json, its matrices checked.
+
+    Raises:
+        ResultsError: If it is missing, damaged, or no such file.
+    """
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ResultsError(f"{path}: is damaged, it is no JSON ({error})") from error
+    try:
+        shapes = {_checked_matrix(content[name]["accuracy_matrix"]).shape for name in SELECTIONS}
+        is_sound = len(shapes) == 1 and isinstance(content["config"], dict)
+        is_sound &= isinstance(content["seed"], int)
+    except (KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise ResultsError(f"{path}: is damaged, or not the results of a run")
+    return content
+
+
+def is_finished(matrix: metrics.Matrix) -> bool:
+    """Whether the last task was evaluated, as it always is at the end of a run."""
+    return bool(np.isfinite(matrix[:, -1]).any())
+
+
+def read(folder: Path) -> StoredRun:
+    """What counts of a finished run.
+
+    Raises:
+        ResultsError: If its results are missing, damaged, or those of an unfinished run.
+    """
+    results = load_results(folder)
+    matrices = {n: metrics.from_lists(results[n]["accuracy_matrix"]) for n in SELECTIONS}
+    if not all(is_finished(matrix) for matrix in matrices.values()):
+        evaluated = np.flatnonzero(np.isfinite(matrices["batch"]).any(axis=0))
+        raise ResultsError(
+            f"{folder / 'results.json'}: the run is not finished, task "
+            f"{evaluated.max(initial=-1) + 1} of {matrices['batch'].shape[1]} was the last: "
+            "the command of the run with --resume auto goes on"
+        )
+    config = {**_defaults(), **results["config"]}
+    return StoredRun(
+        folder=folder,
+        written=(folder / "results.json").stat().st_mtime,
+        seed=results["seed"],
+        name=sys.intern(_name(results, config)),
+        settings=sys.intern(_settings(results, config)),
+        matrices=matrices,
+    )
+
+
+def read_all(paths: Sequence[Path]) -> tuple[list[StoredRun], list[str]]:
+    """Every finished run in some folders, see `find`.
+
+    Returns:
+        The runs; and one line for each that is left out, with the reason.
+    """
+    folders, problems = find(paths)
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read(folder))
+        except ResultsError as error:
+            problems.append(str(error))
+    return runs, problems
+
+
+def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
+    """Puts runs of one configuration together, in the order in which configurations appear.
+
+    Returns:
+        The groups; and one line for each run that is left out because there is a newer one of the
+        same configuration and seed.
+    """
+    members: dict[str, dict[int, StoredRun]] = {}
+    problems = []
+    for run in runs:
+        seeds = members.setdefault(run.settings, {})
+        twin = seeds.get(run.seed)
+        if twin is not None:
+            older, newer = sorted((run, twin), key=lambda run: run.written)
+            problems.append(
+                f"{older.folder}: has the configuration and the seed {run.seed} of "
+                f"{newer.folder}, which is newer and counts"
+            )
+            seeds[run.seed] = newer
+        else:
+            seeds[run.seed] = run
+    settings = [json.loads(text) for text in members]
+    names = [next(iter(seeds.values())).name for seeds in members.values()]
+    return [
+        Group(label, own, tuple(seeds[seed] for seed in sorted(seeds)))
+        for label, own, seeds in zip(
+            _labels(names, settings), settings, members.values(), strict=True
+        )
+    ], problems
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the settings that are not equal in all of several configurations, sorted."""
+    names = sorted({name for one in settings for name in one})
+    return [n for n in names if any(one.get(n) != settings[0].get(n) for one in settings)]
+
+
+def _walk(path: Path, problems: list[str]) -> Iterator[Path]:
+    """Folders with results at or below a path; runs that have none yet go to `problems`."""
+    for folder, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if name not in _NO_RUNS)
+        if "results.json" in files:
+            yield Path(folder)
+        elif all(name in files for name in _TRACES):
+            problems.append(f"{folder}: has no results.json yet, its first task is not finished")
+
+
+def _checked_matrix(rows: Any) -> metrics.Matrix:
+    """A matrix of percentages with at least one row and one column.
+
+    Raises:
+        ValueError, TypeError: If it is something else.
+    """
+    matrix = metrics.from_lists(rows)
+    if matrix.ndim != 2 or 0 in matrix.shape or np.any((matrix < 0) | (matrix > 100)):
+        raise ValueError("no matrix of percentages")
+    return matrix
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return options.defaults()
+
+
+def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
+    """Configurations and flags as on a command line; early runs did not note them."""
+    command = results.get("command")
+    if command is None:
+        return str(config["dataset"])
+    flags = {n: v for n, v in command["flags"].items() if n not in _NOT_CONFIGURATION}
+    words = [
+        name if "/" not in name else "/".join(Path(name).parts[-2:])
+        for name in command["configurations"]
+    ]
+    words += [f"--{name} {options.shown(value)}" for name, value in flags.items()]
+    return " ".join(words) or "defaults"
+
+
+def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
+    kept["backbone"] = results.get("backbone", {}).get("sha256")
+    kept["images_per_step"] = results.get("run", {}).get("images_per_step")
+    return json.dumps(kept, sort_keys=True)
+
+
+def _labels(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The names, with the settings in which configurations of the same name differ."""
+    labels = []
+    for name, own in zip(names, settings, strict=True):
+        alike = [other for n, other in zip(names, settings, strict=True) if n == name]
+        words = [f"{n} {options.shown(own.get(n))}" for n in differing(alike)]
+        labels.append(f"{name} ({', '.join(words)})" if words else name)
+    return labels
