@@ -43,10 +43,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+import files
 import options
 import settings
 import training
-import utils
 from backbone import without_memory
 from benchmarks import measuring
 from benchmarks.measuring import Clock, comparison, summary
@@ -112,7 +112,7 @@ def _run(own: argparse.Namespace, flags: list[str], argv: list[str]) -> int:
             return 1
     print(table(report))
     if own.json:
-        utils.write_json(own.json, report)
+        files.write_json(own.json, report)
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+import files
 import utils
 
 FORMAT = "l2p checkpoint 3"
@@ -76,7 +77,7 @@ def find(output_dir: Path) -> dict[int, Path]:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _ENTRIES}}
-    utils.write_bytes(path, sealed(content))
+    files.write_bytes(path, sealed(content))
 
 
 def load(path: Path) -> Checkpoint:

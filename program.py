@@ -12,6 +12,7 @@ from pathlib import Path
 
 import checkpoints
 import evaluation
+import files
 import preemption
 import processes
 import settings
@@ -143,6 +144,6 @@ def _evaluate_checkpoints(
     path = evaluation.result_file(args)
     if path is not None and processes.is_main_process():
         earlier = path.with_name(f"{path.stem}_before.json")
-        utils.write_json(path, experiment.record.as_dict(), keep=earlier)
+        files.write_json(path, experiment.record.as_dict(), keep=earlier)
         logger.info("Wrote %s", path)
     return 0 if args.checkpoint else evaluation.report_missing(experiment, paths)

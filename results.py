@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+import files
 import metrics
-import utils
 from engine import TaskReport, average_stats
 from metrics import SELECTIONS
 from task_stream import display_names
@@ -111,8 +111,8 @@ class RunRecord:
 
     def write(self, output_dir: Path) -> None:
         """Writes results.json and log_stats.txt of a training run."""
-        utils.write_json(output_dir / "results.json", self.as_dict())
-        utils.write_text(output_dir / "log_stats.txt", self.log_lines())
+        files.write_json(output_dir / "results.json", self.as_dict())
+        files.write_text(output_dir / "log_stats.txt", self.log_lines())
 
     def table(self) -> str:
         """Both accuracy matrices and all metrics as text, in percent."""

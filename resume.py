@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 import checkpoints
+import files
 import metrics
 import options
 import processes
@@ -120,7 +121,7 @@ def save(output_dir: Path, state: RunState, keep_newest: bool = True) -> None:
     content["reports"] = [dataclasses.asdict(report) for report in state.reports]
     path = newest_path(output_dir)
     keep = _before(path) if keep_newest else path.with_name("last_damaged.pth")
-    utils.write_bytes(path, checkpoints.sealed(content), keep=keep)
+    files.write_bytes(path, checkpoints.sealed(content), keep=keep)
 
 
 def find(args: argparse.Namespace, output_dir: Path | None) -> tuple[Path, RunState] | None:
@@ -230,7 +231,7 @@ def copy_task_checkpoints(path: Path, state: RunState, output_dir: Path) -> None
         return
     for number, source in checkpoints.find(path.parent.parent).items():
         if number <= len(state.reports):
-            utils.write_bytes(checkpoints.task_path(output_dir, number), source.read_bytes())
+            files.write_bytes(checkpoints.task_path(output_dir, number), source.read_bytes())
 
 
 def _num_images(run: Experiment) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import utils
+import files
 from engine import EngineOptions, make_updater, train_step
 from processes import is_main_process
 from updates import MakeOptimizer
@@ -91,7 +91,7 @@ def speed_test(
     if output_dir is not None and is_main_process():
         path = output_dir / "speed_macs.txt"
         earlier = path.read_text() if path.exists() else ""
-        utils.write_text(path, earlier + "\n".join(lines) + "\n")
+        files.write_text(path, earlier + "\n".join(lines) + "\n")
 
 
 def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import checkpoints
 import engine
+import files
 import metrics
 import options
 import plots
@@ -229,12 +230,12 @@ def _start_output(
     if found is not None:
         _tell_resumed(*found)
         if goes_on_here:
-            utils.remove_unfinished(found[0].parent)
+            files.remove_unfinished(found[0].parent)
         else:
             resume.copy_task_checkpoints(*found, output_dir)
     elif args.resume is not None:
         logger.info("There is no state to go on from yet: the run begins")
-    utils.write_text(output_dir / "config.yaml", options.to_yaml(settings.resolved(args)))
+    files.write_text(output_dir / "config.yaml", options.to_yaml(settings.resolved(args)))
 
 
 def _tell_resumed(path: Path, state: RunState) -> None:

@@ -1,16 +1,14 @@
-"""Logging, progress, and files that are written whole or not at all."""
+"""Logging and progress."""
 
-import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import TypeVar
 
 from timm.utils import AverageMeter
 from tqdm import tqdm
@@ -20,9 +18,6 @@ from processes import is_main_process
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-#: What is in the name of a file that is being written.
-_UNFINISHED = ".unfinished-"
 
 
 def setup_logging() -> None:
@@ -147,55 +142,3 @@ def reason(error: BaseException) -> str:
     """The name of an error and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None = None) -> None:
-    """Writes a file whole or not at all: under a temporary name, synchronised, then renamed.
-
-    Args:
-        path: The file; its folder is made.
-        write: Writes the content to the open binary file that it is given.
-        keep: Name that the file which was there before gets; None: it is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_UNFINISHED}")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Removes what `write_whole` left in a folder when the program was killed."""
-    for path in folder.glob(f".*{_UNFINISHED}*"):
-        path.unlink(missing_ok=True)
-
-
-def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Writes a file whole or not at all; see `write_whole`."""
-    write_whole(path, lambda file: file.write(content), keep)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is refused."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_bytes(path, text.encode(), keep)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoints
 import engine
+import files
 import main
 import options
 import plots
@@ -34,7 +35,6 @@ import random_streams
 import resume
 import settings
 import training
-import utils
 import validation
 from checkpoints import CheckpointError
 from engine import Position
@@ -195,7 +195,7 @@ class Child:
     DOING = {  # noqa: RUF012
         "training": (engine, "train_step"),
         "evaluation": (engine, "evaluate"),
-        "saving": (utils, "write_whole"),
+        "saving": (files, "write_whole"),
     }
 
     def __init__(self, argv, log, moment, only=None, prepare=lambda: None):
@@ -1284,7 +1284,7 @@ def test_files_that_a_killed_run_left_unfinished_go_away(command, half):
 
     path = half / "checkpoint" / "last.pth"
     if (child := os.fork()) == 0:
-        utils.write_whole(path, killed)
+        files.write_whole(path, killed)
     os.waitpid(child, 0)
     left = [name for name in os.listdir(path.parent) if name.startswith(".")]
     assert len(left) == 1

@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+#: What is in the name of a file that is being written.
+_UNFINISHED = ".unfinished-"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None = None) -> None:
+    """Writes a file whole or not at all: under a temporary name, synchronised, then renamed.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes the content to the open binary file that it is given.
+        keep: Name that the file which was there before gets; None: it is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_UNFINISHED}")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_whole` left in a folder when the program was killed."""
+    for path in folder.glob(f".*{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes a file whole or not at all; see `write_whole`."""
+    write_whole(path, lambda file: file.write(content), keep)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any, keep: Path | None = None) -> None:
+    """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is refused."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(), keep)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
