@@ -83,6 +83,18 @@ class LoaderOptions:
         return slice(first, stop)
 
 
+def steps_per_epoch(num_images: int, full_batch: int, drop_last: bool) -> int:
+    """Steps of an epoch, of all processes together.
+
+    Args:
+        num_images: Images of the task.
+        full_batch: Images of a full step.
+        drop_last: Whether images that do not fill a last step are left out.
+    """
+    full_steps, rest = divmod(num_images, full_batch)
+    return full_steps + (rest > 0 and not drop_last)
+
+
 class GlobalBatchSampler:
     """This process's piece of every global batch.
 
@@ -109,8 +121,8 @@ class GlobalBatchSampler:
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        full_steps, rest = divmod(self.num_images, self.options.full_batch)
-        return full_steps + (rest > 0 and not self.options.drop_last)
+        options = self.options
+        return steps_per_epoch(self.num_images, options.full_batch, options.drop_last)
 
     def __iter__(self) -> Iterator[list[Key]]:
         return self._batches(self.epoch, self.first_step)

@@ -1,7 +1,6 @@
 """Assembles what a run consists of: tasks, model, loaders, from the settings."""
 
 import argparse
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import backbone
 import datasets
 import metrics
 import numerics
-import options
 import scenarios
 import settings
 from backbone import BackboneIdentity
@@ -32,8 +30,6 @@ from results import RunRecord
 from scenarios import Preparation
 from task_stream import Task, TaskStream, TestSet
 from vision_transformer import PromptedVisionTransformer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -306,70 +302,3 @@ def check_same_run(run: Experiment, stored: Stored, path: Path) -> None:
             f"{run.identity.name} ({run.identity.source}, {run.identity.sha256[:12]}): "
             "give the same weights with --pretrained"
         )
-
-
-def describe(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
-    """Logs in a few lines what is about to happen."""
-    if backbone.resolve_name(args.model) != args.model:
-        logger.info(
-            "--model %s means %s: the weights that the original used",
-            args.model,
-            backbone.resolve_name(args.model),
-        )
-    stream = run.stream
-    sizes = sorted({len(task.classes) for task in stream.tasks})
-    logger.info(
-        "Data: %s, %s%s, %d task%s of %s classes, %d training images, %d test set%s; classes %s",
-        *(args.dataset, args.scenario, " (joint)" if args.joint else ""),
-        *(stream.num_tasks, "" if stream.num_tasks == 1 else "s"),
-        str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
-        sum(len(task.data) for task in stream.tasks),
-        *(len(stream.test_sets), "" if len(stream.test_sets) == 1 else "s"),
-        _short(list(dict.fromkeys(c for classes in stream.class_order for c in classes))),
-    )
-    if args.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
-        logger.info("--task_inc tells nothing here: the test images may be of any class")
-    if run.buffer is not None:
-        logger.info(
-            "Replay: %s, %d replayed images with each vote group from the second task on",
-            f"{args.buffer_size} images"
-            if args.buffer_size
-            else f"{args.buffer_per_class} images of each class",
-            settings.replayed_per_group(args),
-        )
-    logger.info("Backbone: %s, weights %s, sha256 %.12s", *run.identity.as_dict().values())
-    trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
-    logger.info(
-        "Model: %d prompts of %d tokens, head %s; number of params: %d",
-        0 if run.model.prompt is None else run.model.prompt.size,
-        0 if run.model.prompt is None else run.model.prompt.length,
-        args.head_type,
-        sum(trained),
-    )
-    logger.info(
-        "Training: %s, learning rate %g (--lr %g, scaled %s), %d images a step, votes of %d; "
-        "%d process%s on %s",
-        args.opt,
-        settings.learning_rate(args, run.global_batch),
-        args.lr,
-        args.lr_scale,
-        run.global_batch,
-        settings.vote_group_size(args),
-        processes.world_size,
-        "" if processes.world_size == 1 else "es",
-        processes.device,
-    )
-    fast = [f"{n} {options.shown(v)}" for n, v in run.record.numerics.items() if v]
-    logger.info("Speed: %s", ", ".join(fast))
-    idle = processes.world_size - -(-run.global_batch // settings.vote_group_size(args))
-    if idle > 0:
-        logger.warning(
-            "%d of %d processes have nothing to train on: %d images a step are %d vote groups, and "
-            "a vote group stays in one process",
-            *(idle, processes.world_size, run.global_batch, processes.world_size - idle),
-        )
-
-
-def _short(values: list[int], limit: int = 20) -> str:
-    shown = " ".join(map(str, values[:limit]))
-    return shown + (" ..." if len(values) > limit else "")

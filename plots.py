@@ -1,96 +1,315 @@
-"""Pictures of a finished run, drawn from the content of results.json."""
+"""Draws the pictures of runs, from what results.json holds.
+
+    python plots.py OUTPUT_DIR [OUTPUT_DIR ...]
+
+A folder of a run gets its pictures anew, in `plots` in it. A folder of runs stands for all of them.
+Several runs are compared: those of one configuration are drawn together, as mean and standard
+deviation over the seeds.
+
+Exit code: 0 something was drawn, 1 nothing was, 2 refused command line.
+
+matplotlib takes a while to import: only drawing needs it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
-import metrics
-import utils
-from task_stream import display_names
+import figures
+import files
+import options
+import stored_runs
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import XAxis
+    from matplotlib.figure import Figure
 
-#: Tasks between two labels of an axis, which has up to twenty.
-_TICK_STEPS = (1, 2, 5, *(10**n for n in range(1, 7)))
-_TITLES = {"batch": "batch-wise (as published)", "instance": "instance-wise"}
-#: Okabe and Ito's colours, told apart by colour-blind readers.
-_COLORS = {"batch": "#0072B2", "instance": "#D55E00"}
-#: The published curve lies under the other one where they meet: larger, hollow marks show it.
-_STYLES: dict[str, dict[str, Any]] = {
-    "batch": {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "--"},
-    "instance": {"marker": "s", "markersize": 5},
+    from stored_runs import Group
+
+#: Pictures of one run.
+RUN_PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "overview": figures.overview,
+    "accuracy_matrix": figures.accuracy_matrix,
+    "average_accuracy": figures.run_accuracy,
+    "prompt_selection": figures.prompt_selection,
+    "key_similarity": figures.key_similarity,
+    "training_curves": figures.training_curves,
 }
 
+#: Pictures of several.
+COMPARISONS = ("average_accuracy", "accuracy_against")
 
-def draw_results(results: dict[str, Any], path: Path) -> None:
-    """Draws the instance-wise accuracy matrix and the average accuracy over tasks.
+_FORMATS = ("png", "svg")
+_DPI = 150
 
-    A run with a single test set has no matrix worth drawing, only the curve.
+
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a figure as PNG and as SVG; the same figure gives the same bytes.
+
+    Args:
+        figure: What to write.
+        folder: Where; it is made.
+        name: File name without an ending.
+
+    Returns:
+        The files.
+    """
+    import matplotlib
+
+    def write(file: Any) -> None:
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(file, format=form, dpi=_DPI, metadata=metadata[form])
+
+    metadata: dict[str, dict[Any, Any]] = {"png": {}, "svg": {"Date": None}}
+    paths = []
+    for form in _FORMATS:
+        paths.append(folder / f"{name}.{form}")
+        files.write_whole(paths[-1], write)
+    return paths
+
+
+def draw_run(
+    results: dict[str, Any], folder: Path, only: Collection[str] | None = None
+) -> tuple[list[Path], list[str]]:
+    """Draws every picture that the results of a run have the data for.
+
+    Pictures of an earlier drawing are replaced, or removed where there is nothing to draw now.
 
     Args:
         results: Content of results.json.
-        path: Picture to write; its ending tells the format.
+        folder: Where the pictures go.
+        only: Names of `RUN_PICTURES`; None: all.
+
+    Returns:
+        The files; and one line for each picture that is left out, with the reason.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    paths, left_out = [], []
+    for name, draw in RUN_PICTURES.items():
+        if only is not None and name not in only:
+            continue
+        try:
+            paths += write_figure(draw(results), folder, name)
+        except figures.NothingToDrawError as error:
+            left_out.append(f"{name}: {error}")
+            for form in _FORMATS:
+                (folder / f"{name}.{form}").unlink(missing_ok=True)
+    return paths, left_out
 
-    matplotlib.use("Agg")
-    matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
-    num_panels = 1 if len(matrix) == 1 else 2
-    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
-    *left, right = figure.subplots(1, num_panels, squeeze=False)[0]
-    for axes in left:
-        names = display_names(results.get("test_sets", []), len(matrix), "{}")
-        _draw_matrix(axes, matrix, names)
-    _draw_curves(right, results)
-    utils.write_whole(
-        path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)
+
+def draw_comparison(
+    groups: Sequence[Group],
+    folder: Path,
+    against: str | None = None,
+    lines: str | None = None,
+    only: Collection[str] | None = None,
+) -> list[Path]:
+    """Draws several configurations together.
+
+    Args:
+        groups: Finished runs by configuration.
+        folder: Where the pictures go.
+        against: Setting on the x axis of `accuracy_against`; None: it is not drawn.
+        lines: Setting whose values get a line each in that picture.
+        only: Names of `COMPARISONS`; None: all.
+
+    Returns:
+        The files.
+
+    Raises:
+        figures.NothingToDrawError: If the groups lack what a picture needs.
+    """
+    paths = []
+    if only is None or "average_accuracy" in only:
+        paths += write_figure(figures.average_accuracy(groups), folder, "average_accuracy")
+    if against is not None:
+        figure = figures.accuracy_against(groups, against, lines)
+        paths += write_figure(figure, folder, "accuracy_against")
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return _run(_parse(sys.argv[1:] if argv is None else argv))
+    except options.UsageError as error:
+        print(error.told_by("plots.py"), end="", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plots.py: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Draws what a command line asks for; tells what it wrote and what it left out."""
+    folders, problems = stored_runs.find(args.paths)
+    runs, unusable = stored_runs.read_all(folders)
+    groups, twins = stored_runs.group(runs)
+    is_comparison = len(folders) > 1
+    _tell([*problems, *twins, *(unusable if is_comparison else [])])
+    _check(args, groups)
+    paths = []
+    for folder in folders:
+        if folder in args.paths or not is_comparison:
+            paths += _redraw(folder, args.only, is_told=is_comparison)
+    if is_comparison and groups:
+        folder = args.output_dir or _common(args.paths) / "comparison"
+        compared = draw_comparison(groups, folder, args.against, args.lines, args.only)
+        _list(compared)
+        paths += compared
+    if not paths:
+        _tell(["there is nothing to draw"])
+    return 0 if paths else 1
+
+
+def _redraw(folder: Path, only: Collection[str] | None, is_told: bool) -> list[Path]:
+    """Draws one run into its own folder; what is damaged is told, unless it was."""
+    try:
+        results = stored_runs.load_results(folder)
+    except stored_runs.ResultsError as error:
+        _tell([] if is_told else [str(error)])
+        return []
+    paths, left_out = draw_run(results, folder / "plots", only)
+    _list(paths)
+    for line in left_out:
+        print(f"{folder / 'plots'}: without {line}")
+    return paths
+
+
+def _list(paths: Sequence[Path]) -> None:
+    """One line for each picture."""
+    for first, *others in zip(*[iter(paths)] * len(_FORMATS), strict=True):
+        print(", ".join([str(first), *(path.suffix for path in others)]))
+
+
+def _tell(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"plots.py: {problem}", file=sys.stderr)
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    """The folder that holds all that was named: the folder itself if it is one."""
+    return Path(os.path.commonpath([path.absolute() for path in paths]))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong as every program here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the command line."""
+        raise options.UsageError([message])
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Reads a command line; whether it makes sense depends on the runs, see `_check`.
+
+    Raises:
+        options.UsageError: If it cannot be read.
+    """
+    parser = _Parser(
+        prog="plots.py",
+        usage="plots.py OUTPUT_DIR [OUTPUT_DIR ...] [--flags]",
+        description="Draws the pictures of runs, each into its own plots/; compares several.",
+        allow_abbrev=False,
     )
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="+",
+        type=_folder,
+        metavar="OUTPUT_DIR",
+        help="folder of a run, or of runs somewhere below it: these are compared, not redrawn",
+    )
+    add("--only", nargs="+", metavar="NAME", help=f"of {', '.join(_names())} (default: all)")
+    add(
+        *("--output_dir", "--output-dir"),
+        type=Path,
+        metavar="DIR",
+        help="where the comparison goes (default: comparison, in what holds all the runs)",
+    )
+    add(
+        "--against",
+        type=_setting,
+        metavar="SETTING",
+        help="compare the final accuracy against the values of a setting, such as size",
+    )
+    add(
+        "--lines",
+        type=_setting,
+        metavar="SETTING",
+        help="with --against: a line for each value of another setting, such as length",
+    )
+    return parser.parse_args(argv)
 
 
-def _draw_matrix(axes: Axes, matrix: metrics.Matrix, names: list[str]) -> None:
-    num_rows, num_tasks = matrix.shape
-    axes.imshow(matrix, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-    if num_tasks <= 20:
-        for (row, column), value in np.ndenumerate(matrix):
-            if np.isfinite(value):
-                color = "black" if value > 55 else "white"
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color)
-    _label_tasks(axes.xaxis, num_tasks, first=0)
-    axes.set_yticks(range(num_rows), names)
-    axes.set_xlabel("after training task")
-    axes.set_ylabel("test set of task" if names[0] == "1" else "test set")
-    axes.set_title("Accuracy in percent, instance-wise")
+def _folder(text: str) -> Path:
+    path = Path(text)
+    return path.parent if path.name == "results.json" else path
 
 
-def _draw_curves(axes: Axes, results: dict[str, Any]) -> None:
-    for name, title in _TITLES.items():
-        matrix = metrics.from_lists(results[name]["accuracy_matrix"])
-        curve = metrics.accuracy_curve(matrix, matrix.shape[1] - 1)
-        axes.plot(
-            [point["after_task"] for point in curve],
-            [point["accuracy"] for point in curve],
-            color=_COLORS[name],
-            label=title,
-            **_STYLES[name],
-        )
-    _label_tasks(axes.xaxis, matrix.shape[1], first=1)
-    axes.set_ylim(0, 104)
-    axes.set_xlabel("tasks learned")
-    single = len(matrix) == 1
-    axes.set_ylabel("accuracy in percent" if single else "average accuracy in percent")
-    axes.set_title("Accuracy" if single else "Average accuracy over the tasks so far")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best")
+def _setting(text: str) -> str:
+    return text.replace("-", "_")
 
 
-def _label_tasks(axis: XAxis, num_tasks: int, first: int) -> None:
-    """Numbers the tasks from 1 where task 1 lies at `first`; not all of them if there are many."""
-    step = next(step for step in _TICK_STEPS if num_tasks <= 20 * step)
-    shown = range(step - 1, num_tasks, step)
-    axis.set_ticks([t + first for t in shown], [str(t + 1) for t in shown])
+def _names() -> list[str]:
+    """Names of all pictures."""
+    return list(dict.fromkeys((*RUN_PICTURES, *COMPARISONS)))
+
+
+def _check(args: argparse.Namespace, groups: Sequence[Group]) -> None:
+    """Checks a command line against the finished runs.
+
+    Raises:
+        options.UsageError: With everything that is wrong.
+    """
+    problems = [
+        f"--only {name}: is no picture{_near(name, _names())} (folders stand before --only)"
+        for name in args.only or []
+        if name not in _names()
+    ]
+    is_named = args.only is not None and "accuracy_against" in args.only
+    if is_named and args.against is None:
+        problems.append("--only accuracy_against needs --against, the setting to draw against")
+    if args.against is not None and args.only is not None and not is_named:
+        problems.append("--against draws accuracy_against, which --only leaves out: name it there")
+    if args.lines is not None and args.against is None:
+        problems.append("--lines needs --against, the setting to draw against")
+    problems += _check_settings(args, groups)
+    if problems:
+        raise options.UsageError(problems)
+
+
+def _check_settings(args: argparse.Namespace, groups: Sequence[Group]) -> list[str]:
+    """What is wrong with the settings of --against and --lines."""
+    known = {name for group in groups for name in group.settings} or set(options.defaults())
+    problems = [
+        f"--{flag} {name}: no configuration has such a setting{_near(name, sorted(known))}"
+        for flag in ("against", "lines")
+        if (name := getattr(args, flag)) is not None and name not in known
+    ]
+    if args.against is not None and not problems:
+        try:
+            figures.check_against(groups, args.against, args.lines)
+        except figures.NothingToDrawError as error:
+            problems.append(f"--against {args.against}: {error}")
+    return problems
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,17 +6,23 @@ All that takes long to import is imported here or below, for main.py to put it o
 import argparse
 import logging
 import sys
+import time
 import traceback
 from functools import partial
 from pathlib import Path
 
+import summarize
+
 import checkpoints
+import dry_run
 import evaluation
 import files
+import plots
 import preemption
 import processes
 import settings
 import speed
+import stored_runs
 import training
 import utils
 from checkpoints import Checkpoint, CheckpointError
@@ -106,8 +112,37 @@ def _run(args: argparse.Namespace, problems: list[str], signals: StopSignals) ->
 
 
 def _train(args: argparse.Namespace, places: Processes, signals: StopSignals) -> int:
+    """Trains, once for each seed if there are several."""
+    if args.seeds is None:
+        _train_once(args, places, signals)
+        return 0
+    for seed in args.seeds[:1] if args.dry_run else args.seeds:
+        utils.setup_logging()  # ends the log file of the seed before
+        _train_once(settings.for_seed(args, seed), places, signals)
+    if processes.is_main_process() and not (args.dry_run or args.speed_test_only):
+        _tell_seeds(args)
+    return 0
+
+
+def _tell_seeds(args: argparse.Namespace) -> None:
+    """Prints the table over the seeds, and draws them in one picture."""
+    folders = [Path(settings.for_seed(args, seed).output_dir) for seed in args.seeds]
+    groups, _ = stored_runs.group(stored_runs.read(folder) for folder in folders)
+    logger.info("%s", summarize.text_table(groups))
+    if args.plots and len(folders) > 1:
+        folder = Path(args.output_dir) / "comparison"
+        plots.draw_comparison(groups, folder)
+        logger.info("Drawn together in %s", folder)
+
+
+def _train_once(args: argparse.Namespace, places: Processes, signals: StopSignals) -> None:
     """Measures, if asked to, and trains."""
+    start = time.monotonic()
     experiment, found = training.prepare(args, places)
+    seconds_to_load = time.monotonic() - start
+    if args.dry_run:
+        dry_run.try_out(args, places, experiment, found)
+        return
     if args.speed_test or args.speed_test_only:
         speed.speed_test(
             experiment.model,
@@ -118,8 +153,7 @@ def _train(args: argparse.Namespace, places: Processes, signals: StopSignals) ->
             output_dir=Path(args.output_dir) if args.output_dir else None,
         )
     if not args.speed_test_only:
-        training.run(args, places, signals, experiment, found)
-    return 0
+        training.run(args, places, signals, experiment, found, seconds_to_load)
 
 
 def _evaluate_checkpoints(

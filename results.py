@@ -20,7 +20,8 @@ _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 #: What a run writes into its folder.
 _RUN_FILES = (
-    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "results.json", "results.png",
+    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "plots", "results.json", "results.png",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 #: Columns of the printed matrix that stand beside each other.

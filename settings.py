@@ -49,6 +49,12 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
     return {"configurations": args.command["configurations"], "flags": flags}
 
 
+def for_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """The settings of one run of `--seeds`, in a folder of its own."""
+    folder = os.path.join(args.output_dir, f"seed{seed}")
+    return argparse.Namespace(**{**vars(args), "seed": seed, "output_dir": folder})
+
+
 def same(name: str, one: object, other: object) -> bool:
     """Whether two values of a setting mean the same."""
     if name == "model":

@@ -276,7 +276,9 @@ def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
 
 def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
-    kept["backbone"] = results.get("backbone", {}).get("sha256")
+    backbone = results.get("backbone", {})
+    is_drawn = backbone.get("source") == "random"  # anew for each seed
+    kept["backbone"] = "random" if is_drawn else backbone.get("sha256")
     kept["images_per_step"] = results.get("run", {}).get("images_per_step")
     return json.dumps(kept, sort_keys=True)
 

@@ -12,6 +12,7 @@
 #   bash train.sh --data-path DIR                                 Split CIFAR-100 as the original
 #   sbatch --gpus-per-node=4 train.sh --data-path DIR             the same under Slurm
 #   sbatch --nodes=2 --gpus-per-node=4 train.sh --data-path DIR   on two nodes
+#   sbatch --array=42-44 train.sh digits_l2p                      one job for each seed
 #
 # All arguments go to main.py: configurations and flags, see python main.py --help. Under Slurm there
 # are as many processes as sbatch is given tasks (--ntasks-per-node), or else GPUs.
@@ -47,6 +48,9 @@ run_in_batch_job() {
     cpus=$((${SLURM_CPUS_ON_NODE:-1} / per_node))
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
         set -- "$@" --resume auto
+    fi
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        set -- "$@" --seeds "$SLURM_ARRAY_TASK_ID" # in a folder of its own
     fi
     trap 'signalled=yes warned=yes; kill -USR1 "$step"' USR1
     trap 'signalled=yes' TERM # the processes get it, too, and save their state

@@ -2,11 +2,14 @@
 
 import argparse
 import logging
-import shlex
 import time
+from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+import live_log
+from live_log import LiveLog
 
 import checkpoints
 import engine
@@ -17,10 +20,12 @@ import plots
 import results
 import resume
 import settings
+import summary
 import utils
+from batch_samplers import steps_per_epoch
 from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
-from experiment import Experiment, assemble, check_same_run, describe
+from experiment import Experiment, assemble, check_same_run
 from preemption import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
@@ -60,6 +65,7 @@ def run(
     signals: StopSignals,
     experiment: Experiment,
     found: tuple[Path, RunState] | None,
+    seconds_to_load: float = 0.0,
 ) -> None:
     """Trains on all tasks, evaluating after each; writes everything to `--output_dir`.
 
@@ -69,6 +75,7 @@ def run(
         signals: Tell that the run shall stop.
         experiment: The run.
         found: The state that it goes on from, and where that lies.
+        seconds_to_load: Wall time that it took to prepare the run.
 
     Raises:
         Preempted: When it was asked to stop; what it has learned is saved.
@@ -76,12 +83,14 @@ def run(
     """
     output_dir = Path(args.output_dir) if args.output_dir else None
     _start_output(args, output_dir, found)
-    describe(args, experiment, processes)
+    summary.describe(args, experiment, processes)
     start = time.monotonic()
-    keeper = Keeper(experiment, output_dir, args.save_every, signals, found)
-    _train(args, experiment, keeper, None if found is None else found[1])
-    logger.info("Total training time: %s", timedelta(seconds=int(time.monotonic() - start)))
-    _finish(experiment, output_dir)
+    with closing(_open_live_log(args, experiment, output_dir, found)) as live:
+        keeper = Keeper(experiment, output_dir, args.save_every, signals, found, live)
+        _train(args, experiment, keeper, None if found is None else found[1])
+    seconds = time.monotonic() - start
+    logger.info("Total training time: %s", timedelta(seconds=int(seconds)))
+    _finish(args, experiment, keeper, seconds_to_load, seconds)
 
 
 class Keeper(engine.Monitor):
@@ -93,6 +102,7 @@ class Keeper(engine.Monitor):
         save_every: Seconds between two states inside an epoch.
         signals: Tell that the run shall stop.
         found: The state that it goes on from, and where that lies.
+        live: Is told how training goes.
     """
 
     def __init__(
@@ -102,7 +112,10 @@ class Keeper(engine.Monitor):
         save_every: float,
         signals: StopSignals,
         found: tuple[Path, RunState] | None = None,
+        live: LiveLog | None = None,
     ) -> None:
+        self.live, self.logged = live or LiveLog([]), dict[str, list[float]]()
+        self.seconds_saving = 0.0
         self.experiment, self.signals = experiment, signals
         self.saves = output_dir is not None
         self.output_dir = output_dir if is_main_process() else None
@@ -127,12 +140,14 @@ class Keeper(engine.Monitor):
 
         No process stops before the state is saved: the others would be stopped with it.
         """
+        self._log_steps(position)
         if self.output_dir is not None:
-            due = time.monotonic() - self.saved >= self.save_every
-            if due or stop or self._is_milestone(position):
+            start = time.monotonic()
+            if start - self.saved >= self.save_every or stop or self._is_milestone(position):
                 state = resume.take(self.experiment, position, updater)
                 resume.save(self.output_dir, state, self.newest_is_good)
                 self.saved, self.newest_is_good = time.monotonic(), True
+                self.seconds_saving += self.saved - start
         if stop:
             wait_for_all("saved")  # one that ended before would end the main process, too
             place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {position.step}"
@@ -149,6 +164,22 @@ class Keeper(engine.Monitor):
             path = checkpoints.task_path(self.output_dir, number)
             save_checkpoint(self.experiment, path, number)
             self.experiment.record.write(self.output_dir)
+        if report.evaluations:
+            step = steps_before(self.experiment, report.task + 1)
+            self.live.log_task(step, self.experiment.record, report)
+
+    def _log_steps(self, position: Position) -> None:
+        """Tells the live log the means over the steps that were read since the last call."""
+        before, self.logged = self.logged, position.meters
+        if position.step == 0:
+            return
+        means = {}
+        for name, (total, count) in position.meters.items():
+            old_total, old_count = before.get(name, (0.0, 0.0))
+            if count > old_count:
+                means[name] = (total - old_total) / (count - old_count)
+        step = steps_before(self.experiment, position.task, position.epoch) + position.step
+        self.live.log_training(step, means)
 
     def _is_milestone(self, position: Position) -> bool:
         """Whether an epoch or a task has ended, of a task that an evaluation follows."""
@@ -185,6 +216,34 @@ def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
         buffer=experiment.buffered_images(),
     )
     checkpoints.save(path, checkpoint)
+
+
+def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
+    """Steps of the run before an epoch of a task, both counted from 0."""
+    sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
+    drop_last = run.record.config["drop_last"]
+    steps = [steps_per_epoch(size, run.global_batch, drop_last) for size in sizes]
+    return sum(steps[:task]) * run.options.epochs + (steps[task] * epoch if epoch else 0)
+
+
+def _open_live_log(
+    args: argparse.Namespace,
+    run: Experiment,
+    output_dir: Path | None,
+    found: tuple[Path, RunState] | None,
+) -> LiveLog:
+    """The live logs that the settings ask for, in the main process; another one's has none."""
+    if output_dir is None or not is_main_process():
+        return LiveLog([])
+    position = Position() if found is None else found[1].position
+    return live_log.open_live_log(
+        tensorboard=args.tensorboard,
+        wandb=args.wandb,
+        output_dir=output_dir,
+        record=run.record,
+        first_step=steps_before(run, position.task, position.epoch) + position.step,
+        resumed=found is not None and resume.belongs_to(found[0], output_dir),
+    )
 
 
 def _train(
@@ -249,13 +308,30 @@ def _tell_resumed(path: Path, state: RunState) -> None:
     )
 
 
-def _finish(experiment: Experiment, output_dir: Path | None) -> None:
-    logger.info("%s", experiment.record.table())
-    if output_dir is None or not is_main_process():
+def _finish(
+    args: argparse.Namespace,
+    experiment: Experiment,
+    keeper: Keeper,
+    seconds_to_load: float,
+    seconds_of_run: float,
+) -> None:
+    """Prints the results, writes them, draws them, and tells where all of it is."""
+    record, output_dir = experiment.record, keeper.output_dir
+    logger.info("%s", record.table())
+    if output_dir is None:
         return
-    experiment.record.write(output_dir)
-    picture = output_dir / "results.png"
-    plots.draw_results(experiment.record.as_dict(), picture)
-    logger.info("Results: %s and %s", output_dir / "results.json", picture)
-    folder = shlex.quote(str(output_dir))
-    logger.info("Evaluate again: bash train.sh --eval --output_dir %s", folder)
+    record.write(output_dir)
+    start = time.monotonic()
+    if args.plots:
+        _, left_out = plots.draw_run(record.as_dict(), output_dir / "plots")
+        for reason in left_out:
+            logger.info("Not drawn: %s", reason)
+    seconds = {
+        "training": sum(report.train_seconds for report in record.reports),
+        "evaluation": sum(report.eval_seconds for report in record.reports),
+        "loading": seconds_to_load,
+        "saving": keeper.seconds_saving,
+        "pictures": time.monotonic() - start,
+    }
+    total = seconds_to_load + seconds_of_run + seconds["pictures"]
+    summary.conclude(output_dir, seconds, total)

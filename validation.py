@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import live_log
 import timm.optim
 
 import class_order
@@ -106,6 +107,8 @@ def validate_args(
         *(() if elsewhere else _processes(args)),
         *_resume(args),
         *_evaluation(args),
+        *_seeds(args),
+        *_views(args),
         *_output(args),
     ]
     if problems:
@@ -134,8 +137,10 @@ def _values(args: argparse.Namespace) -> Iterator[str]:
         value = _value(args, flag)
         if isinstance(value, float) and not (0 <= value < math.inf):
             yield f"{flag} {value}: must be a finite number that is not negative"
-    if not 0 <= args.seed < 2**32:
-        yield f"--seed {args.seed}: must be in [0, 2^32)"
+    for flag, seeds in (("--seed", [args.seed]), ("--seeds", args.seeds or [])):
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                yield f"{flag} {seed}: must be in [0, 2^32)"
     for flag in _SHARES:
         value = _value(args, flag)
         if isinstance(value, float) and not 0 <= value < 1:
@@ -425,6 +430,36 @@ def _evaluation(args: argparse.Namespace) -> Iterator[str]:
     for flag in ("--speed_test", "--speed_test_only"):
         if args.eval and _value(args, flag):
             yield f"{flag} and --eval are two commands: give one of them"
+
+
+def _seeds(args: argparse.Namespace) -> Iterator[str]:
+    """What a command for several seeds does not go with."""
+    if args.seeds is None:
+        return
+    if len(set(args.seeds)) < len(args.seeds):
+        yield f"--seeds {options.shown(args.seeds)}: each seed once, they are runs of their own"
+    if "seed" in args.command["flags"]:
+        yield "--seed and --seeds are two ways to say one thing: give one"
+    if args.eval:
+        yield "--seeds trains; --eval evaluates one run: name its folder with --output_dir"
+    if not args.output_dir:
+        yield "--seeds needs --output_dir, in which each seed gets a folder: give it"
+    if args.resume not in (None, "auto"):
+        yield f"--resume {args.resume} is one run's state: --seeds goes on with --resume auto"
+
+
+def _views(args: argparse.Namespace) -> Iterator[str]:
+    """What is shown of training, and what shows it."""
+    yield from live_log.missing_packages(tensorboard=args.tensorboard, wandb=args.wandb)
+    for flag in ("--tensorboard", "--wandb"):
+        if _value(args, flag) and args.eval:
+            yield f"{flag} logs training: leave it out with --eval"
+        elif _value(args, flag) and not args.output_dir:
+            yield f"{flag} writes into --output_dir, which is empty: give it"
+    if args.dry_run:
+        for flag in ("--eval", "--speed_test", "--speed_test_only"):
+            if _value(args, flag):
+                yield f"--dry_run tries out training: leave {flag} out"
 
 
 def _output(args: argparse.Namespace) -> Iterator[str]:

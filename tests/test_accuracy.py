@@ -143,6 +143,21 @@ def test_only_overruled_images_are_computed_again(monkeypatch):
     assert torch.equal(logits[~differs], out["logits"][~differs])
 
 
+@pytest.mark.parametrize("batch_size", [4, 24])
+def test_key_similarity_is_the_mean_over_the_images(batch_size):
+    model = make_model({})
+    found = evaluate(model, loader(batch_size), FIRST, OPTIONS).key_similarity
+    with torch.no_grad():
+        out = model.eval()(data(FIRST, 24)[0], vote_group_size=4)
+    assert len(found) == model.prompt.size
+    assert found == pytest.approx(out["similarity"].mean(dim=0).tolist(), abs=1e-6)
+
+
+def test_key_similarity_is_empty_without_a_pool():
+    model = make_model(None, head_type="token")
+    assert evaluate(model, loader(), FIRST, OPTIONS).key_similarity == []
+
+
 def test_count_ids_equals_bincount():
     ids = torch.randint(0, 6, (9, 3))
     assert accuracy.count_ids(ids, 8).tolist() == ids.flatten().bincount(minlength=8).tolist()

@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, F
 import checkpoints
 import datasets
 import engine
+import figures
 import main
 import options
 import resume
@@ -31,7 +32,7 @@ from true_formats import DOMAINS, TRAIN_SESSIONS, TRUE_FORMATS, WNIDS, core50_li
 TINY_VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "weight_init": "jax"}
 TINY = [
     "--model", "vit_tiny_patch16_224", "--pretrained", "false", "--input-size", "16",
-    "--batch-size", "8", "--epochs", "1", "--num_workers", "0", "--device", "cpu",
+    "--batch-size", "8", "--epochs", "1", "--num_workers", "0", "--device", "cpu", "--no-plots",
 ]  # fmt: skip
 #: What makes a head of sixteen features learn in a few steps, where no configuration says how.
 SWIFT = ["--lr", "0.05", "--lr_scale", "none", "--length", "2", "--top_k", "2"]
@@ -102,8 +103,9 @@ class Lab:
         code, out, err = self.main(*argv, to=to)
         assert (code, err) == (0, ""), out + err
         path = self.folder / to
-        assert (path / "results.png").read_bytes().startswith(b"\x89PNG")
-        return Run(path, out)
+        run = Run(path, out)
+        assert figures.overview(run.results).axes
+        return run
 
     def evaluate(self, run, *flags):
         """What `--eval` says and writes, given little more than the folder of the run."""
@@ -563,10 +565,10 @@ def test_core50_trains_what_its_configuration_says(lab):
     free = lab.train(*SCENARIOS["core50 released"].argv, to="free")
     own = {"prompt.prompt", "prompt.prompt_key", "head.weight", "head.bias"}
     assert frozen.checkpoint(8).model.keys() == own
-    assert "Training: adam, " in frozen.log
+    assert "Training:  adam, " in frozen.log
     moved = changed(free.checkpoint(1), free.checkpoint(8))
     assert {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "cls_token"} <= moved
-    assert "Training: sgd, " in free.log
+    assert "Training:  sgd, " in free.log
 
 
 def test_run_on_other_images_is_not_gone_on_with(lab):
@@ -764,7 +766,7 @@ def test_replay_keeps_images_of_finished_tasks_evenly(lab, replay):
     assert plain.checkpoint(1).buffer is None
     assert changed(plain.checkpoint(1), run.checkpoint(1)) == set()  # nothing to replay yet
     assert {"prompt.prompt", "head.weight"} <= changed(plain.checkpoint(2), run.checkpoint(2))
-    assert "Replay: " in run.log
+    assert "Replay:    " in run.log
     check_reproduced(lab, run)
 
 
@@ -1173,8 +1175,8 @@ def test_broken_training_image_ends_the_run_with_its_name(lab, name):
     assert (code, err) == (1, "")
     (line,) = error_lines(out)
     assert line.startswith(f"error: {path}: ")
-    assert "Training: adam" in out  # it had begun
-    assert not (lab.folder / "out" / "results.png").exists()
+    assert "Training:  adam" in out  # it had begun
+    assert not (lab.folder / "out" / "results.json").exists()
 
 
 def test_broken_image_of_one_of_several_data_sets_is_named(lab):

@@ -103,7 +103,8 @@ def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):  # noqa: F811
     tasks = [start(*program, **environment(rank)) for rank in (0, 1)]
     first, second = (end(task) for task in tasks)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "votes of 3; 2 processes" in first.stdout
+    assert "votes of 3\n" in first.stdout
+    assert "Processes: 2 on cpu" in first.stdout
     assert (second.stdout, second.stderr) == ("", "")
     assert_equal_runs(tmp_path, alone(12, 3))
 
@@ -122,5 +123,5 @@ def test_embedded_example_reaches_its_numbers(tmp_path):
     instance = results(tmp_path)["instance"]
     assert instance["average_accuracy"] >= 85
     assert instance["forgetting"] <= 12
-    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert (tmp_path / "plots" / "overview.png").stat().st_size > 10_000
     assert "average accuracy" in done.stdout

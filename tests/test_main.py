@@ -19,6 +19,7 @@ import checkpoints
 import engine
 import main
 import metrics
+import plots
 from test_datasets import cifar  # noqa: F401
 
 MAIN = Path(main.__file__)
@@ -27,7 +28,7 @@ TINY = [
     "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2",
     "num_heads=2", "--pretrained", "false", "--input-size", "16", "--num_tasks", "2",
     "--size", "4", "--length", "2", "--top_k", "2", "--batch-size", "4", "--epochs", "2",
-    "--num_workers", "0", "--device", "cpu", "--lr", "0.5",
+    "--num_workers", "0", "--device", "cpu", "--lr", "0.5", "--no-plots",
 ]  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def trained(image_folder, tmp_path_factory):
     """The folder of a finished run and its command line."""
     output = tmp_path_factory.mktemp("run")
     argv = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    assert main.main([*argv, "--output_dir", str(output)]) == 0
+    assert main.main([*argv, "--plots", "--output_dir", str(output)]) == 0
     return output, argv
 
 
@@ -64,12 +65,14 @@ def run(argv, output, *more):
 def test_run_leaves_its_files(trained):
     output, _ = trained
     names = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
-    assert names == {
+    assert {name for name in names if name.startswith("plots/")} == {
+        f"plots/{name}.{ending}" for name in plots.RUN_PICTURES for ending in ("png", "svg")
+    }
+    assert {name for name in names if not name.startswith("plots/")} == {
         "config.yaml",
         "log.txt",
         "log_stats.txt",
         "results.json",
-        "results.png",
         "checkpoint/last.pth",
         "checkpoint/last_but_one.pth",
         "checkpoint/task1_checkpoint.pth",
@@ -100,6 +103,34 @@ def test_results_follow_the_interface(trained):
     for entry in usage:
         assert sum(entry["batch"]) == sum(entry["instance"]) == 2 * 2 * 3  # K * classes * images
         assert -1 <= entry["mean_similarity"] <= 1
+        assert len(entry["key_similarity"]) == 4
+        best = sum(sorted(entry["key_similarity"])[-2:]) / 2
+        assert best <= entry["mean_similarity"] + 1e-6  # each image selects its own two best
+
+
+def test_results_tell_the_command_and_what_follows_from_it(trained):
+    results = read(trained[0] / "results.json")
+    assert results["command"]["configurations"] == []
+    flags = results["command"]["flags"]
+    assert (flags["size"], flags["lr"], flags["dataset"]) == (4, 0.5, "ImageFolder")
+    assert "resume" not in flags
+    model = checkpoints.load(checkpoints.task_path(trained[0], 2)).model
+    assert results["run"] == {
+        "processes": 1,
+        "images_per_step": 4,
+        "learning_rate": 0.5 * 4 / 256,
+        "trained_parameters": sum(tensor.numel() for tensor in model.values()),
+    }
+
+
+def test_training_curve_has_every_epoch(trained):
+    curve = read(trained[0] / "results.json")["training_curve"]
+    assert [(point["task"], point["epoch"]) for point in curve] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    lines = [json.loads(line) for line in (trained[0] / "log_stats.txt").read_text().splitlines()]
+    for last, line in zip(curve[1::2], lines, strict=True):
+        assert last["Loss"] == line["train_Loss"]
+        assert last["Acc@1"] == line["train_Acc@1"]
+    assert curve[0]["Loss"] != curve[1]["Loss"]
 
 
 def test_log_stats_has_a_line_per_task(trained):

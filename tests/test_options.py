@@ -30,7 +30,8 @@ def test_all_yes_no_flags_are_known():
         "pin_mem", "shuffle", "train_mask", "task_inc", "prompt_pool", "prompt_key",
         "use_prompt_mask", "shared_prompt_pool", "shared_prompt_key", "batchwise_prompt",
         "pull_constraint", "reinit_optimizer", "unscale_lr", "eval", "speed_test",
-        "speed_test_only", "joint", "drop_last", "list", "tf32", "compile", "grad_checkpointing",
+        "speed_test_only", "joint", "drop_last", "list", "tf32", "compile", "grad_checkpointing", "dry_run",
+        "plots", "tensorboard", "wandb",
     }  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def test_every_problem_of_the_flags_is_told():
 
 def test_settings_survive_yaml(tmp_path):
     args = parse("digits_l2p", "--clip-grad", "none", "--opt-betas", "0.8", "0.9", "--freeze")
-    settings = {k: v for k, v in vars(args).items() if k != "explicit"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("explicit", "command")}
     path = tmp_path / "config.yaml"
     path.write_text(options.to_yaml(settings))
     assert yaml.safe_load(path.read_text()) == settings

@@ -29,7 +29,6 @@ from PIL import Image
 import checkpoints
 import engine
 import main
-import plots
 import processes
 import resume
 from conftest import LAUNCHER
@@ -149,7 +148,6 @@ def _process(work, environment, path):
 
 
 def _main(argv, hook, rank):
-    plots.draw_results = lambda *_: None  # takes as long as all the rest
     if hook is not None:
         hook(rank)
     return main.main(argv)
@@ -306,7 +304,8 @@ def test_several_processes_equal_one(alone, pictures, tmp_path, count, batch, gr
     done = run(tmp_path, count, shape(batch, group, pictures, tmp_path))
     assert done.codes == [0] * count, done.text
     assert_equal_runs(tmp_path, alone(count * batch, group))
-    assert f"{count * batch} images a step, votes of {group}; {count} processes" in done.texts[0]
+    assert f"{count * batch} images a step, votes of {group}\n" in done.texts[0]
+    assert f"Processes: {count} on cpu" in done.texts[0]
     assert done.texts[1:] == [""] * (count - 1)  # one process speaks
 
 
@@ -436,7 +435,8 @@ def test_killed_run_goes_on_in_another_number(alone, pictures, tmp_path):
     done = go_on(tmp_path, 3, pictures, **sizes)
     assert done.codes == [0, 0, 0], done.text
     assert "task 1, 1 of 2 epochs and 1 steps done" in done.texts[0]
-    assert "12 images a step, votes of 3; 3 processes" in done.texts[0]
+    assert "12 images a step, votes of 3\n" in done.texts[0]
+    assert "Processes: 3 on cpu" in done.texts[0]
     assert_equal_runs(tmp_path, alone(12, 3), stopped=True)
 
 
@@ -778,7 +778,7 @@ def test_init_processes_without_launcher_is_one_process(no_launcher):
 def test_run_in_an_interactive_shell_of_slurm_is_alone(alone, pictures, tmp_path):
     done = run(tmp_path, 1, shape(12, 3, pictures, tmp_path), environment=lambda rank: ALLOCATION)
     assert done.codes == [0], done.text
-    assert "; 1 process on cpu" in done.text
+    assert "Processes: 1 on cpu" in done.text
     assert_equal_runs(tmp_path, alone(12, 3))
 
 

@@ -29,7 +29,6 @@ import engine
 import files
 import main
 import options
-import plots
 import program
 import random_streams
 import resume
@@ -49,12 +48,6 @@ STOPPED = 75
 ALWAYS = ["--save_every", "0.0001"]
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch):
-    """Drawing takes longer than such a run."""
-    monkeypatch.setattr(plots, "draw_results", lambda _, path: path.touch())
-
-
 @pytest.fixture(scope="session")
 def command(image_folder):
     """A command line without its folder: two tasks, two epochs of two steps each."""
@@ -66,9 +59,7 @@ def command(image_folder):
 def whole(command, tmp_path_factory):
     """The folder of a run that never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw_results", lambda _, path: path.touch())
-        assert main.main([*command, "--output_dir", str(folder)]) == 0
+    assert main.main([*command, "--output_dir", str(folder)]) == 0
     return folder
 
 

@@ -22,7 +22,7 @@ ROOT = Path(main.__file__).resolve().parent
 RUN = [
     "digits_l2p", "--num_tasks", "3", "--classes_per_task", "2", "--epochs", "2", "--device", "cpu",
     "--num_workers", "0", "--vote_group_size", "4", "--lr_scale", "none", "--lr", "0.002",
-    "--print_freq", "1",
+    "--print_freq", "1", "--no-plots",
 ]  # fmt: skip
 IN_FOUR = [*RUN, "--batch-size", "4"]
 
@@ -70,7 +70,7 @@ def wait_for_task(number, output, timeout=120):
     """Waits until a task is being learned, after its first steps."""
     log = output / "log.txt"
     end = time.monotonic() + timeout
-    learned = f"[Average accuracy till task{number - 1}]" if number > 1 else "Training:"
+    learned = f"[Average accuracy till task{number - 1}]" if number > 1 else "Output:"
     while True:
         text = log.read_text() if log.exists() else ""
         if text.partition(learned)[2].count("Train: Epoch[1/2]") >= 3:
@@ -105,7 +105,7 @@ def test_srun_starts_the_processes(cluster, alone, tmp_path):
         sys.executable, ROOT / "main.py", *IN_FOUR, "--output_dir", tmp_path, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 processes on cpu" in done.stdout
+    assert "Processes: 4 on cpu" in done.stdout
     assert_equal(tmp_path, alone)
 
 
@@ -165,6 +165,20 @@ def test_job_of_train_sh_survives_the_loss_of_a_node(cluster, alone, tmp_path):
     state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=250)
     assert state["JobState"] == "COMPLETED", (tmp_path / "log").read_text()[-2000:]
     assert_equal(tmp_path / "out", alone, stops=1)
+
+
+def test_array_of_train_sh_runs_a_job_for_each_seed(cluster, alone, tmp_path):
+    options = ["--ntasks=1", "--array=42-43", f"--chdir={ROOT}", f"--output={tmp_path}/%a.log"]
+    output = ["--output_dir", tmp_path / "out"]
+    job = cluster.submit(*options, ROOT / "train.sh", *RUN, "--batch-size", "16", *output)
+    end = time.monotonic() + 200
+    while cluster.run("squeue", "--noheader", "--jobs", job).stdout.strip():
+        assert time.monotonic() < end
+        time.sleep(1)
+    assert_equal(tmp_path / "out" / "seed42", alone)
+    other = json.loads((tmp_path / "out" / "seed43" / "results.json").read_text())
+    assert other["seed"] == 43
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["seed42", "seed43"]
 
 
 def test_submitit_job_equals_one_process(cluster, alone, tmp_path):
