@@ -50,8 +50,8 @@ _WIDTH = 9.0
 _MOST_PANELS = 20
 #: Rows and columns of a heat map that may show their numbers.
 _MOST_NUMBERED = 30
-#: Sizes of the numbers in cells.
-_SMALLEST, _LARGEST = 6.0, 8.5
+#: Sizes of the numbers in cells; decimals are left out where they would be smaller than readable.
+_SMALLEST, _READABLE, _LARGEST = 6.0, 7.0, 8.5
 #: Width of a digit over the size of the font.
 _DIGIT = 0.64
 #: Space between the labels of an axis.
@@ -62,6 +62,7 @@ _TITLES = {"batch": "batch-wise (as published)", "instance": "instance-wise"}
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", "-.", ":")
+_HATCHES = ("", "////", "....", "xxxx", "----")
 _COLORS = {"batch": _PALETTE[0], "instance": _PALETTE[1]}
 #: The published curve lies under the other one where they meet: larger, hollow marks show it.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -145,7 +146,7 @@ def overview(results: dict[str, Any]) -> Figure:
     panels += [_draw_selection] * _has_selection(results)
     widths = {1: [5.5], 2: [4.5, 4.5], 3: [3.0, 2.8, 3.2]}[len(panels)]
     figure = _new_figure(sum(widths), 3.3)
-    indent = 0.45 + 0.065 * max(map(len, _row_names(results, len(matrix))))
+    indent = 0.45 + 0.065 * max(map(len, _row_names(results)))
     for panel, axes, width in zip(panels, _row(figure, widths), widths, strict=True):
         panel(axes, results, width - indent)
     figure.suptitle(_headline(results), x=0.008, ha="left", fontsize=10, fontweight="bold")
@@ -188,15 +189,15 @@ def run_accuracy(results: dict[str, Any]) -> Figure:
         NothingToDrawError: If no task was evaluated yet.
     """
     matrix = _matrix(results, "instance")
-    figure = _new_figure(6.0, 3.6)
+    figure = _new_figure(7.5, 3.6)
     axes = figure.subplots()
     if _is_evaluated_once(matrix):
-        _draw_bars(axes, results, 5.3)
+        _draw_bars(axes, results, 6.7)
         return figure
     if metrics.has_test_set_per_task(matrix):
         _draw_task_lines(axes, matrix)
     single = len(matrix) == 1
-    _draw_averages(axes, results, 5.3, "{title}" if single else "average, {title}")
+    _draw_averages(axes, results, 6.7, "{title}" if single else "average, {title}")
     _limit_accuracy(axes, _drawn([axes]).min(), 90)
     axes.set_title("Accuracy over the tasks")
     handles, labels = axes.get_legend_handles_labels()
@@ -216,17 +217,18 @@ def prompt_selection(results: dict[str, Any]) -> Figure:
     """
     shares = {name: _shares(results, name) for name in SELECTIONS}
     if not _has_selection(results):
-        size = results["config"]["size"]
+        size = shares["batch"].shape[1]
         raise NothingToDrawError(f"every image used the whole pool of {size}: nothing was selected")
     num_rows = len(shares["batch"])
     if num_rows > _MOST_PANELS:
         return _selection_heat_maps(results, shares)
     num_columns = num_rows if num_rows <= 5 else {6: 3, 7: 4, 8: 4}.get(num_rows, 5)
     figure, grid = _grid(num_rows, num_columns)
-    for axes, title, *rows in zip(grid.flat, _row_titles(results), *shares.values(), strict=False):
-        for name, share, side in zip(SELECTIONS, rows, (-0.4, 0.0), strict=True):
-            _add_bars(axes, np.arange(len(share)) + side, 0.4, share, name)
-        axes.set_title(title, fontsize=8.5, pad=4)
+    for axes, name, *rows in zip(grid.flat, _used_names(results), *shares.values(), strict=False):
+        title = f"test set {name}" if name.isdigit() else name
+        for selection, share, side in zip(SELECTIONS, rows, (-0.4, 0.0), strict=True):
+            _add_bars(axes, np.arange(len(share)) + side, 0.4, share, selection)
+        axes.set_title(title if num_rows > 1 else "all test images", fontsize=8.5, pad=4)
         axes.grid(axis="y")
     size = shares["batch"].shape[1]
     grid[0, 0].set(xlim=(-0.7, size - 0.3), ylim=(0, 105), yticks=range(0, 101, 25))
@@ -257,10 +259,10 @@ def key_similarity(results: dict[str, Any]) -> Figure:
     width = min(_WIDTH, max(4.5, 2.2 + 0.55 * num_keys))
     figure = _new_figure(width, height + 0.9)
     axes = figure.subplots()
-    limits = (math.floor(values.min() * 20) / 20, math.ceil(values.max() * 20) / 20)
+    limits = (math.floor(values.min() * 20) / 20, math.floor(values.max() * 20 + 1) / 20)
     inner = width - 1.9
     image, _ = _heat_map(axes, values, _SIMILARITY_MAP, limits, inner, height, "{:.2f}")
-    _label_rows(axes, results, num_rows, height)
+    _label_rows(axes, _used_names(results), height)
     _label_numbers(axes.xaxis, num_keys, 0, inner)
     thickness = min(1.6, inner * 72 / num_keys / 6, height * 72 / num_rows / 6)
     _outline(axes, _most_selected(usage, _top_k(results)), thickness)
@@ -330,10 +332,18 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     for axes, name in zip(panels, SELECTIONS, strict=True):
         for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
             style = {**_style(number), "label": label}
-            lowest.append(_draw_group(axes, group, name, num_columns, style))
+            if num_columns == 1:
+                _draw_group_bar(axes, group, name, number, style)
+            else:
+                lowest.append(_draw_group(axes, group, name, num_columns, style))
         axes.set_title(_TITLES[name].capitalize())
         _label_tasks_learned(axes, num_columns, 3.8)
-    _limit_accuracy(panels[0], min(lowest), 90)
+    if num_columns > 1:
+        _limit_accuracy(panels[0], min(lowest), 90)
+    else:
+        panels[0].set(ylim=(0, 110), yticks=range(0, 101, 20))
+        for axes in panels:
+            axes.set(xticks=[], xlabel="all tasks learned at once", xlim=(-0.8, len(groups) - 0.2))
     panels[0].set_ylabel("average accuracy (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
@@ -437,10 +447,11 @@ def _draw_bars(axes: Axes, results: dict[str, Any], width: float) -> None:
     """The accuracy on each test set, and on average, of a run that was evaluated once."""
     matrices = {name: _matrix(results, name) for name in SELECTIONS}
     rows, columns = np.nonzero(np.isfinite(matrices["batch"]))
-    names = _row_names(results, len(matrices["batch"]))
-    names = [names[row] for row in rows] + ["mean"] if len(rows) > 1 else ["all test images"]
+    names = ["all test images"]
+    if len(rows) > 1:
+        names = [*(_row_names(results)[row] for row in rows), "mean"]
     bar = 0.4 * width * 72 / len(names)  # its width in points
-    form, size = ("{:.1f}", bar / 2.8) if bar > 2.8 * _SMALLEST else ("{:.0f}", bar / 1.6)
+    form, size = ("{:.1f}", bar / 2.8) if bar > 2.8 * _SMALLEST else ("{:.0f}", bar / 2.0)
     for name, side in zip(SELECTIONS, (-0.2, 0.2), strict=True):
         values = matrices[name][rows, columns]
         heights = np.append(values, values.mean()) if len(rows) > 1 else values
@@ -469,7 +480,7 @@ def _label_bars(axes: Axes, names: list[str], width: float) -> None:
         axes.set_xticks([*places, len(sets)], [*(sets[place] for place in places), last])
         axes.set_xlabel("test set of task")
     else:
-        is_wide = sum(map(len, names)) * 5.5 > width * 72
+        is_wide = max(map(len, names)) * 5.5 > width * 72 / len(names)
         slanted: dict[str, Any] = {}
         if is_wide:
             slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
@@ -488,7 +499,7 @@ def _draw_selection(axes: Axes, results: dict[str, Any], width: float) -> None:
         axes.grid(axis="y")
     else:
         image, has_numbers = _heat_map(axes, shares, _SHARE_MAP, (0, 100), width, 2.2, "{:.0f}")
-        _label_rows(axes, results, num_rows, 2.2)
+        _label_rows(axes, _used_names(results), 2.2)
         if not has_numbers:
             _color_bar(axes.figure, image, [axes], None)
     _label_numbers(axes.xaxis, size, 0, width)
@@ -522,7 +533,7 @@ def _selection_heat_maps(results: dict[str, Any], shares: dict[str, Array]) -> F
     panels = _row(figure, [1, 1])
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
         image, _ = _heat_map(axes, share, _SHARE_MAP, (0, 100), 3.6, height, "{:.0f}")
-        _label_rows(axes, results, num_rows, height)
+        _label_rows(axes, _used_names(results), height)
         _label_numbers(axes.xaxis, size, 0, 3.6)
         axes.set_xlabel("prompt")
         axes.set_title(_TITLES[name].capitalize())
@@ -618,6 +629,16 @@ def _draw_group(
         band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
         axes.fill_between(tasks, mean - sd, mean + sd, **band)
     return float((mean - sd).min())
+
+
+def _draw_group_bar(
+    axes: Axes, group: Group, name: str, number: int, style: dict[str, Any]
+) -> None:
+    """Mean and standard deviation of a configuration that learns all tasks at once."""
+    mean, sd = stored_runs.mean_and_sd(group.values(name, "average_accuracy").values())
+    bar = {"color": style["color"], "hatch": _HATCHES[number % len(_HATCHES)], "edgecolor": "white"}
+    axes.bar(number, mean, width=0.7, yerr=sd, capsize=3, label=style["label"], **bar)
+    axes.text(number, mean + (sd or 0) + 2, f"{mean:.1f}", ha="center")
 
 
 def _draw_final(
@@ -739,22 +760,25 @@ def _count(members: Sequence[Group]) -> str:
     return "n = " + " to ".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))
 
 
-def _row_names(results: dict[str, Any], number: int) -> list[str]:
-    """What to call test sets: by name, or by number if the names say no more."""
+def _row_names(results: dict[str, Any]) -> list[str]:
+    """What to call the test sets: by name, or by number if the names say no more."""
+    number = len(results["batch"]["accuracy_matrix"])
     names = results.get("test_sets") or []
     if list(names) in ([], [f"task{row + 1}" for row in range(number)]):
         return [str(row + 1) for row in range(number)]
     return [_short(name, 13) for name in names]
 
 
-def _row_titles(results: dict[str, Any]) -> list[str]:
-    number = len(_matrix(results, "batch"))
-    return [f"test set {n}" if n.isdigit() else n for n in _row_names(results, number)]
+def _used_names(results: dict[str, Any]) -> list[str]:
+    """The same of the test sets whose prompt usage is known, see `_usage`."""
+    names = _row_names(results)
+    return [names[entry["test_set"]] for entry in _usage(results)]
 
 
 def _headline(results: dict[str, Any]) -> str:
-    words = results.get("command", {}).get("configurations") or [results["config"]["dataset"]]
-    return f"{_short(' '.join(map(str, words)), 80)}, seed {results['seed']}"
+    words = results.get("command", {}).get("configurations")
+    name = " ".join(words) if words else results["config"].get("dataset", "")
+    return f"{_short(name, 80)}, seed {results['seed']}"
 
 
 def _short(text: str, length: int) -> str:
@@ -766,8 +790,10 @@ def _short(text: str, length: int) -> str:
 
 def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.05)
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def _row(figure: Figure, widths: Sequence[float]) -> list[Axes]:
@@ -822,13 +848,11 @@ def _write_numbers(
     axes: Axes, image: AxesImage, values: Array, cell: tuple[float, float], forms: Sequence[str]
 ) -> bool:
     """Writes values into cells of some points, if they fit; tells whether they do."""
-    finite = values[np.isfinite(values)]
-    for form in forms:
-        longest = max((len(_as_number(value, form)) for value in finite), default=1)
-        size = min(_LARGEST, cell[0] / (longest * _DIGIT + 0.3), cell[1] / 1.3)
-        if size >= _SMALLEST and max(values.shape) <= _MOST_NUMBERED:
-            break
-    else:
+    sizes = [_number_size(values, form, cell) for form in forms]
+    readable = [size for size in sizes if size >= _READABLE]
+    size = readable[0] if readable else sizes[-1]
+    form = forms[sizes.index(size)]
+    if size < _SMALLEST or max(values.shape) > _MOST_NUMBERED:
         return False
     colors = np.asarray(image.cmap(image.norm(values)))[..., :3]
     shades = colors @ np.array([0.299, 0.587, 0.114])
@@ -839,6 +863,14 @@ def _write_numbers(
                 in_layout=False, color="white" if shades[row, column] < 0.52 else _INK,
             )  # fmt: skip
     return True
+
+
+def _number_size(values: Array, form: str, cell: tuple[float, float]) -> float:
+    """The size of font at which the longest number fits into a cell of some points."""
+    longest = max(
+        (len(_as_number(value, form)) for value in values[np.isfinite(values)]), default=1
+    )
+    return min(_LARGEST, cell[0] / (longest * _DIGIT + 0.3), cell[1] / 1.3)
 
 
 def _as_number(value: float, form: str) -> str:
@@ -866,20 +898,22 @@ def _drawn(panels: Sequence[Axes]) -> Array:
 def _label_matrix(
     axes: Axes, results: dict[str, Any], matrix: metrics.Matrix, width: float, height: float
 ) -> None:
-    _label_rows(axes, results, len(matrix), height)
+    _label_rows(axes, _row_names(results), height)
     _label_numbers(axes.xaxis, matrix.shape[1], 1, width)
     axes.set_xlabel("after training task")
 
 
-def _label_rows(axes: Axes, results: dict[str, Any], number: int, height: float) -> None:
-    """Names the test sets on the y axis; not all of them if there are many."""
-    names = _row_names(results, number)
-    if names[0] == "1":
-        _label_numbers(axes.yaxis, number, 1, height)
+def _label_rows(axes: Axes, names: Sequence[str], height: float) -> None:
+    """Names the test sets on the y axis; not all of them if they are many, nor a single one."""
+    step = _step(len(names), int(height * 72 / 11))
+    are_numbers = names[0].isdigit()
+    places = list(range(0, len(names), step))
+    if are_numbers:
+        places = [place for place, name in enumerate(names) if step == 1 or int(name) % step == 0]
         axes.set_ylabel("test set of task")
-        return
-    step = _step(number, int(height * 72 / 11))
-    axes.set_yticks(range(0, number, step), names[::step])
+    axes.set_yticks(places, [names[place] for place in places])
+    if len(names) == 1:
+        axes.set(yticks=[], ylabel="all test images")
 
 
 def _label_numbers(axis: Axis, number: int, first: int, room: float) -> None:

@@ -85,6 +85,16 @@ def has_test_set_per_task(matrix: Matrix) -> bool:
     return matrix.shape[0] == matrix.shape[1] > 1
 
 
+#: Numbers that need a test set for each task, by their names in `results.json`.
+_TASK_METRICS = {
+    "forgetting": forgetting,
+    "forgetting_literature": forgetting_literature,
+    "backward_transfer": backward_transfer,
+    "learning_accuracy": learning_accuracy,
+    "average_incremental_accuracy": average_incremental_accuracy,
+}
+
+
 def summarize(matrix: Matrix, task: int) -> dict[str, Any]:
     """All numbers after a task, under the names of `results.json`, in percent.
 
@@ -95,14 +105,20 @@ def summarize(matrix: Matrix, task: int) -> dict[str, Any]:
     if not has_test_set_per_task(matrix):
         curve = accuracy_curve(matrix, task)
         return {"average_accuracy": average, "final_accuracy": average, "accuracy_curve": curve}
-    return {
-        "average_accuracy": average,
-        "forgetting": forgetting(matrix, task),
-        "forgetting_literature": forgetting_literature(matrix, task),
-        "backward_transfer": backward_transfer(matrix, task),
-        "learning_accuracy": learning_accuracy(matrix, task),
-        "average_incremental_accuracy": average_incremental_accuracy(matrix, task),
-    }
+    numbers = {name: compute(matrix, task) for name, compute in _TASK_METRICS.items()}
+    return {"average_accuracy": average, **numbers}
+
+
+def value(matrix: Matrix, task: int, name: str) -> float | None:
+    """One number of `summarize`; None where it is undefined or does not exist.
+
+    `accuracy` is the average accuracy; where there is one test set, that is the accuracy on it.
+    """
+    if name in ("accuracy", "average_accuracy"):
+        return average_accuracy(matrix, task)
+    if has_test_set_per_task(matrix):
+        return _TASK_METRICS[name](matrix, task) if name in _TASK_METRICS else None
+    return average_accuracy(matrix, task) if name == "final_accuracy" else None
 
 
 def to_lists(matrix: Matrix) -> list[list[float | None]]:

@@ -25,6 +25,7 @@ _CIFAR100 = ("cifar100", "split-cifar100")
 _CORE50 = ("core50",)
 _IMAGENET_R = ("imagenet-r", "imagenetr", "split-imagenet-r")
 _FIVE_DATASETS = {"cifar10", "mnist", "svhn", "notmnist", "fashionmnist"}
+_ALIASES = {"split-cifar10": "cifar10", "fashion-mnist": "fashionmnist"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def experiment_named(name: str) -> str:
 
 def experiment_of(settings: dict[str, Any]) -> str | None:
     """The experiment that settings describe; None if no number is quoted for it."""
-    data = str(settings.get("dataset")).lower().replace("fashion-mnist", "fashionmnist")
+    data = str(settings.get("dataset")).lower()
     if settings.get("task_inc"):
         return None  # an easier problem: evaluation is told the task
     match settings.get("scenario"):
@@ -89,8 +90,8 @@ def experiment_of(settings: dict[str, Any]) -> str | None:
 
 
 def _class_incremental(data: str, settings: dict[str, Any]) -> str | None:
-    entries = [entry.strip() for entry in data.split(",")]
-    if data == "5-datasets" or (len(entries) == 5 and set(entries) == _FIVE_DATASETS):
+    entries = {_ALIASES.get(entry.strip(), entry.strip()) for entry in data.split(",")}
+    if entries in ({"5-datasets"}, _FIVE_DATASETS):
         return "5-datasets"
     if not _is(settings, "num_tasks", 10):
         return None

@@ -18,6 +18,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 import backbone
 import datasets
+import options
 from batch_samplers import LoaderOptions
 from class_folders import DomainList
 from engine import EngineOptions, Scheduler
@@ -44,8 +45,12 @@ def resolved(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line said of the run: names of configurations, and flags with values."""
-    flags = {k: v for k, v in args.command["flags"].items() if k not in _TRANSIENT}
+    """What the command line said of the run: names of configurations, and flags with values.
+
+    What says where and how fast it is computed is left out.
+    """
+    left_out = (*_TRANSIENT, *options.COMPUTE_ONLY)
+    flags = {k: v for k, v in args.command["flags"].items() if k not in left_out}
     return {"configurations": args.command["configurations"], "flags": flags}
 
 

@@ -25,12 +25,14 @@ from metrics import SELECTIONS
 #: Folders inside a run's, or beside runs, that hold no runs that count.
 _NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
 
+_DAMAGED = "is damaged, or not the results of a run"
+
 #: What a run leaves before its first task is finished.
 _TRACES = ("config.yaml", "log.txt")
 
 #: Settings that do not tell one configuration from another: repetitions, and where things are. The
 #: backbone is told by its checksum.
-_NOT_CONFIGURATION = (*options.COMPUTE_ONLY, "seed", "data_path", "file_lists", "pretrained")
+_NOT_CONFIGURATION = (*options.COMPUTE_ONLY, "seed", "data_path", "pretrained")
 
 
 class ResultsError(ValueError):
@@ -57,10 +59,10 @@ class StoredRun:
     settings: str
     matrices: dict[str, metrics.Matrix]
 
-    def numbers(self, selection: str) -> dict[str, Any]:
-        """All metrics after the last task, see `metrics.summarize`."""
+    def value(self, selection: str, metric: str) -> float | None:
+        """A metric of `metrics.summarize` after the last task, percent; None if it has none."""
         matrix = self.matrices[selection]
-        return metrics.summarize(matrix, matrix.shape[1] - 1)
+        return metrics.value(matrix, matrix.shape[1] - 1, metric)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Group:
 
     def values(self, selection: str, metric: str) -> dict[int, float]:
         """A metric of `metrics.summarize` by seed, percent; without runs that do not have it."""
-        found = {run.seed: run.numbers(selection).get(metric) for run in self.runs}
+        found = {run.seed: run.value(selection, metric) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -110,7 +112,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         The folders, each once, sorted within each path; and one line for each path or folder in
         which results were expected and not found.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     problems = []
     for path in paths:
         path = path.parent if path.name == "results.json" else path
@@ -121,8 +123,9 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         folders = list(_walk(path, problems))
         if not folders and len(problems) == before:
             problems.append(f"{path}: holds no results.json, nor does any folder below it")
-        found |= dict.fromkeys(folders)
-    return list(found), problems
+        for folder in folders:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values()), problems
 
 
 def load_results(folder: Path) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def load_results(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: is damaged, it is no JSON ({error})") from error
     try:
         shapes = {_checked_matrix(content[name]["accuracy_matrix"]).shape for name in SELECTIONS}
@@ -145,7 +148,7 @@ def load_results(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         is_sound = False
     if not is_sound:
-        raise ResultsError(f"{path}: is damaged, or not the results of a run")
+        raise ResultsError(f"{path}: {_DAMAGED}")
     return content
 
 
@@ -170,12 +173,16 @@ def read(folder: Path) -> StoredRun:
             "the command of the run with --resume auto goes on"
         )
     config = {**_defaults(), **results["config"]}
+    try:
+        name, settings = _name(results, config), _settings(results, config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ResultsError(f"{folder / 'results.json'}: {_DAMAGED}") from error
     return StoredRun(
         folder=folder,
         written=(folder / "results.json").stat().st_mtime,
         seed=results["seed"],
-        name=sys.intern(_name(results, config)),
-        settings=sys.intern(_settings(results, config)),
+        name=sys.intern(name),
+        settings=sys.intern(settings),
         matrices=matrices,
     )
 
@@ -263,7 +270,7 @@ def _defaults() -> dict[str, Any]:
 def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
     """Configurations and flags as on a command line; early runs did not note them."""
     command = results.get("command")
-    if command is None:
+    if not command:
         return str(config["dataset"])
     flags = {n: v for n, v in command["flags"].items() if n not in _NOT_CONFIGURATION}
     words = [
@@ -285,9 +292,13 @@ def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
 
 def _labels(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
     """The names, with the settings in which configurations of the same name differ."""
-    labels = []
+    alike: dict[str, list[dict[str, Any]]] = {}
     for name, own in zip(names, settings, strict=True):
-        alike = [other for n, other in zip(names, settings, strict=True) if n == name]
-        words = [f"{n} {options.shown(own.get(n))}" for n in differing(alike)]
-        labels.append(f"{name} ({', '.join(words)})" if words else name)
-    return labels
+        alike.setdefault(name, []).append(own)
+    told = {name: differing(ones) for name, ones in alike.items()}
+    labels: dict[str, None] = {}
+    for name, own in zip(names, settings, strict=True):
+        words = [f"{n} {options.shown(own.get(n))}" for n in told[name]]
+        label = f"{name} ({', '.join(words)})" if words else name
+        labels[label if label not in labels else f"{label} #{len(labels) + 1}"] = None
+    return list(labels)

@@ -415,7 +415,7 @@ def test_core50_as_released_has_nesterov_momentum():
 
 def test_cifar100_l2p_without_a_configuration_is_the_same():
     ours, bare = vars(parse("cifar100_l2p")), vars(parse())
-    assert {k for k in ours if ours[k] != bare[k]} == {"num_tasks", "explicit"}
+    assert {k for k in ours if ours[k] != bare[k]} == {"num_tasks", "explicit", "command"}
     assert settings.num_tasks(parse()) == 10
 
 
@@ -445,7 +445,8 @@ def test_overlay_goes_with_every_configuration(name, overlay, data):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_overlay_changes_what_it_names_and_nothing_else(name, overlay):
     before, after = vars(parse(name)), vars(parse(name, overlay))
-    changes = {"explicit": after["explicit"], **OVERLAYS[overlay]}
+    told = {name: after[name] for name in ("explicit", "command")}
+    changes = {**told, **OVERLAYS[overlay]}
     assert after == {**before, **changes}
     assert after["explicit"] == before["explicit"] | set(OVERLAYS[overlay])
 
@@ -851,13 +852,14 @@ def test_evaluation_takes_other_batches_whatever_was_replayed():
 def test_written_settings_read_back_to_the_same(name, tmp_path):
     """As config.yaml of a run holds them: alone, and with each overlay."""
     of_the_command = {
-        "explicit", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
-        "dist_url", "world_size", "resume", "save_every", "list",
+        "explicit", "command", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
+        "dist_url", "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots",
+        "tensorboard", "wandb",
     }  # fmt: skip
     path = tmp_path / "config.yaml"
     for overlay in ([], *([overlay] for overlay in OVERLAYS)):
         run = vars(parse(name, *overlay))
         path.write_text(options.to_yaml(settings.resolved(parse(name, *overlay))))
         again = vars(parse(path))
-        assert {k for k in run if run[k] != again[k]} == {"explicit"}
+        assert {k for k in run if run[k] != again[k]} == {"explicit", "command"}
         assert set(yaml.safe_load(path.read_text())) == set(run) - of_the_command

@@ -23,7 +23,8 @@ TINY = [
     "--model", "vit_tiny_patch16_224", "--pretrained", "false", "--input-size", "32",
     "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2", "num_heads=2", "weight_init=jax",
     "--batch-size", "16", "--vote_group_size", "8", "--num_workers", "0", "--device", "cpu",
-    "--lr", "0.05", "--lr_scale", "none", "--length", "2", "--top_k", "2", "--print_freq", "1000", "--no-plots",
+    "--lr", "0.05", "--lr_scale", "none", "--length", "2", "--top_k", "2", "--print_freq", "1000",
+    "--no-plots",
 ]  # fmt: skip
 
 

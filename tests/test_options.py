@@ -30,8 +30,8 @@ def test_all_yes_no_flags_are_known():
         "pin_mem", "shuffle", "train_mask", "task_inc", "prompt_pool", "prompt_key",
         "use_prompt_mask", "shared_prompt_pool", "shared_prompt_key", "batchwise_prompt",
         "pull_constraint", "reinit_optimizer", "unscale_lr", "eval", "speed_test",
-        "speed_test_only", "joint", "drop_last", "list", "tf32", "compile", "grad_checkpointing", "dry_run",
-        "plots", "tensorboard", "wandb",
+        "speed_test_only", "joint", "drop_last", "list", "tf32", "compile", "grad_checkpointing",
+        "dry_run", "plots", "tensorboard", "wandb",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import preemption
 import program
 import resume
 import settings
+import summary
 import task_data
 import training
 import utils
@@ -26,7 +27,6 @@ from test_main import _restore_logging  # noqa: F401
 from test_resume import (  # noqa: F401
     ALWAYS,
     Child,
-    _without_pictures,
     command,
     contents,
     differing,
@@ -253,7 +253,7 @@ def test_signal_before_anything_is_trained_leaves_at_once(
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [(utils, "log_to_file"), (training, "describe"), (training, "_train")]
+    ("place", "name"), [(utils, "log_to_file"), (summary, "describe"), (training, "_train")]
 )
 def test_signal_in_the_first_moments_leaves_at_once(
     command, whole, tmp_path, monkeypatch, place, name

@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 
 import backbone
 import checkpoints
 import engine
+import figures
 import main
 import plots
 import results
@@ -211,7 +211,7 @@ RUNS = {
 def test_run_that_is_evaluated_now_and_then_evaluates_again(
     name, image_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(plots, "draw_results", lambda *_: None)
+    monkeypatch.setattr(plots, "draw_run", lambda *_: ([], []))
     flags, evaluated = RUNS[name]
     argv = [*TINY, "--data-path", str(image_folder), *flags, "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
@@ -259,21 +259,13 @@ def test_earlier_run_is_set_aside_whole(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"previous", "notes.txt"}
 
 
-def test_picture_shows_the_numbers_of_the_results(tmp_path, monkeypatch):
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1]
-    )
-    plots.draw_results(record().as_dict(), tmp_path / "results.png")
-    left, right = drawn[0].axes
-    shown = np.ma.filled(left.images[0].get_array(), NAN)
+def test_picture_shows_the_numbers_of_the_results():
+    matrix, averages = figures.overview(record().as_dict()).axes
+    shown = np.ma.filled(matrix.images[0].get_array(), NAN)
     np.testing.assert_array_equal(shown, record().matrices["instance"])
-    assert sorted(text.get_text() for text in left.texts) == ["60.5", "77.0", "88.0"]
-    curves = {line.get_label(): line.get_ydata() for line in right.lines}
-    np.testing.assert_allclose(curves["batch-wise (as published)"], [90, 75])
-    np.testing.assert_allclose(curves["instance-wise"], [88, 68.75])
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    batch, instance = (line.get_ydata() for line in averages.lines)
+    np.testing.assert_allclose(batch, [90, 75])
+    np.testing.assert_allclose(instance, [88, 68.75])
 
 
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])

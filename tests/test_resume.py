@@ -110,7 +110,7 @@ def start(argv, folder, *more):
 def outcome(folder):
     """Everything that a run gives but times and places, by name, bit for bit."""
     results = json.loads((folder / "results.json").read_text())
-    del results["timing"]
+    del results["timing"], results["command"]
     found = {"results.json": results, "log_stats.txt": (folder / "log_stats.txt").read_text()}
     for path in checkpoints.find(folder).values():
         found[path.name] = vars(checkpoints.load(path)).copy()
