@@ -63,7 +63,7 @@ SOURCES = {
     "Flowers102": SourceSpec(
         folders.load_flowers102,
         lambda _: 102,
-        aliases=("Flowers-102", "OxfordFlowers102"),
+        aliases=("Flower102", "Flowers-102", "OxfordFlowers102"),
         downloadable=True,
         in_files=True,
     ),

@@ -424,6 +424,14 @@ def _add_optimizer(add: Callable[..., None]) -> None:
     add("--cooldown-epochs", 10, "epochs at the lowest rate behind a cyclic schedule", type=int)
     add("--patience-epochs", 10, "epochs without gain before a decay (plateau)", type=int)
     add("--decay-rate", 0.1, "factor of a decay", type=float)
+    add(
+        "--dr",
+        0.1,
+        "the original's short name of --decay-rate",
+        type=float,
+        dest="decay_rate",
+        metavar="DECAY_RATE",
+    )
 
 
 def _add_augmentation(add: Callable[..., None]) -> None:

@@ -328,6 +328,12 @@ def test_prompt_selection_is_that_after_the_last_task():
     assert bars_of(axes)["instance"] == [100, 75, 20, 5]
 
 
+def test_prompt_selection_names_the_test_sets_that_were_evaluated():
+    usage = usage_of()[1:]
+    figure = figures.prompt_selection(make_results(prompt_usage=usage))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["test set 2", "test set 3"]
+
+
 @pytest.mark.parametrize(("number", "columns", "places"), [(7, 4, 8), (20, 5, 20)])
 def test_prompt_selection_has_a_panel_for_each_test_set(number, columns, places):
     figure = figures.prompt_selection(wide(number))

@@ -63,6 +63,11 @@ def test_use_prompt_mask_is_the_originals_name_of_diversify():
     assert parse("--diversify", "mask", "--no-use_prompt_mask").diversify == "none"
 
 
+def test_dr_is_the_originals_short_name_of_decay_rate():
+    assert parse("--dr", "0.3").decay_rate == 0.3
+    assert parse().decay_rate == 0.1
+
+
 def test_unscale_lr_is_the_originals_name_of_lr_scale():
     assert parse("--unscale_lr", "true").lr_scale == "per-device"
     assert parse("--no-unscale_lr").lr_scale == "global"

@@ -126,7 +126,7 @@ def test_runs_without_test_sets_of_tasks_have_a_final_accuracy(tmp_path, matrix)
 @pytest.mark.parametrize(
     "other",
     [
-        {"command": {"flags": {}}}, {"command": "x"}, 
+        {"command": {"flags": {}}}, {"command": "x"},
         {"command": {"flags": [], "configurations": []}},
         {"backbone": None}, {"backbone": "x"}, {"run": None}, {"run": [1]},
     ],
