@@ -21,10 +21,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import comparison_figures
 import figures
 import files
 import options
 import stored_runs
+from figure_parts import NothingToDrawError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +96,7 @@ def draw_run(
             continue
         try:
             paths += write_figure(draw(results), folder, name)
-        except figures.NothingToDrawError as error:
+        except NothingToDrawError as error:
             left_out.append(f"{name}: {error}")
             for form in _FORMATS:
                 (folder / f"{name}.{form}").unlink(missing_ok=True)
@@ -121,13 +123,15 @@ def draw_comparison(
         The files.
 
     Raises:
-        figures.NothingToDrawError: If the groups lack what a picture needs.
+        NothingToDrawError: If the groups lack what a picture needs.
     """
     paths = []
     if only is None or "average_accuracy" in only:
-        paths += write_figure(figures.average_accuracy(groups), folder, "average_accuracy")
+        paths += write_figure(
+            comparison_figures.average_accuracy(groups), folder, "average_accuracy"
+        )
     if against is not None:
-        figure = figures.accuracy_against(groups, against, lines)
+        figure = comparison_figures.accuracy_against(groups, against, lines)
         paths += write_figure(figure, folder, "accuracy_against")
     return paths
 
@@ -300,8 +304,8 @@ def _check_settings(args: argparse.Namespace, groups: Sequence[Group]) -> list[s
     ]
     if args.against is not None and not problems:
         try:
-            figures.check_against(groups, args.against, args.lines)
-        except figures.NothingToDrawError as error:
+            comparison_figures.check_against(groups, args.against, args.lines)
+        except NothingToDrawError as error:
             problems.append(f"--against {args.against}: {error}")
     return problems
 

@@ -648,8 +648,8 @@ def test_aliases_and_letter_case(name, label):
 
 
 def test_names_that_people_type():
-    typed = "Split-CIFAR10 split-cifar100 Fashion-MNIST Flower102 Flowers-102 OxfordFlowers102 ImageNetR"
-    known = "CIFAR10 CIFAR100 FashionMNIST Flowers102 Flowers102 Flowers102 Imagenet-R"
+    typed = "Split-CIFAR10 split-cifar100 Fashion-MNIST Flower102 OxfordFlowers102 ImageNetR"
+    known = "CIFAR10 CIFAR100 FashionMNIST Flowers102 Flowers102 Imagenet-R"
     assert [next(iter(find_sources(name))) for name in typed.split()] == known.split()
     assert "Imagenet-R" in find_sources("split-imagenet-r")
 

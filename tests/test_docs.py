@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import options
+import plots
+import summarize
+import sweep
 
 ROOT = Path(options.__file__).resolve().parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,6 +43,10 @@ OTHER_FLAGS = {
     "--ntasks-per-node", "--kill-on-bad-exit", "--use_volta32", "--wait", "--dr", "--job_dir",
     "--flag", "--no-flag", "--lerning-rate",
 }  # fmt: skip
+
+
+#: Commands with flags of their own alone, and what reads them.
+OWN_COMMANDS = {"plots.py": plots._parse, "summarize.py": summarize._read}
 
 
 def text_of(page):
@@ -125,6 +132,9 @@ def test_option_table_has_each_flag_in_the_row_of_its_group():
 def test_flags_in_the_text_exist(page):
     known = {s for a in options._build().parser._actions for s in a.option_strings}
     known |= {f"--no-{flag[2:]}" for flag in known} | OTHER_FLAGS | set().union(*PROGRAMS.values())
+    known |= {s for a in summarize._parser()._actions for s in a.option_strings}
+    known |= {s for a in sweep._parser()._actions for s in a.option_strings}
+    known |= {"--only", "--against", "--lines"}  # of plots.py, whose commands are read below
     said = {flag for code in inline_code(text_of(page)) for flag in FLAG.findall(code)}
     assert said - known == set()
 
@@ -145,6 +155,15 @@ def test_commands_are_typed_correctly(page):
     for line, argv in commands(page):
         _, problems = options.parse_args(argv)
         assert not problems, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_of_pictures_and_tables_are_typed_correctly(page):
+    for line in code_blocks(page):
+        for name, read in OWN_COMMANDS.items():
+            if f"python {name} " in line:
+                words = shlex.split(line.partition(name)[2], comments=True)
+                assert read(words), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

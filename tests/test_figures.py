@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import comparison_figures
 import figures
 import stored_runs
+from figure_parts import NothingToDrawError
 
 NAN = float("nan")
 BATCH = [[90.0, 70.0, 40.0], [None, 80.0, 60.0], [None, None, 100.0]]
@@ -235,7 +237,7 @@ def test_overview_of_many_tasks_has_colour_bars_in_place_of_numbers():
 
 def test_overview_of_nothing_is_refused():
     empty = [[None, None], [None, None]]
-    with pytest.raises(figures.NothingToDrawError, match="nothing was evaluated yet"):
+    with pytest.raises(NothingToDrawError, match="nothing was evaluated yet"):
         figures.overview(make_results(empty, empty))
 
 
@@ -261,7 +263,7 @@ def test_accuracy_matrix_has_numbers_while_they_fit(num_tasks, numbers):
 
 
 def test_accuracy_matrix_of_one_test_set_is_refused():
-    with pytest.raises(figures.NothingToDrawError, match="single test set: average_accuracy shows"):
+    with pytest.raises(NothingToDrawError, match="single test set: average_accuracy shows"):
         figures.accuracy_matrix(long_run())
 
 
@@ -362,7 +364,7 @@ def test_prompt_selection_of_many_test_sets_is_a_heat_map():
     ],
 )
 def test_prompt_selection_tells_why_there_is_none(results, reason):
-    with pytest.raises(figures.NothingToDrawError, match=reason):
+    with pytest.raises(NothingToDrawError, match=reason):
         figures.prompt_selection(results)
 
 
@@ -388,7 +390,7 @@ def test_key_similarity_outlines_the_most_selected():
     ],
 )
 def test_key_similarity_tells_why_there_is_none(results, reason):
-    with pytest.raises(figures.NothingToDrawError, match=reason):
+    with pytest.raises(NothingToDrawError, match=reason):
         figures.key_similarity(results)
 
 
@@ -422,7 +424,7 @@ def test_training_curves_of_one_epoch_a_task_are_one_line():
 
 
 def test_training_curves_of_old_results_are_refused():
-    with pytest.raises(figures.NothingToDrawError, match="before training curves were kept"):
+    with pytest.raises(NothingToDrawError, match="before training curves were kept"):
         figures.training_curves(old())
 
 
@@ -434,7 +436,7 @@ def test_average_accuracy_shows_mean_and_deviation():
         "first", [[90, 70], [NAN, 50]], ([[80, 60], [NAN, 80]], [[80, 60], [NAN, 100]])
     )
     second = group_of("second", [[40, 30], [NAN, 20]])
-    figure = figures.average_accuracy([first, second])
+    figure = comparison_figures.average_accuracy([first, second])
     left, right = figure.axes
     assert points(lines_of(left)["first (n = 2)"]) == [(1, 85), (2, 65)]
     assert points(lines_of(right)["first (n = 2)"]) == [(1, 85), (2, 70)]
@@ -451,34 +453,34 @@ def test_average_accuracy_shows_mean_and_deviation():
 def test_average_accuracy_shows_the_whole_band():
     spread = group_of("a", [[60, 90], [NAN, 90]], [[90, 90], [NAN, 90]])
     lowest = 75 - 450**0.5
-    assert figures.average_accuracy([spread]).axes[0].get_ylim()[0] <= lowest
+    assert comparison_figures.average_accuracy([spread]).axes[0].get_ylim()[0] <= lowest
 
 
 def test_average_accuracy_shows_joint_training_as_a_level():
     steps = group_of("steps", [[90, 70], [NAN, 50]])
     at_once = group_of("at once", [[90], [80]], [[80], [70]])
-    left, _ = figures.average_accuracy([steps, at_once]).axes
+    left, _ = comparison_figures.average_accuracy([steps, at_once]).axes
     assert points(lines_of(left)["at once (n = 2)"]) == [(1, 80), (2, 80)]
 
 
 def test_average_accuracy_of_joint_training_alone_is_bars():
     groups = [group_of("a", [[90], [80]], [[80], [70]]), group_of("b", [[40], [20]])]
-    left, _ = figures.average_accuracy(groups).axes
+    left, _ = comparison_figures.average_accuracy(groups).axes
     assert [bar.get_height() for bar in left.patches] == [80, 30]
     assert numbers_in(left) == ["30.0", "80.0"]
 
 
 def test_average_accuracy_tells_many_configurations_apart():
     groups = [group_of(f"configuration {n}", [[90, 70], [NAN, 50]]) for n in range(20)]
-    left, _ = figures.average_accuracy(groups).axes
+    left, _ = comparison_figures.average_accuracy(groups).axes
     styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in left.lines}
     without_color = {(line.get_marker(), line.get_linestyle()) for line in left.lines[:8]}
     assert (len(styles), len(without_color)) == (20, 8)
 
 
 def test_average_accuracy_of_nothing_is_refused():
-    with pytest.raises(figures.NothingToDrawError, match="no finished runs"):
-        figures.average_accuracy([])
+    with pytest.raises(NothingToDrawError, match="no finished runs"):
+        comparison_figures.average_accuracy([])
 
 
 def final(value):
@@ -496,7 +498,7 @@ GRID = [
 
 
 def test_accuracy_against_shows_a_line_for_each_other_value():
-    figure = figures.accuracy_against(GRID, "size", "length")
+    figure = comparison_figures.accuracy_against(GRID, "size", "length")
     left, right = figure.axes
     short, long = left.containers
     assert points(short[0]) == [(1, 55), (10, 65)]
@@ -510,7 +512,7 @@ def test_accuracy_against_shows_a_line_for_each_other_value():
 
 
 def test_accuracy_against_takes_a_plain_axis_for_near_numbers():
-    axes = figures.accuracy_against([GRID[1], GRID[0]], "size").axes[0]
+    axes = comparison_figures.accuracy_against([GRID[1], GRID[0]], "size").axes[0]
     assert (axes.get_xscale(), axes.get_xticks().tolist()) == ("linear", [1, 10])
 
 
@@ -519,7 +521,7 @@ def test_accuracy_against_words_are_categories():
         group_of(str(value), final(number), diversify=value)
         for value, number in [("mask", 60), (None, 50), (4, 70)]
     ]
-    axes = figures.accuracy_against(groups, "diversify").axes[0]
+    axes = comparison_figures.accuracy_against(groups, "diversify").axes[0]
     assert ticks(axes.xaxis) == ["mask", "none", "4"]
     assert points(axes.containers[0][0]) == [(0, 60), (1, 50), (2, 70)]
 
@@ -534,8 +536,8 @@ def test_accuracy_against_words_are_categories():
     ],
 )
 def test_accuracy_against_tells_what_it_lacks(groups, names, reason):
-    for ask in (figures.accuracy_against, figures.check_against):
-        with pytest.raises(figures.NothingToDrawError, match=reason):
+    for ask in (comparison_figures.accuracy_against, comparison_figures.check_against):
+        with pytest.raises(NothingToDrawError, match=reason):
             ask(groups, *names)
 
 

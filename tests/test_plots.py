@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import comparison_figures
 import figures
 import plots
 from test_figures import joint, long_run, make_results, old, without_pool
@@ -178,8 +179,10 @@ def test_only_what_is_asked_for_is_drawn(only, own, compared, tmp_path):
 )
 def test_accuracy_is_drawn_against_a_setting(flags, drawn, tmp_path, monkeypatch):
     asked = []
-    draw = figures.accuracy_against
-    monkeypatch.setattr(figures, "accuracy_against", lambda *a: (asked.append(a), draw(*a))[1])
+    draw = comparison_figures.accuracy_against
+    monkeypatch.setattr(
+        comparison_figures, "accuracy_against", lambda *a: (asked.append(a), draw(*a))[1]
+    )
     for number, (size, batch_size) in enumerate([(4, 8), (8, 8), (4, 16), (8, 16)]):
         store(tmp_path / str(number), size=size, batch_size=batch_size)
     assert run(tmp_path, "--against", "size", "--lines", "batch-size", *flags) == 0
@@ -204,9 +207,11 @@ def test_damaged_results_are_named_and_skipped(tmp_path, one_picture, capsys):
 
 def test_unfinished_run_is_redrawn_and_not_compared(tmp_path, monkeypatch, one_picture, capsys):
     compared = []
-    draw = figures.average_accuracy
+    draw = comparison_figures.average_accuracy
     monkeypatch.setattr(
-        figures, "average_accuracy", lambda groups: (compared.extend(groups), draw(groups))[1]
+        comparison_figures,
+        "average_accuracy",
+        lambda groups: (compared.extend(groups), draw(groups))[1],
     )
     begun = store(tmp_path / "begun", unfinished(), seed=1)
     done = store(tmp_path / "done", seed=2)
