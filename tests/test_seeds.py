@@ -26,10 +26,10 @@ def accuracies(folder):
 
 def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
     together, alone = tmp_path / "together", tmp_path / "alone"
-    argv = [*command, "--seeds", "3", "4", "--output_dir", str(together)]
+    argv = [*command, "--plots", "--seeds", "3", "4", "--output_dir", str(together)]
     assert main.main(argv) == 0
     text = capsys.readouterr().out
-    assert main.main([*command, "--seed", "4", "--no-plots", "--output_dir", str(alone)]) == 0
+    assert main.main([*command, "--seed", "4", "--output_dir", str(alone)]) == 0
     assert accuracies(together / "seed4") == accuracies(alone)
     assert accuracies(together / "seed3") != accuracies(alone)
     assert [results(together / f"seed{seed}")["seed"] for seed in (3, 4)] == [3, 4]
@@ -43,7 +43,7 @@ def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
 
 
 def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, capsys):
-    argv = [*command, "--no-plots", "--seeds", "3", "4", "--output_dir", str(tmp_path)]
+    argv = [*command, "--seeds", "3", "4", "--output_dir", str(tmp_path)]
     finish, started = training._finish, []
 
     def failing(args, *rest):
@@ -83,7 +83,7 @@ def test_seeds_that_cannot_be_are_refused(command, flags, problem, tmp_path, cap
 
 
 def test_a_single_seed_gets_a_folder_of_its_own(command, tmp_path):
-    argv = [*command, "--no-plots", "--seeds", "9", "--output_dir", str(tmp_path)]
+    argv = [*command, "--seeds", "9", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
     assert results(tmp_path / "seed9")["seed"] == 9
