@@ -18,6 +18,11 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
+import options
+
+#: Why a job may not be submitted.
+SUBMISSION_ERRORS = (FailedJobError, UncompletedJobError, RuntimeError, OSError)
+
 PROGRAM = Path(__file__).resolve().parent
 
 #: Seconds for which a job that saved its state on SIGTERM waits for what comes: the signal on which
@@ -87,12 +92,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     args, rest = _parser().parse_known_args(argv)
     if problems := _problems(args, rest):
-        lines = "".join(f"  - {problem}\n" for problem in problems)
-        print(f"run_with_submitit.py: this command line cannot run:\n{lines}", file=sys.stderr)
+        refusal = options.UsageError(problems).told_by("run_with_submitit.py")
+        print(refusal, end="", file=sys.stderr)
         return 2
     try:
         job = submit(args, rest)
-    except (FailedJobError, UncompletedJobError, RuntimeError, OSError) as error:
+    except SUBMISSION_ERRORS as error:
         print(f"error: the job was not submitted: {error}", file=sys.stderr)
         return 1
     _tell(job, args.cluster)
@@ -106,14 +111,23 @@ def submit(args: argparse.Namespace, rest: list[str]) -> submitit.Job:
         args: Flags of this script.
         rest: Arguments of main.py.
     """
+    main_args, _ = options.parse_args(rest)
+    output_dir = main_args.output_dir if _names_output_dir(rest) else None
     folder = Path(args.shared_folder).expanduser().absolute()
+    trainer = Trainer(rest, PROGRAM, output_dir)
+    return make_executor(args, folder, main_args.num_workers).submit(trainer)
+
+
+def make_executor(
+    args: argparse.Namespace, folder: Path, num_workers: int
+) -> submitit.AutoExecutor:
+    """What submits jobs, each with a folder of its own in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(
         folder=folder / "%j", cluster=args.cluster, slurm_max_num_timeout=args.max_requeues
     )
-    executor.update_parameters(**_resources(args, rest))
-    output_dir = _main_args(rest)[0].output_dir if _names_output_dir(rest) else None
-    return executor.submit(Trainer(rest, PROGRAM, output_dir))
+    executor.update_parameters(**_resources(args, num_workers))
+    return executor
 
 
 def wait(job: submitit.Job) -> int:
@@ -144,8 +158,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="What is not given is left to Slurm and its variables, such as SBATCH_ACCOUNT.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--shared_folder", required=True, help="folder that all nodes see; jobs get DIR/JOBID")
+    parser.add_argument(
+        "--shared_folder", required=True, help="folder that all nodes see; jobs get DIR/JOBID"
+    )
+    add_job_options(parser)
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for the job and return its exit code"
+    )
+    return parser
+
+
+def add_job_options(parser: argparse._ActionsContainer) -> list[str]:
+    """Adds the options of jobs to a parser.
+
+    Returns:
+        Their names.
+    """
+    actions = []
+
+    def add(*words: str, **kwargs: Any) -> None:
+        actions.append(parser.add_argument(*words, **kwargs))
+
     add("--cluster", choices=("slurm", "local"), help="default: slurm where there is srun")
     add("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
     add("--gpus_per_node", type=int, default=1, help="GPUs of a node (default: %(default)s)")
@@ -159,15 +192,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--use_volta32", action="store_true", help="only GPUs with the feature volta32gb")
     add("--max_requeues", type=int, default=30, help="times that it may run out of time")
     add("--job_name", default="l2p", help="name of the job (default: %(default)s)")
-    add("--wait", action="store_true", help="wait for the job and return its exit code")
-    return parser
+    return [action.dest for action in actions]
 
 
-def _problems(args: argparse.Namespace, rest: list[str]) -> list[str]:
-    """What is wrong, as far as it can be told on a machine that does not run the job."""
-    from options import UsageError
-    from validation import validate_args
-
+def job_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `add_job_options`."""
     problems = [
         f"--{name} {value}: must be at least {least}"
         for name, least in (
@@ -179,34 +208,45 @@ def _problems(args: argparse.Namespace, rest: list[str]) -> list[str]:
     if args.nodes > 1 and (args.cluster or submitit.AutoExecutor.which()) == "local":
         why = "" if args.cluster else ", and there is no Slurm here"
         problems.append(f"--nodes {args.nodes}: --cluster local is this machine alone{why}")
-    main_args, found = _main_args(rest)
+    return problems
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """Processes of a job."""
+    return args.nodes * _tasks_per_node(args)
+
+
+def _tasks_per_node(args: argparse.Namespace) -> int:
+    return args.tasks_per_node or max(1, args.gpus_per_node)
+
+
+def _problems(args: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What is wrong, as far as it can be told on a machine that does not run the job."""
+    from validation import validate_args
+
+    problems = job_problems(args)
+    main_args, found = options.parse_args(rest)
     if main_args.resume == "auto" and not _names_output_dir(rest):
         found.append("--resume auto: a new job has a new folder; give --output_dir or --resume DIR")
     try:
         validate_args(main_args, found, elsewhere=True)
-    except UsageError as error:
+    except options.UsageError as error:
         problems += error.problems
     return problems
-
-
-def _main_args(rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    import options
-
-    return options.parse_args(rest)
 
 
 def _names_output_dir(rest: list[str]) -> bool:
     return any(token.split("=")[0] in ("--output_dir", "--output-dir") for token in rest)
 
 
-def _resources(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """What the job asks for, in submitit's words; what was not given is left out."""
+def _resources(args: argparse.Namespace, num_workers: int) -> dict[str, Any]:
+    """What a job asks for, in submitit's words; what was not given is left out."""
     wanted = {
         "name": args.job_name,
         "nodes": args.nodes,
         "gpus_per_node": args.gpus_per_node or None,
-        "tasks_per_node": args.tasks_per_node or max(1, args.gpus_per_node),
-        "cpus_per_task": args.cpus_per_task or _main_args(rest)[0].num_workers + 1,
+        "tasks_per_node": _tasks_per_node(args),
+        "cpus_per_task": args.cpus_per_task or num_workers + 1,
         "mem_gb": args.mem_gb,
         "timeout_min": args.timeout,
         "slurm_partition": args.partition,

@@ -217,7 +217,7 @@ def loader_options(
     return LoaderOptions(
         batch_size=args.batch_size,
         vote_group_size=vote_group_size(args),
-        num_workers=min(args.num_workers, _usable_cores()),
+        num_workers=min(args.num_workers, usable_cores()),
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         seed=args.seed,
         rank=processes.rank,
@@ -236,7 +236,8 @@ def _eval_batch_size(args: argparse.Namespace, device: torch.device) -> int:
     return max(args.batch_size, 256) if device.type == "cuda" else args.batch_size
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import live_log
 import timm.optim
 
 import class_order
 import datasets
 import device_images
+import live_log
 import numerics
 import options
 import processes
@@ -102,7 +102,7 @@ def validate_args(
         *_scenario(args),
         *_replay(args),
         *_votes(args),
-        *(() if elsewhere else _data(args)),
+        *(_pool(args) if elsewhere else _data(args)),
         *_model(args, sound=not of_the_model),
         *(() if elsewhere else _processes(args)),
         *_resume(args),
@@ -323,6 +323,13 @@ def _one_data_set(args: argparse.Namespace, names: list[str]) -> Iterator[str]:
     for flag in ("--classes_per_task", "--class_order"):
         if _value(args, flag) is not None:
             yield f"{flag}: each of {', '.join(names)} is one task with all its classes"
+
+
+def _pool(args: argparse.Namespace) -> Iterator[str]:
+    """Whether the number of tasks fits the pool, as far as can be told without the data."""
+    if args.scenario != "domain-incremental":
+        with suppress(ValueError):
+            yield from _tasks(args, settings.num_parts(args))
 
 
 def _tasks(args: argparse.Namespace, parts: int) -> Iterator[str]:

@@ -330,7 +330,7 @@ def test_loader_workers_outlive_a_signal_to_all_processes(command, whole, tmp_pa
 
     def be_a_job():
         os.setsid()
-        settings._usable_cores = lambda: 2
+        settings.usable_cores = lambda: 2
         read = task_data.TrainData.__getitem__
         task_data.TrainData.__getitem__ = lambda *args: (time.sleep(0.02), read(*args))[1]
 

@@ -412,7 +412,7 @@ def test_run_stopped_once_at_any_boundary_ends_as_if_never_stopped(
 
 
 def test_workers_may_change_where_a_run_stopped(command, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(settings, "usable_cores", lambda: 2)
     for number, workers in ((1, 2), (2, 0), (5, 2), (4, 2), (3, 0)):
         with monkeypatch.context() as patch:
             stop_after(patch, number)

@@ -13,6 +13,7 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 import main
+import options
 import run_with_submitit
 from conftest import LAUNCHER
 from preemption import EXIT_CODE
@@ -72,7 +73,7 @@ def test_local_job_of_two_processes_equals_one(alone, pictures, tmp_path):  # no
     assert f"results  {folder}\n" in done.stdout
     assert f"Job {number} is done." in done.stdout
     assert "squeue" not in done.stdout
-    assert "votes of 3; 2 processes" in (folder / f"{number}_0_log.out").read_text()
+    assert "Processes: 2 on cpu" in (folder / f"{number}_0_log.out").read_text()
     assert_equal_runs(folder, alone(12, 3))
 
 
@@ -295,7 +296,8 @@ def test_failed_process_ends_the_others_of_a_job(slurm):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_processes_and_cores_follow_gpus_and_workers(flags, expected):
-    found = run_with_submitit._resources(*parse("--shared_folder", "x", *flags))
+    args, rest = parse("--shared_folder", "x", *flags)
+    found = run_with_submitit._resources(args, options.parse_args(rest)[0].num_workers)
     assert expected.items() <= found.items()
     assert None not in found.values()
     assert ("gpus_per_node" in found) == (flags[:2] != ["--gpus_per_node", 0])
@@ -364,6 +366,7 @@ def test_refusal_comes_before_anything_is_submitted(slurm, tmp_path, capsys, fla
     text = capsys.readouterr().err
     assert text.startswith("run_with_submitit.py: this command line cannot run:\n")
     assert message in text
+    assert not text.endswith("\n\n")
     assert not shared.exists()
 
 
