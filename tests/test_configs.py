@@ -229,6 +229,12 @@ def problems_of(*argv, elsewhere=False):
     return []
 
 
+def test_pool_that_is_too_small_for_a_mask_is_refused_without_the_data(tmp_path):
+    flags = ["five_datasets_l2p", "--size", "5", "--data-path", tmp_path / "nowhere", *SHALLOW]
+    (problem,) = problems_of(*flags, elsewhere=True)
+    assert "--size 5 is too small" in problem
+
+
 def content(name):
     return (options.CONFIG_DIR / f"{name}.yaml").read_text()
 

@@ -202,6 +202,22 @@ def test_submitit_job_goes_on_after_preemption(cluster, alone, tmp_path):
     assert_equal(output, alone, stops=2)
 
 
+def test_sweep_runs_as_one_array_of_jobs(cluster, alone, tmp_path):
+    words = [
+        sys.executable, ROOT / "sweep.py", "--grid", "length=1,2", *RUN, "--batch-size", "16",
+        "--output_dir", tmp_path, "--submitit", "--gpus_per_node", "0", "--cpus_per_task", "1",
+        "--wait",
+    ]  # fmt: skip
+    done = cluster.run(*words, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(set(re.findall(r" job (\d+)_[01] ", done.stdout))) == 1
+    assert_equal(tmp_path / "length=1" / "seed42", alone)
+    assert (tmp_path / "length=2" / "seed42" / "results.json").exists()
+    again = cluster.run(*words, timeout=100)
+    assert "--grid: 2 runs, 2 done, 0 to run" in again.stdout
+    assert "Submitted" not in again.stdout
+
+
 def make_folder(folder):
     """A data set of images for ten classes, of a pixel each."""
     from PIL import Image
