@@ -94,7 +94,7 @@ def run(
 
 
 class Keeper(engine.Monitor):
-    """Saves a run as it goes on, and stops it when it is asked to.
+    """Saves a run as it goes on, tells how it goes, and stops it when it is asked to.
 
     Args:
         experiment: The run.
@@ -114,7 +114,8 @@ class Keeper(engine.Monitor):
         found: tuple[Path, RunState] | None = None,
         live: LiveLog | None = None,
     ) -> None:
-        self.live, self.logged = live or LiveLog([]), dict[str, list[float]]()
+        self.live = live or LiveLog([])
+        self.logged = {} if found is None else dict(found[1].position.meters)
         self.seconds_saving = 0.0
         self.experiment, self.signals = experiment, signals
         self.saves = output_dir is not None

@@ -55,12 +55,17 @@ def test_run_that_goes_on_logs_every_step_once(command, tmp_path, monkeypatch):
             raise OSError("power cut")
         return step(*args)
 
+    whole = tmp_path / "whole"
+    assert main.main([*command, "--output_dir", str(whole)]) == 0
+    command = [*command, "--save_every", "0.0001"]
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_step", breaking)
         assert main.main(command) == 1
     assert main.main([*command, "--resume", "auto"]) == 0
     losses = scalars_of(tmp_path / "tensorboard", "train/Loss")
     assert [step for step, _ in losses] == list(STEPS)
+    expected = scalars_of(whole / "tensorboard", "train/Loss")
+    assert [v for _, v in losses] == pytest.approx([v for _, v in expected], abs=1e-6)
 
 
 def test_new_run_begins_a_new_log(command, tmp_path):
