@@ -31,6 +31,9 @@ COMPUTE_ONLY = (
     "data_on_device", "eval_batch_size", "test_cache",
 )  # fmt: skip
 
+#: Settings that do not tell one configuration from another: repetitions, and where things are.
+NOT_CONFIGURATION = (*COMPUTE_ONLY, "seed", "data_path", "pretrained")
+
 _WORDS = {"true": True, "yes": True, "on": True, "1": True}
 _WORDS |= {"false": False, "no": False, "off": False, "0": False}
 
@@ -225,6 +228,17 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value in (None, "") else str(value)
+
+
+def command_words(command: dict[str, Any]) -> str:
+    """The configurations and flags of a command line that tell its configuration from others.
+
+    Args:
+        command: `configurations`, names or paths, and `flags`, values by name.
+    """
+    names = ["/".join(Path(name).parts[-2:]) for name in command["configurations"]]
+    flags = {n: v for n, v in command["flags"].items() if n not in NOT_CONFIGURATION}
+    return " ".join([*names, *(f"--{name} {shown(value)}" for name, value in flags.items())])
 
 
 def to_yaml(settings: dict[str, Any]) -> str:

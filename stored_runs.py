@@ -30,10 +30,6 @@ _DAMAGED = "is damaged, or not the results of a run"
 #: What a run leaves before its first task is finished.
 _TRACES = ("config.yaml", "log.txt")
 
-#: Settings that do not tell one configuration from another: repetitions, and where things are. The
-#: backbone is told by its checksum.
-_NOT_CONFIGURATION = (*options.COMPUTE_ONLY, "seed", "data_path", "pretrained")
-
 
 class ResultsError(ValueError):
     """Results that cannot be used, with the file and why."""
@@ -272,17 +268,12 @@ def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
     command = results.get("command")
     if not command:
         return str(config["dataset"])
-    flags = {n: v for n, v in command["flags"].items() if n not in _NOT_CONFIGURATION}
-    words = [
-        name if "/" not in name else "/".join(Path(name).parts[-2:])
-        for name in command["configurations"]
-    ]
-    words += [f"--{name} {options.shown(value)}" for name, value in flags.items()]
-    return " ".join(words) or "defaults"
+    return options.command_words(command) or "defaults"
 
 
 def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
-    kept = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
+    """All that tells a configuration from others; the backbone is told by its checksum."""
+    kept = {name: value for name, value in config.items() if name not in options.NOT_CONFIGURATION}
     backbone = results.get("backbone", {})
     is_drawn = backbone.get("source") == "random"  # anew for each seed
     kept["backbone"] = "random" if is_drawn else backbone.get("sha256")
