@@ -103,6 +103,11 @@ def load(path: Path) -> Checkpoint:
                 "task1_checkpoint.pth, task2_checkpoint.pth, ..."
             )
         return Checkpoint(content["model"], int(match[1]), vars(content["args"]), original=True)
+    if str(content.get("format")).startswith("l2p run state"):
+        raise CheckpointError(
+            f"{path} is the state of a run, for --resume: give a checkpoint of a task, such as "
+            f"{task_path(path.parent.parent, 1)}"
+        )
     keys = ", ".join(sorted(map(str, content)))
     raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
 

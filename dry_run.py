@@ -1,4 +1,4 @@
-"""`--dry_run`: one step of a run, and one batch of its evaluation, with nothing written."""
+"""`--dry_run`: one step of a run, and one batch of its evaluation, without results."""
 
 import argparse
 import itertools
@@ -11,6 +11,7 @@ from typing import Any
 
 import accuracy
 import engine
+import results
 import settings
 import summary
 from engine import Position
@@ -27,7 +28,7 @@ def try_out(
     experiment: Experiment,
     found: tuple[Path, RunState] | None,
 ) -> None:
-    """Says what a run will do, trains one step of it, evaluates one batch, and writes nothing.
+    """Says what a run will do, trains one step of it, evaluates one batch, and leaves no results.
 
     Args:
         args: Validated settings.
@@ -45,7 +46,10 @@ def try_out(
     if position.task >= len(tasks):
         logger.info("Dry run: the run is complete already (%s)", found and found[0])
         return
-    task, test_set = tasks[position.task], experiment.stream.test_sets[0]
+    task = tasks[position.task]
+    if experiment.buffer is not None and task.index == 0:  # the next one takes more memory
+        experiment.buffer.add(task.data.indices)
+        task = tasks[1]
     lr = settings.learning_rate(args, experiment.global_batch)
     make_optimizer = partial(settings.make_optimizer, args, experiment.model, lr)
     updater = engine.make_updater(experiment.model, make_optimizer, run)
@@ -53,14 +57,15 @@ def try_out(
     loader = FirstBatch(experiment.train_loader(task))
     stats = engine.train_one_epoch(experiment.model, loader, updater, task, 0, run)
     trained = time.monotonic()
-    loader = FirstBatch(experiment.test_loader(test_set))
-    tested = accuracy.evaluate(experiment.model, loader, test_set, run)
+    test_set = experiment.stream.test_sets[0]
+    accuracy.evaluate(experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run)
     logger.info(
-        "Dry run: one step with loss %.4f in %.1f s, one batch of test images with Acc@1 %.1f in "
-        "%.1f s; nothing was written. Without --dry_run it begins",
-        *(stats["Loss"], trained - start, tested.stats["batch"]["Acc@1"]),
-        time.monotonic() - trained,
+        "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; there are "
+        "no results of it. Without --dry_run it begins",
+        *(stats["Loss"], trained - start, time.monotonic() - trained),
     )
+    if found is None and args.output_dir and results.earlier_files(Path(args.output_dir)):
+        logger.info("The earlier results in %s would move to previous/", args.output_dir)
 
 
 class FirstBatch:

@@ -258,8 +258,9 @@ def train_one_epoch(
         unread.clear()
         now = time.monotonic()
         position.step, position.meters = step + 1, progress.sums()
-        position.train_seconds, since = position.train_seconds + now - since, now
+        position.train_seconds += now - since
         monitor.at_boundary(position, updater, stop=stop)
+        since = time.monotonic()
     averages = progress.averages()
     logger.info("Averaged stats: %s", "  ".join(f"{k}: {v:.4f}" for k, v in averages.items()))
     return averages
@@ -379,7 +380,7 @@ def evaluate_till_now(
             matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
         batch, alone = result.stats["batch"], result.stats["instance"]
         line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**batch)
-        logger.info("%s  (instance-wise %.3f)", line, alone["Acc@1"])
+        logger.info("%s  (instance-wise %.3f)  [%s]", line, alone["Acc@1"], title(test_set))
         evaluations.append(result)
         position.eval_seconds += time.monotonic() - start
         on_test_set()

@@ -120,6 +120,7 @@ def assemble(
             "processes": processes.world_size,
             "images_per_step": global_batch,
             "learning_rate": settings.learning_rate(args, global_batch),
+            "train_digest": stream.train_digest,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
     )

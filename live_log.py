@@ -344,10 +344,11 @@ def _averages(record: RunRecord, report: TaskReport) -> dict[str, Any]:
 def _draw_matrix(record: RunRecord) -> Figure | None:
     """The accuracy matrix; None where there is nothing to draw."""
     import figures
+    from figure_parts import NothingToDrawError
 
     try:
         return figures.accuracy_matrix(record.as_dict())
-    except ValueError:
+    except NothingToDrawError:
         return None
 
 

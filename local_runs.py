@@ -66,7 +66,7 @@ def run_here(runs: Sequence[Run], num_jobs: int | None, logs: Path, lock: int) -
             for _, child in active.values():
                 child.kill()
     if came:
-        print("The same command goes on.", flush=True)
+        print("Call the same command again to go on.", flush=True)
         return 130 if came[0] == signal.SIGINT else preemption.EXIT_CODE
     return _worst(codes)
 

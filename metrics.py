@@ -21,6 +21,17 @@ Matrix = NDArray[np.float64]
 #: The two ways of choosing prompts for test images.
 SELECTIONS = ("batch", "instance")
 
+#: Names for people of what `results.json` holds, in the order of tables.
+METRIC_NAMES = {
+    "final_accuracy": "final accuracy",
+    "average_accuracy": "average accuracy",
+    "forgetting": "forgetting",
+    "forgetting_literature": "forgetting (literature)",
+    "backward_transfer": "backward transfer",
+    "learning_accuracy": "learning accuracy",
+    "average_incremental_accuracy": "average incremental accuracy",
+}
+
 
 def empty_matrix(num_test_sets: int, num_tasks: int) -> Matrix:
     """A matrix in which nothing is evaluated yet."""

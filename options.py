@@ -25,6 +25,13 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 #: What the line of an overlay about itself begins with.
 _OVERLAY = "Overlay: "
 
+#: Names in the namespace that describe a single command rather than the run.
+TRANSIENT = (
+    "explicit", "command", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
+    "dist_url", "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots",
+    "tensorboard", "wandb",
+)  # fmt: skip
+
 #: Settings that say where, how fast and how visibly a run is computed, not what.
 COMPUTE_ONLY = (
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "compile", "grad_checkpointing",
@@ -113,7 +120,9 @@ class _Flags:
             prog="main.py",
             usage="main.py [CONFIG ...] [--flags]",
             description="Learning to Prompt (L2P): training and evaluation.",
-            epilog="Yes/no flags: --flag, --flag true, --flag false, --no-flag.",
+            epilog="Yes/no flags: --flag, --flag true, --flag false, --no-flag. Dashes and "
+            "underscores are the same. "
+            "Example: main.py digits_l2p linear_probe --seeds 42 43 --output_dir output",
             allow_abbrev=False,
             exit_on_error=False,
         )
@@ -170,6 +179,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         configured |= _read_config(flags, name, problems)
     settings |= configured | given
     settings["model_kwargs"] = dict(settings["model_kwargs"])
+    if "model_kwargs" in given:
+        given["model_kwargs"] = dict(given["model_kwargs"])
     explicit = frozenset({*configured, *given})
     command = {"configurations": names, "flags": given}
     return argparse.Namespace(**settings, explicit=explicit, command=command), problems
@@ -223,6 +234,8 @@ def _first_line(name: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as people write it on the command line."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={one}" for key, one in value.items()) or "none"
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
@@ -272,7 +285,7 @@ def _add_run(add: Callable[..., None]) -> None:
     add("--resume", None, "go on from a saved state: auto (the newest in --output_dir) or a path")
     add("--save_every", 300.0, "seconds between two saved states inside an epoch", type=float)
     add("--seeds", None, "train once for each of these seeds, in folders of their own", **_INTS)
-    add("--dry_run", False, "check data and weights, run one step, write nothing, and stop", **_YN)
+    add("--dry_run", False, "check data and weights, run one step, leave no results, stop", **_YN)
     add("--local-rank", None, argparse.SUPPRESS, type=int)
 
 
@@ -426,7 +439,12 @@ def _add_optimizer(add: Callable[..., None]) -> None:
         dest="lr_scale",
         metavar="BOOL",
     )
-    add("--sched", "constant", "schedule over the epochs of a task, begun anew for each task")
+    add(
+        "--sched",
+        "constant",
+        "schedule over the epochs of a task, begun anew for each task: constant, cosine, tanh, "
+        "step, multistep, poly or plateau",
+    )
     add("--lr-noise", None, "parts of the schedule between which noise is added", **_FLOATS)
     add("--lr-noise-pct", 0.67, "limit of that noise, as a part of the rate", type=float)
     add("--lr-noise-std", 1.0, "standard deviation of that noise", type=float)

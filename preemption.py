@@ -78,7 +78,7 @@ class StopSignals:
             raise self._preempted()
 
     def _preempted(self) -> Preempted:
-        return Preempted(f"{self._came[0].name} stopped the program before it trained")
+        return Preempted(f"{self._came[0].name} stopped the program outside of training")
 
 
 def ignore_stop_signals() -> None:

@@ -4,14 +4,13 @@ All that takes long to import is imported here or below, for main.py to put it o
 """
 
 import argparse
+import gc
 import logging
 import sys
 import time
 import traceback
 from functools import partial
 from pathlib import Path
-
-import summarize
 
 import checkpoints
 import dry_run
@@ -23,6 +22,8 @@ import processes
 import settings
 import speed
 import stored_runs
+import summarize
+import summary
 import training
 import utils
 from checkpoints import Checkpoint, CheckpointError
@@ -116,10 +117,15 @@ def _train(args: argparse.Namespace, places: Processes, signals: StopSignals) ->
     if args.seeds is None:
         _train_once(args, places, signals)
         return 0
-    for seed in args.seeds[:1] if args.dry_run else args.seeds:
+    for number, seed in enumerate(args.seeds, start=1):
         utils.setup_logging()  # ends the log file of the seed before
+        logger.info("Seed %d (%d of %d)", seed, number, len(args.seeds))
         _train_once(settings.for_seed(args, seed), places, signals)
-    if processes.is_main_process() and not (args.dry_run or args.speed_test_only):
+        gc.collect()  # the model of a run is in cycles, and may be large
+        if args.dry_run or args.speed_test_only:
+            return 0  # another seed would say the same
+    utils.setup_logging()
+    if processes.is_main_process():
         _tell_seeds(args)
     return 0
 
@@ -140,6 +146,9 @@ def _train_once(args: argparse.Namespace, places: Processes, signals: StopSignal
     start = time.monotonic()
     experiment, found = training.prepare(args, places)
     seconds_to_load = time.monotonic() - start
+    if args.seeds and training.is_complete(experiment, found):
+        logger.info("This seed is complete already")
+        return
     if args.dry_run:
         dry_run.try_out(args, places, experiment, found)
         return
@@ -173,6 +182,7 @@ def _evaluate_checkpoints(
         task_classes=first.class_order,
         weights_follow=evaluation.has_whole_model(args, first),
     )
+    summary.describe_evaluation(args, experiment, places)
     evaluation.evaluate_checkpoints(experiment, paths)
     logger.info("%s", experiment.record.table())
     path = evaluation.result_file(args)

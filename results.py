@@ -27,17 +27,6 @@ _RUN_FILES = (
 #: Columns of the printed matrix that stand beside each other.
 _COLUMNS = 20
 
-#: Lines of the table: name in `results.json`, name for people.
-_TABLE_METRICS = {
-    "final_accuracy": "final accuracy",
-    "average_accuracy": "average accuracy",
-    "forgetting": "forgetting",
-    "forgetting_literature": "forgetting (literature)",
-    "backward_transfer": "backward transfer",
-    "learning_accuracy": "learning accuracy",
-    "average_incremental_accuracy": "average incremental accuracy",
-}
-
 
 @dataclass
 class RunRecord:
@@ -54,8 +43,8 @@ class RunRecord:
         test_sets: Name of each test set.
         numerics: How numbers were computed, plain values.
         command: `configurations` and `flags` of the command line.
-        run: What follows from the settings: `processes`, `images_per_step`, `learning_rate`,
-            `trained_parameters`.
+        run: What follows from settings and data: `processes`, `images_per_step`, `learning_rate`,
+            `train_digest` (what tells the training images from others), `trained_parameters`.
     """
 
     config: dict[str, Any]
@@ -124,7 +113,7 @@ class RunRecord:
             blocks.append(_format_matrix(self.matrices[name], labels))
         summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
-        for key, label in _TABLE_METRICS.items():
+        for key, label in metrics.METRIC_NAMES.items():
             is_said = key == "average_accuracy" and "final_accuracy" in summaries["batch"]
             if key in summaries["batch"] and not is_said:
                 batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
@@ -178,14 +167,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: metadata.version(n) for n in _LIBRARIES}}
 
 
+def earlier_files(output_dir: Path) -> list[Path]:
+    """What an earlier run left in the folder."""
+    found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    return found + list(output_dir.glob("eval_results*.json"))
+
+
 def set_aside(output_dir: Path) -> Path | None:
     """Moves what an earlier run left in the folder into a folder of its own, so nothing is lost.
 
     Returns:
         The folder `previous/DATE`, or None if there was nothing.
     """
-    found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
-    found += output_dir.glob("eval_results*.json")
+    found = earlier_files(output_dir)
     if not found:
         return None
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")

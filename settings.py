@@ -31,17 +31,10 @@ from vision_transformer import PromptedVisionTransformer
 #: Steps that run ahead on a GPU: a signal to stop is heard by all processes that much later.
 _MOST_UNREAD = 10
 
-#: Names in the namespace that describe a single command rather than the run.
-_TRANSIENT = (
-    "explicit", "command", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
-    "dist_url", "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots",
-    "tensorboard", "wandb",
-)  # fmt: skip
-
 
 def resolved(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that describe the run, as plain values for config.yaml and checkpoints."""
-    return {k: v for k, v in vars(args).items() if k not in _TRANSIENT}
+    return {k: v for k, v in vars(args).items() if k not in options.TRANSIENT}
 
 
 def command(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,7 +42,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 
     What says where and how fast it is computed is left out.
     """
-    left_out = (*_TRANSIENT, *options.COMPUTE_ONLY)
+    left_out = (*options.TRANSIENT, *options.COMPUTE_ONLY)
     flags = {k: v for k, v in args.command["flags"].items() if k not in left_out}
     return {"configurations": args.command["configurations"], "flags": flags}
 

@@ -23,7 +23,11 @@ import options
 from metrics import SELECTIONS
 
 #: Folders inside a run's, or beside runs, that hold no runs that count.
-_NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
+NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
+
+#: Settings of which `_key` takes what they come to.
+_RATE = ("batch_size", "lr", "lr_scale")
+_TOLD_OTHERWISE = (*_RATE, "dataset", "num_tasks", "class_order", "file_lists")
 
 _DAMAGED = "is damaged, or not the results of a run"
 
@@ -44,7 +48,8 @@ class StoredRun:
         written: When its results were written, seconds since the epoch.
         seed: Its seed.
         name: Its configurations and flags as on a command line, seed and places left out.
-        settings: All that tells its configuration from others, as JSON text with sorted keys.
+        key: What tells its configuration from others, as text.
+        settings: Its settings without those that do not tell configurations apart, as JSON text.
         matrices: Accuracy matrix for each of `SELECTIONS`, percent.
     """
 
@@ -52,6 +57,7 @@ class StoredRun:
     written: float
     seed: int
     name: str
+    key: str
     settings: str
     matrices: dict[str, metrics.Matrix]
 
@@ -169,8 +175,10 @@ def read(folder: Path) -> StoredRun:
             "the command of the run with --resume auto goes on"
         )
     config = {**_defaults(), **results["config"]}
+    config = {name: value for name, value in config.items() if name not in options.TRANSIENT}
     try:
-        name, settings = _name(results, config), _settings(results, config)
+        name, key = _name(results, config), _key(results, config)
+        settings = _settings(results, config)
     except (AttributeError, KeyError, TypeError) as error:
         raise ResultsError(f"{folder / 'results.json'}: {_DAMAGED}") from error
     return StoredRun(
@@ -178,6 +186,7 @@ def read(folder: Path) -> StoredRun:
         written=(folder / "results.json").stat().st_mtime,
         seed=results["seed"],
         name=sys.intern(name),
+        key=sys.intern(key),
         settings=sys.intern(settings),
         matrices=matrices,
     )
@@ -209,7 +218,7 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
     members: dict[str, dict[int, StoredRun]] = {}
     problems = []
     for run in runs:
-        seeds = members.setdefault(run.settings, {})
+        seeds = members.setdefault(run.key, {})
         twin = seeds.get(run.seed)
         if twin is not None:
             older, newer = sorted((run, twin), key=lambda run: run.written)
@@ -220,8 +229,9 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
             seeds[run.seed] = newer
         else:
             seeds[run.seed] = run
-    settings = [json.loads(text) for text in members]
-    names = [next(iter(seeds.values())).name for seeds in members.values()]
+    firsts = [next(iter(seeds.values())) for seeds in members.values()]
+    settings = [json.loads(run.settings) for run in firsts]
+    names = [run.name for run in firsts]
     return [
         Group(label, own, tuple(seeds[seed] for seed in sorted(seeds)))
         for label, own, seeds in zip(
@@ -239,7 +249,7 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 def _walk(path: Path, problems: list[str]) -> Iterator[Path]:
     """Folders with results at or below a path; runs that have none yet go to `problems`."""
     for folder, below, files in os.walk(path):
-        below[:] = sorted(name for name in below if name not in _NO_RUNS)
+        below[:] = sorted(name for name in below if name not in NO_RUNS)
         if "results.json" in files:
             yield Path(folder)
         elif all(name in files for name in _TRACES):
@@ -272,13 +282,37 @@ def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """All that tells a configuration from others; the backbone is told by its checksum."""
     kept = {name: value for name, value in config.items() if name not in options.NOT_CONFIGURATION}
-    backbone = results.get("backbone", {})
-    is_drawn = backbone.get("source") == "random"  # anew for each seed
-    kept["backbone"] = "random" if is_drawn else backbone.get("sha256")
-    kept["images_per_step"] = results.get("run", {}).get("images_per_step")
+    run = results.get("run", {})
+    kept["backbone"] = _backbone(results)[:8]
+    kept["images_per_step"] = run.get("images_per_step")
+    kept["data"] = str(run.get("train_digest"))[:8]
     return json.dumps(kept, sort_keys=True)
+
+
+def _key(results: dict[str, Any], config: dict[str, Any]) -> str:
+    """What a configuration comes to, whatever the words: backbone, data, tasks, steps, the rest."""
+    left_out = (*options.NOT_CONFIGURATION, *_TOLD_OTHERWISE)
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    run = results.get("run", {})
+    kept["backbone"] = _backbone(results)
+    kept["data"] = [
+        str(config["dataset"]).lower(),
+        sorted(results.get("class_names", [])),
+        results.get("test_sets"),
+        run.get("train_digest"),
+    ]
+    order = results.get("class_order", [])
+    kept["tasks"] = len(order) if config["class_order"] is None else order
+    rate = ("learning_rate", "images_per_step")
+    kept["steps"] = [run.get(name) for name in rate] if run else [config[name] for name in _RATE]
+    return json.dumps(kept, sort_keys=True)
+
+
+def _backbone(results: dict[str, Any]) -> str:
+    """Its checksum, unless it is drawn anew for each seed."""
+    backbone = results.get("backbone", {})
+    return "random" if backbone.get("source") == "random" else str(backbone.get("sha256"))
 
 
 def _labels(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:

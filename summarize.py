@@ -24,22 +24,14 @@ import files
 import quoted
 import stored_runs
 from differences import Difference, differences
+from metrics import METRIC_NAMES
 from options import UsageError
 from quoted import Quoted
 from stored_runs import Group, ResultsError
 from tables import Column, Document, Number, Range, as_csv, rendered
 
-#: What may be asked for: the names of `metrics.summarize` and `accuracy`, with names for people.
-METRICS = {
-    "accuracy": "accuracy",
-    "average_accuracy": "average accuracy",
-    "final_accuracy": "final accuracy",
-    "forgetting": "forgetting",
-    "forgetting_literature": "forgetting (literature)",
-    "backward_transfer": "backward transfer",
-    "learning_accuracy": "learning accuracy",
-    "average_incremental_accuracy": "average incremental accuracy",
-}
+#: What may be asked for, with names for people.
+METRICS = {"accuracy": "accuracy", **METRIC_NAMES}
 
 #: `accuracy` is the average accuracy or, where there is one test set, the final one.
 _ACCURACIES = ("average_accuracy", "final_accuracy")
@@ -80,7 +72,7 @@ def text_table(groups: Sequence[Group]) -> str:
         groups: At least one; each becomes a row.
 
     Returns:
-        Lines of at most 80 columns, with a line break at the end.
+        Lines that fit the terminal, or else 80 columns, with a line break at the end.
     """
     rows = summarized(groups, list(_SELECTIONS), _DEFAULT_METRICS)
     return rendered(_document(rows, list(_SELECTIONS), _DEFAULT_METRICS), "text")
@@ -374,7 +366,8 @@ def _two_groups(args: argparse.Namespace) -> tuple[Group, Group]:
     problems: list[str] = []
     found = [_one_group(name, groups, problems) for name in args.compare]
     if problems:
-        raise UsageError(f"--compare: {problem}" for problem in problems)
+        labels = [_choice_of(groups)] if None in found else []
+        raise UsageError(f"--compare: {problem}" for problem in [*problems, *labels])
     a, b = (group for group in found if group is not None)
     if {run.folder for run in a.runs} == {run.folder for run in b.runs}:
         raise UsageError(["--compare: A and B are the same runs"])
@@ -386,7 +379,7 @@ def _one_group(name: str, groups: dict[str, Group], problems: list[str]) -> Grou
     if name in groups:
         return groups[name]
     if not Path(name).is_dir():
-        problems.append(f"{name} is neither a folder nor a label: {_choice_of(groups)}")
+        problems.append(f"{name} is neither a folder nor a label")
         return None
     own = _groups([name])
     if not own:

@@ -23,7 +23,7 @@ _PARTS = {"prompt.prompt_key": "keys", "prompt.prompt": "prompts", "head": "head
 #: What a folder of results holds, in the order in which people look at it.
 _CONTENT = {
     "results.json": "accuracies, metrics, prompt usage, versions",
-    "plots": "pictures, PNG and SVG",
+    "plots": "pictures, PNG and SVG; begin with overview.png",
     "log_stats.txt": "a JSON object for each task",
     "config.yaml": "every setting: python main.py {folder}/config.yaml runs it again",
     "log.txt": "what was printed",
@@ -55,11 +55,22 @@ def describe(args: argparse.Namespace, run: Experiment, processes: Processes) ->
         "Processes": f"{processes.world_size} on {processes.device}",
         "Output": args.output_dir or "none: nothing is written",
     }
-    command = settings.command(args)["configurations"]
-    title = f"L2P: {' '.join(command) or 'the defaults'}, seed {args.seed}"
-    rows = [f"  {name + ':':11s}{text}" for name, text in lines.items() if text]
-    logger.info("%s", "\n".join([title, *rows]))
+    command = options.command_words(settings.command(args)) or "the defaults"
+    _log_lines(f"L2P: {command}, seed {args.seed}", lines)
     _warn(args, run, processes)
+
+
+def describe_evaluation(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
+    """Logs in a few lines what `--eval` is about to evaluate; see `describe`."""
+    lines = {
+        "Data": _data(args, run),
+        "Tasks": _tasks(args, run),
+        "Model": _model(args, run),
+        "Votes": _votes(args, run).removeprefix(", "),
+        "Precision": _precision(run),
+        "Processes": f"{processes.world_size} on {processes.device}",
+    }
+    _log_lines("L2P: evaluation of checkpoints", lines)
 
 
 def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> None:
@@ -79,7 +90,13 @@ def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> No
         if (output_dir / name).exists()
     ]
     logger.info("%s", "\n".join([f"Written to {output_dir}:", *lines]))
+    logger.info("Compare runs:   python summarize.py %s OTHER_FOLDER ...", folder)
     logger.info("Evaluate again: bash train.sh --eval --output_dir %s", folder)
+
+
+def _log_lines(title: str, lines: Mapping[str, str]) -> None:
+    rows = [f"  {name + ':':11s}{text}" for name, text in lines.items() if text]
+    logger.info("%s", "\n".join([title, *rows]))
 
 
 def _data(args: argparse.Namespace, run: Experiment) -> str:
@@ -96,7 +113,8 @@ def _tasks(args: argparse.Namespace, run: Experiment) -> str:
     sizes = sorted({len(task.classes) for task in tasks})
     classes = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     scenario = f"{args.scenario}{' (joint)' if args.joint else ''}"
-    return f"{len(tasks)} of {classes} classes, {scenario}; {_order(run)}"
+    plural = "" if sizes == [1] else "es"
+    return f"{len(tasks)} of {classes} class{plural}, {scenario}; {_order(run)}"
 
 
 def _order(run: Experiment) -> str:
@@ -151,9 +169,17 @@ def _training(args: argparse.Namespace, run: Experiment) -> str:
     return (
         f"{args.opt}, learning rate {settings.learning_rate(args, run.global_batch):g} "
         f"(--lr {args.lr:g}, scaled {args.lr_scale}), {args.sched}; "
-        f"{_count(args.epochs, 'epoch')} a task, {run.global_batch} images a step, votes of "
-        f"{settings.vote_group_size(args)}"
+        f"{_count(args.epochs, 'epoch')} a task, {run.global_batch} images a step"
+        f"{_votes(args, run)}"
     )
+
+
+def _votes(args: argparse.Namespace, run: Experiment) -> str:
+    """How many images vote together, where a vote can change anything."""
+    pool = run.model.prompt
+    if pool is None or not pool.batchwise or pool.size == pool.top_k:
+        return ""
+    return f", votes of {settings.vote_group_size(args)}"
 
 
 def _precision(run: Experiment) -> str:
@@ -169,6 +195,11 @@ def _warn(args: argparse.Namespace, run: Experiment, processes: Processes) -> No
     if resolved != args.model:
         logger.info("--model %s means %s: the weights that the original used", args.model, resolved)
     stream = run.stream
+    if args.train_mask and {len(task.classes) for task in stream.tasks} == {1}:
+        logger.warning(
+            "A task is a single class, and --train_mask lets training predict no other: there is "
+            "nothing to tell apart; give fewer --num_tasks, or the overlay no_class_mask"
+        )
     if args.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
         logger.info("--task_inc tells nothing here: the test images may be of any class")
     num_groups = -(-run.global_batch // settings.vote_group_size(args))

@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ import run_with_submitit
 import stored_runs
 import sweep_plan
 from options import UsageError
-from stored_runs import ResultsError
+from stored_runs import Group, ResultsError
 from sweep_plan import Run, Sweep, count_runs
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before anything ran", file=sys.stderr)
+        print("interrupted: the same command looks again; jobs go on", file=sys.stderr)
         return 130
 
 
@@ -319,7 +319,7 @@ def _standing(plan: Plan, run: Run) -> str:
 
 
 def _report(plan: Plan) -> None:
-    """Prints the table of what is finished, and draws it."""
+    """Prints the table of what is finished, by arm, and draws it."""
     import summarize
 
     runs = []
@@ -328,7 +328,8 @@ def _report(plan: Plan) -> None:
             runs.append(stored_runs.read(run.folder))
     if not runs:
         return
-    groups, _ = stored_runs.group(runs)
+    found, _ = stored_runs.group(runs)
+    groups = [replace(group, label=group.runs[0].folder.parent.name) for group in found]
     print(f"\n{summarize.text_table(groups)}")
     if len(runs) < len(plan.runs):
         print(f"{len(plan.runs) - len(runs)} of {len(plan.runs)} runs are not finished.")
@@ -337,16 +338,26 @@ def _report(plan: Plan) -> None:
     print(f"As a file: python summarize.py {shlex.quote(str(plan.folder))} --format csv")
 
 
-def _draw(plan: Plan, groups: list[stored_runs.Group]) -> None:
+def _draw(plan: Plan, groups: Sequence[Group]) -> None:
+    """Draws the arms over the tasks, and against settings that have several values by now."""
+    import comparison_figures
     import plots
     from figure_parts import NothingToDrawError
 
     folder = plan.folder / "comparison"
+    axes = [
+        name
+        for name in (plan.sweep.against, plan.sweep.lines)
+        if name is not None and len({str(group.settings.get(name)) for group in groups}) > 1
+    ]
     try:
-        plots.draw_comparison(groups, folder, plan.sweep.against, plan.sweep.lines)
-        print(f"Drawn in {folder}")
+        if axes:
+            comparison_figures.check_against(groups, *axes)
     except NothingToDrawError as error:
-        print(f"Not drawn: {error}")
+        print(f"accuracy_against is not drawn: {error}")
+        axes = []
+    plots.draw_comparison(groups, folder, *axes)
+    print(f"Drawn in {folder}")
 
 
 if __name__ == "__main__":

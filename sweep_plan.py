@@ -35,10 +35,10 @@ NOT_SWEPT = (
 #: Names of arms are names of folders, other than those that hold something else.
 _FOLDER_NAME = re.compile(r"[\w][\w.=,+-]*")
 
-_TAKEN = ("jobs", "logs", "comparison", "previous", "checkpoint", "plots", "tensorboard", "wandb")
+_TAKEN = ("jobs", "logs", *stored_runs.NO_RUNS)
 
 #: Settings that may differ from those of a run that is there: where things are, and how fast.
-_FREE = (*options.COMPUTE_ONLY, "data_path", "file_lists")
+_FREE = (*options.COMPUTE_ONLY, "file_lists")
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,10 @@ def load_sweep(name: str) -> Sweep:
     if problems:
         raise UsageError(problems)
     sweep = make_sweep(name, {str(n): s or {} for n, s in arms.items()}, grid)
-    axes = {key: content.get(key, getattr(sweep, key)) for key in ("against", "lines")}
-    return replace(sweep, **axes, needs=content.get("needs"))
+    against = content.get("against", sweep.against)
+    others = [name for name in (sweep.against, sweep.lines) if name != against]
+    lines = content.get("lines", next(iter(others), None))
+    return replace(sweep, against=against, lines=lines, needs=content.get("needs"))
 
 
 def make_sweep(name: str, arms: dict[str, dict[str, Any]], grid: dict[str, list[Any]]) -> Sweep:
@@ -285,9 +287,11 @@ def _load(name: str) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(name, [p.stem for p in SWEEP_DIR.glob("*.yaml")], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
+        is_config = name in options.config_names()
+        kind = "a configuration, no sweep" if is_config else "no sweep"
         raise UsageError(
             [
-                f"{name!r} is no sweep: {hint}--list shows the sweeps; a file of your own must end "
+                f"{name!r} is {kind}: {hint}--list shows the sweeps; a file of your own must end "
                 "in .yaml; SWEEP comes before each CONFIG"
             ]
         )
@@ -367,13 +371,13 @@ def _same_arms(sweep: Sweep, runs: list[Run]) -> list[str]:
                 "equal settings"
             )
     if problems and sweep.needs:
-        problems.append(f"{sweep.name} needs {sweep.needs}")
+        problems.insert(0, f"{sweep.name} needs {sweep.needs}")
     return problems
 
 
 def _differences(run: Run, num_processes: int) -> list[str]:
     """How the run that lies in a folder, if any, differs from the one that should."""
-    stored, images = _stored(run.folder)
+    stored, results = _stored(run.folder)
     if stored is None:
         return []
     stored = {**options.defaults(), **stored}
@@ -381,31 +385,56 @@ def _differences(run: Run, num_processes: int) -> list[str]:
     differences = [
         f"--{name} {options.shown(stored[name])} in place of {options.shown(value)}"
         for name, value in run.config.items()
-        if name in stored and name not in _FREE and not _is_same(name, stored[name], value)
+        if name in stored and not _is_same(name, stored, run.config)
     ]
-    expected = run.config["batch_size"] * num_processes
-    if not differences and images not in (None, expected):
-        differences = [f"{images} images a step of all processes in place of {expected}"]
-    return differences
+    return differences or [*_other_steps(run, results, num_processes), *_other_order(run, results)]
 
 
-def _stored(folder: Path) -> tuple[dict[str, Any] | None, int | None]:
-    """Settings of the run that lies in a folder, and its images of a step, as far as known."""
+def _stored(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Settings of the run that lies in a folder, and its results, as far as known."""
     with suppress(ResultsError):
         results = stored_runs.load_results(folder)
-        return results["config"], results.get("run", {}).get("images_per_step")
+        return results["config"], results
     with suppress(OSError, yaml.YAMLError):
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        return (content, None) if isinstance(content, dict) else (None, None)
-    return None, None
+        return (content if isinstance(content, dict) else None), {}
+    return None, {}
 
 
-def _is_same(name: str, stored: Any, wanted: Any) -> bool:
+def _is_same(name: str, stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a setting is the same; paths may differ where they do not tell what is learned."""
     import settings
 
-    if name == "pretrained" and isinstance(stored, str) and isinstance(wanted, str):
-        return Path(stored).name == Path(wanted).name
-    return settings.same(name, stored, wanted)
+    one, other = stored[name], wanted[name]
+    if name == "data_path":
+        in_folders = "imagefolder" in str(wanted["dataset"]).lower()
+        return not in_folders or Path(one).expanduser().resolve() == Path(other).resolve()
+    if name == "pretrained" and isinstance(one, str) and isinstance(other, str):
+        return Path(one).name == Path(other).name
+    if name == "num_tasks":  # none leaves it to the data
+        return one == other
+    return name in _FREE or settings.same(name, one, other)
+
+
+def _other_steps(run: Run, results: dict[str, Any], num_processes: int) -> Iterator[str]:
+    images = results.get("run", {}).get("images_per_step")
+    expected = run.config["batch_size"] * num_processes
+    if images not in (None, expected):
+        yield f"{images} images a step of all processes in place of {expected}"
+
+
+def _other_order(run: Run, results: dict[str, Any]) -> Iterator[str]:
+    """Whether the file of the class order says what it said then."""
+    from class_order import read_class_order
+
+    path = run.config["class_order"]
+    if path is None or "class_order" not in results:
+        return
+    learned = [class_id for classes in results["class_order"] for class_id in classes]
+    with suppress(ValueError, OSError):  # a file that main.py will refuse
+        if read_class_order(Path(path), results["class_names"])[: len(learned)] == learned:
+            return
+    yield f"another order of the classes than {path} says now"
 
 
 def count_runs(runs: Sized) -> str:

@@ -4,14 +4,14 @@ import csv
 import io
 import itertools
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Columns of a terminal, and of the label of a row that shares them with many numbers.
-_WIDTH = 80
-_LABEL_WIDTH = 21
+#: Columns of a terminal at least, and of the label of a row that shares them with many numbers.
+_LEAST_WIDTH, _LABEL_WIDTH = 80, 21
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,22 @@ def _plain(cell: Cell) -> str:
     return cell or "-"
 
 
+def _width() -> int:
+    return max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
+
+
 def _wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(paragraph, _LEAST_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _text(table: Table) -> str:
     """Aligned columns; what is too wide for a terminal goes into further blocks of rows."""
     labels, *columns = table
     laid = [_laid_out(column) for column in columns]
-    room = _WIDTH - sum(column.width for column in laid)
+    room = _width() - sum(column.width for column in laid)
     names = [_folded(_plain(cell), max(room, _LABEL_WIDTH), "  ") for cell in labels.cells]
     width = max(len(line) for lines in [[labels.heading], *names] for line in lines)
-    blocks = _side_by_side(laid, _WIDTH - width)
+    blocks = _side_by_side(laid, _width() - width)
     return "\n\n".join(_block(labels.heading, names, width, block) for block in blocks)
 
 

@@ -2,18 +2,18 @@
 
 import argparse
 import logging
+import shlex
 import time
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-import live_log
-from live_log import LiveLog
+from typing import Any
 
 import checkpoints
 import engine
 import files
+import live_log
 import metrics
 import options
 import plots
@@ -26,6 +26,7 @@ from batch_samplers import steps_per_epoch
 from checkpoints import Checkpoint
 from engine import NonFiniteLossError, Position, TaskReport
 from experiment import Experiment, assemble, check_same_run
+from live_log import LiveLog
 from preemption import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
 from resume import RunState
@@ -57,6 +58,13 @@ def prepare(
     check_same_run(experiment, found[1], found[0])
     resume.restore(experiment, *found)
     return experiment, found
+
+
+def is_complete(experiment: Experiment, found: tuple[Path, RunState] | None) -> bool:
+    """Whether all tasks were learned by the state that a run goes on from, in its own folder."""
+    if found is None or found[1].position.task < experiment.stream.num_tasks:
+        return False
+    return (found[0].parent.parent / "results.json").exists()
 
 
 def run(
@@ -324,9 +332,7 @@ def _finish(
     record.write(output_dir)
     start = time.monotonic()
     if args.plots:
-        _, left_out = plots.draw_run(record.as_dict(), output_dir / "plots")
-        for reason in left_out:
-            logger.info("Not drawn: %s", reason)
+        _draw(record.as_dict(), output_dir)
     seconds = {
         "training": sum(report.train_seconds for report in record.reports),
         "evaluation": sum(report.eval_seconds for report in record.reports),
@@ -336,3 +342,15 @@ def _finish(
     }
     total = seconds_to_load + seconds_of_run + seconds["pictures"]
     summary.conclude(output_dir, seconds, total)
+
+
+def _draw(content: dict[str, Any], output_dir: Path) -> None:
+    """Draws the results; whatever goes wrong, the run is done and can be drawn again."""
+    try:
+        _, left_out = plots.draw_run(content, output_dir / "plots")
+    except (OSError, ValueError) as error:
+        logger.warning("The pictures are not drawn (%s)", utils.reason(error))
+        logger.warning("Draw them again: python plots.py %s", shlex.quote(str(output_dir)))
+        return
+    for reason in left_out:
+        logger.info("Not drawn: %s", reason)

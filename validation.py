@@ -291,7 +291,11 @@ def _data(args: argparse.Namespace) -> Iterator[str]:
     if missing:
         downloadable = all(spec.downloadable for spec in specs.values())
         hint = ", or an empty one to download it into" if downloadable else ""
-        yield f"--data-path {path} does not exist: name the folder that holds {args.dataset}{hint}"
+        given = "" if "data_path" in args.explicit else " (the default)"
+        yield (
+            f"--data-path {path}{given} does not exist: name the folder that holds "
+            f"{args.dataset}{hint}"
+        )
     yield from _one_data_set(args, list(specs))
     folders_are_domains = args.scenario == "domain-incremental" and "ImageFolder" in specs
     if folders_are_domains and Path(args.output_dir).absolute().parent == path.absolute():

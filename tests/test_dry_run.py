@@ -33,6 +33,36 @@ def test_dry_run_trains_one_step_and_evaluates_one_batch(command, monkeypatch, c
     assert "Dry run: one step with loss " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--buffer_per_class", "2"], 8),  # as large as the steps with replay
+        (["--joint"], 4),
+        (["--eval_every", "2"], 4),
+        (["--diversify", "mask"], 4),
+        (["--scenario", "gaussian", "--epochs", "1", "--num_tasks", "8"], 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_dry_run_tries_every_kind_of_run(command, flags, size, monkeypatch, tmp_path):
+    train_step, steps = engine.train_step, []
+
+    def step(model, updater, batch, *rest):
+        steps.append(len(batch[0]))
+        return train_step(model, updater, batch, *rest)
+
+    monkeypatch.setattr(engine, "train_step", step)
+    assert main.main([*command, *flags, "--dry_run"]) == 0
+    assert steps == [size]
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_tells_that_earlier_results_would_move(command, tmp_path, capsys):
+    assert main.main([*command, "--epochs", "1"]) == 0
+    assert main.main([*command, "--dry_run"]) == 0
+    assert f"The earlier results in {tmp_path / 'out'} would move" in capsys.readouterr().out
+
+
 def test_dry_run_writes_nothing(command, tmp_path):
     assert main.main([*command, "--dry_run"]) == 0
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import engine
 import live_log
 import results
+from figure_parts import NothingToDrawError
 from live_log import LiveLog, TensorBoardWriter, open_live_log
 
 NAN = float("nan")
@@ -175,7 +176,7 @@ def test_a_task_without_evaluation_logs_nothing():
 
 def test_a_matrix_that_cannot_be_drawn_is_left_out(monkeypatch, caplog):
     def refuse(content):
-        raise ValueError(f"nothing to draw in {sorted(content)}")
+        raise NothingToDrawError(f"nothing to draw in {sorted(content)}")
 
     module = types.SimpleNamespace(accuracy_matrix=refuse)
     monkeypatch.setitem(sys.modules, "figures", module)

@@ -819,3 +819,17 @@ def test_split_cifar100_is_downloaded_trained_and_evaluated(cifar, tmp_path, cap
     assert main.main(["--eval", *flags]) == 0
     again = read(tmp_path / "out" / "eval_results.json")
     assert again["batch"] == results["batch"]
+
+
+def test_state_given_for_a_checkpoint_is_told(trained, capsys):
+    state = trained[0] / "checkpoint" / "last.pth"
+    assert main.main(["--eval", "--checkpoint", str(state), "--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert f"{state} is the state of a run, for --resume: give a checkpoint of a task" in said
+    assert str(trained[0] / "checkpoint" / "task1_checkpoint.pth") in said
+
+
+def test_default_data_path_that_does_not_exist_is_called_the_default(capsys):
+    for flags, word in (([], " (the default)"), (["--data-path", "/nowhere"], "")):
+        assert main.main(["cifar100_l2p", *flags]) == 2
+        assert f"{word} does not exist: name the folder" in capsys.readouterr().err

@@ -247,7 +247,7 @@ def test_signal_before_anything_is_trained_leaves_at_once(
         sending(patch, training, "assemble", signal.SIGUSR1, behind=True)
         patch.setattr(training, "run", None)
         assert start(command, tmp_path) == EXIT_CODE
-    assert "SIGUSR1 stopped the program before it trained" in capsys.readouterr().out
+    assert "SIGUSR1 stopped the program outside of training" in capsys.readouterr().out
     assert contents(tmp_path) == {}
     assert_goes_on(command, whole, tmp_path)
 

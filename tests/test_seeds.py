@@ -1,11 +1,13 @@
 """`--seeds`: one command, a run for each seed, a table over them."""
 
 import json
+import weakref
 
 import pytest
 
 import checkpoints
 import main
+import plots
 import resume
 import training
 from test_main import TINY, _restore_logging  # noqa: F401
@@ -36,8 +38,10 @@ def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
     mean = sum(results(together / f"seed{s}")["batch"]["average_accuracy"] for s in (3, 4)) / 2
     assert f"{mean:.2f} ±" in text.rpartition("Written to")[2]
     log = (together / "seed3" / "log.txt").read_text()
-    assert "seed 3\n" in log
-    assert "seed 4\n" not in log
+    assert ", seed 3\n" in log
+    assert ", seed 4\n" not in log
+    for seed in (3, 4):  # the table is of none of them
+        assert "±" not in (together / f"seed{seed}" / "log.txt").read_text()
     assert (together / "comparison" / "average_accuracy.svg").is_file()
     assert f"Drawn together in {together / 'comparison'}" in text
 
@@ -64,6 +68,34 @@ def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, cap
     assert len(checkpoints.find(tmp_path / "seed4")) == 2
     assert not (tmp_path / "seed3" / "previous").exists()
     assert "±" in capsys.readouterr().out
+
+
+def test_one_model_at_a_time_is_in_memory(command, tmp_path, monkeypatch):
+    prepare, models, alive = training.prepare, [], []
+
+    def watched(*args):
+        alive.append([model() is not None for model in models])
+        experiment, found = prepare(*args)
+        models.append(weakref.ref(experiment.model))
+        return experiment, found
+
+    monkeypatch.setattr(training, "prepare", watched)
+    argv = [*command, "--seeds", "1", "2", "3", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    assert alive == [[], [False], [False, False]]
+
+
+def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots, "draw_run", fail)
+    argv = [*command, "--plots", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.count("The pictures are not drawn (OSError: no space left)") == 2
+    assert f"Draw them again: python plots.py {tmp_path / 'seed1'}" in text
+    assert results(tmp_path / "seed2")["seed"] == 2
 
 
 @pytest.mark.parametrize(

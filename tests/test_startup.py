@@ -103,7 +103,7 @@ def test_run_imports_what_it_needs(image_folder, flags, more):
 def test_signal_during_the_imports_leaves_behind_them():
     end, output, error = start("--size", "0", number=signal.SIGUSR1)
     assert (end["code"], error) == (75, "")
-    assert output == "SIGUSR1 stopped the program before it trained"
+    assert output == "SIGUSR1 stopped the program outside of training"
 
 
 def test_interrupt_during_the_imports_is_told():

@@ -304,6 +304,7 @@ def test_runs_of_the_same_command_are_told_by_the_settings_that_differ(tmp_path)
     for name, lr, backbone in (("a", 0.1, "ab"), ("b", 0.2, "ab"), ("c", 0.2, "cd")):
         results = content()
         results["config"]["lr"] = lr  # a configuration file that was edited
+        results["run"]["learning_rate"] = lr / 16
         results["backbone"]["sha256"] = backbone
         write(tmp_path / name, results)
     groups, _ = grouped(tmp_path)
@@ -312,6 +313,55 @@ def test_runs_of_the_same_command_are_told_by_the_settings_that_differ(tmp_path)
         "digits_l2p (backbone ab, lr 0.2)",
         "digits_l2p (backbone cd, lr 0.2)",
     ]
+
+
+def test_runs_on_other_data_are_other_configurations(tmp_path):
+    for number, names in enumerate((["ant", "bee"], ["bee", "ant"], ["cat", "dog"])):
+        results = content(seed=number) | {"class_names": names}
+        write(tmp_path / str(number), results)
+    groups, problems = grouped(tmp_path)
+    assert [group.seeds for group in groups] == [[0, 1], [2]]
+    assert problems == []
+    assert len({group.label for group in groups}) == 2
+
+
+def test_other_images_of_the_same_classes_are_told_by_their_digest(tmp_path):
+    for number, digest in enumerate(("ab", "ab", "cd")):
+        results = content(seed=number)
+        results["run"]["train_digest"] = digest
+        write(tmp_path / str(number), results)
+    assert [group.label for group in grouped(tmp_path)[0]] == [
+        "digits_l2p (data ab)", "digits_l2p (data cd)",
+    ]  # fmt: skip
+
+
+def test_the_same_run_in_other_words_is_one_configuration(tmp_path):
+    """Two processes with batches of 8, and one with 16, at the same rate."""
+    for seed, words in enumerate(
+        [
+            {"batch_size": 16, "lr": 0.03, "dataset": "digits", "num_tasks": 2},
+            {"batch_size": 8, "lr": 0.06, "dataset": "Digits", "num_tasks": None},
+        ]
+    ):
+        results = content(seed=seed, **words) | {"class_order": [[0], [1]]}
+        results["run"]["learning_rate"] = 0.03 * 16 / 256
+        write(tmp_path / str(seed), results)
+    (one,), _ = grouped(tmp_path)
+    assert one.seeds == [0, 1]
+
+
+@pytest.mark.parametrize("order", [[[0], [1]], [[1], [0]]])
+def test_class_order_of_a_file_tells_configurations_apart(tmp_path, order):
+    for seed, own in enumerate([[[0], [1]], order]):
+        results = content(seed=seed, class_order="order.txt") | {"class_order": own}
+        write(tmp_path / str(seed), results)
+    assert len(grouped(tmp_path)[0]) == (1 if order == [[0], [1]] else 2)
+
+
+def test_settings_of_a_group_are_those_of_runs_alone(tmp_path):
+    (group,), _ = grouped(write(tmp_path / "a"))
+    assert not {"seeds", "dry_run", "list", "seed", "output_dir"} & group.settings.keys()
+    assert group.settings["length"] == 5
 
 
 def test_label_names_own_configurations_by_file_and_folder(tmp_path):

@@ -737,10 +737,10 @@ def test_comparison_without_a_common_metric_ends_with_one(tmp_path, capsys):
 
 def test_comparison_with_what_is_not_there_lists_the_labels(pair, refuse):
     assert refuse(pair, "--compare", "digits", pair) == [
-        "--compare: digits is neither a folder nor a label: the labels are digits_l2p; "
-        "digits_l2p --length 7",
+        "--compare: digits is neither a folder nor a label",
         f"--compare: {pair} has runs of 2 configurations: name the folder of one, or give {pair} "
         "as OUTPUT_DIR and one of these labels: digits_l2p; digits_l2p --length 7",
+        "--compare: the labels are digits_l2p; digits_l2p --length 7",
     ]
 
 

@@ -33,7 +33,8 @@ def said(image_folder, tmp_path, capsys):
 
 def test_start_tells_what_will_happen(said, tmp_path):
     text = said("--seed", "7")
-    assert text.startswith("L2P: the defaults, seed 7\n")
+    assert text.startswith("L2P: --model vit_tiny_patch16_224 --model_kwargs patch_size=8 ")
+    assert ", seed 7\n" in text
     found = lines(text)
     assert list(found) == [
         "Data", "Tasks", "Model", "Backbone", "Trains", "Training", "Precision", "Processes",
@@ -75,6 +76,33 @@ def test_start_tells_what_will_happen(said, tmp_path):
 )
 def test_start_tells_what_is_special(said, flags, label, text):
     assert text in lines(said(*flags))[label]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--no-prompt_pool", "--head_type", "token"], ["--no-batchwise_prompt"], ["--size", "2"]],
+    ids=" ".join,
+)
+def test_start_tells_no_votes_where_there_are_none(said, flags):
+    assert "votes" not in lines(said(*flags))["Training"]
+
+
+def test_start_warns_of_tasks_that_have_nothing_to_tell_apart(said):
+    many = ["--num_tasks", "4"]
+    assert "there is nothing to tell apart" in said(*many)
+    assert "4 of 1 class, class-incremental" in said(*many)
+    assert "nothing to tell apart" not in said(*many, "--no-train_mask")
+    assert "nothing to tell apart" not in said()
+
+
+def test_evaluation_tells_what_it_evaluates(image_folder, tmp_path, capsys):
+    assert run(image_folder, tmp_path, "--epochs", "1") == 0
+    capsys.readouterr()
+    assert main.main(["--eval", "--output_dir", str(tmp_path), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("L2P: evaluation of checkpoints\n")
+    assert lines(text)["Votes"] == "votes of 4"
+    assert "Trains" not in lines(text)
 
 
 def test_start_names_the_configurations(capsys, tmp_path):

@@ -153,7 +153,7 @@ def test_single_value_is_on_no_axis():
         ({"scale": [0.05, 1.0]}, "scale=0.05_1.0"),
         ({"pretrained": "../a b/x.npz"}, "pretrained=.._a_b_x.npz"),
         ({"freeze": []}, "freeze=none"),
-        ({"model_kwargs": {"depth": 2, "num_heads": 2}}, "model_kwargs=_depth_2_num_heads_2_"),
+        ({"model_kwargs": {"depth": 2, "num_heads": 2}}, "model_kwargs=depth_2_num_heads_2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -304,7 +304,7 @@ def test_impossible_combinations_of_a_grid_are_left_out(no_launcher):
 
 
 def test_arms_that_come_to_the_same_are_refused(no_launcher):
-    problem, hint = refusal("table5", *BASE)
+    hint, problem = refusal("table5", *BASE)
     assert problem.startswith("no_diversified_selection and full are the same here")
     assert hint.startswith("table5 needs a base with diversified selection")
     assert len(plan("table5", *BASE, "--diversify", "frequency").runs) == 4
@@ -359,9 +359,26 @@ def test_picture_shows_the_axes_of_the_sweep(fake, call, tmp_path, monkeypatch):
     path = write_sweep(tmp_path, grid={"length": [1, 2], "top_k": [2, 3]}, against="top_k")
     _, text, _ = call(path, *BASE, "--plots", "true")
     (groups, folder, against, lines), *_ = drawn
-    assert [group.settings["length"] for group in groups] == [1, 1, 2, 2]
-    assert (folder, against, lines) == (tmp_path / "out" / "comparison", "top_k", "top_k")
+    assert [group.label for group in groups] == [
+        f"length={length},top_k={k}" for length in (1, 2) for k in (2, 3)
+    ]
+    assert (folder, against, lines) == (tmp_path / "out" / "comparison", "top_k", "length")
     assert f"Drawn in {folder}\n" in text
+
+
+def test_picture_leaves_out_a_setting_of_which_one_value_is_possible(fake, call, tmp_path):
+    code, text, _ = call("--grid", "length=1,2", "top_k=2,40", *BASE, "--plots", "true")
+    assert code == 0
+    assert "left out: length=1,top_k=40  length=2,top_k=40" in text
+    assert f"Drawn in {tmp_path / 'out' / 'comparison'}\n" in text
+    assert (tmp_path / "out" / "comparison" / "accuracy_against.png").exists()
+
+
+def test_finished_run_of_another_number_of_tasks_is_refused(fake, call):
+    assert call("--grid", "length=1,2", *BASE)[0] == 0
+    code, _, error = call("--grid", "length=1,2", *BASE, "--num_tasks", "none")
+    assert code == 2
+    assert "--num_tasks 2 in place of none" in error
 
 
 def test_finished_runs_are_not_run_again(fake, call, tmp_path):
@@ -466,7 +483,7 @@ def test_stopped_sweep_ends_its_runs_and_goes_on(fake, call, tmp_path, number, c
     assert found == code
     assert f"{number.name}: 2 runs asked to save and to stop" in text
     assert text.count("/seed42: was stopped after ") == 2
-    assert "The same command goes on." in text
+    assert "Call the same command again to go on." in text
     assert not (tmp_path / "out" / "length=3").exists()
     for mark in marks:
         assert is_gone(int(mark.read_text()))
