@@ -33,6 +33,8 @@ _MOST_NUMBERED = 30
 SMALLEST_FONT, _READABLE_FONT, LARGEST_FONT = 6.0, 7.0, 8.5
 #: Width of a digit over the size of the font.
 _DIGIT = 0.64
+#: Height of the line that says which run a picture shows, and the size of its font.
+HEADLINE_HEIGHT, HEADLINE_FONT = 0.2, 7.5
 #: Space between the labels of an axis.
 _LABEL_ROOM = 5.0
 
@@ -103,13 +105,25 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that lays out its panels by itself."""
+def new_figure(width: float, height: float, headline: str = "") -> Figure:
+    """An empty figure that lays out its panels by itself, below a headline if there is one."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.05)
-    return Figure(figsize=(width, height), layout=layout)
+    whole = height + HEADLINE_HEIGHT * bool(headline)
+    layout = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.05, rect=(0, 0, 1, height / whole))
+    figure = Figure(figsize=(width, whole), layout=layout)
+    if headline:
+        figure.text(
+            1 - 0.07 / width, 1 - 0.06 / whole, headline, ha="right", va="top",
+            fontsize=HEADLINE_FONT, color="#707070",
+        )  # fmt: skip
+    return figure
+
+
+def most_letters(width: float, size: float) -> int:
+    """How many letters of a font have room in some inches."""
+    return int(width * 72 / (size * _DIGIT))
 
 
 def side_by_side(figure: Figure, widths: Sequence[float]) -> list[Axes]:
@@ -206,6 +220,18 @@ def outline_cells(axes: Axes, cells: Sequence[tuple[int, int]], thickness: float
     )
 
 
+def spread(values: Array, gap: float, highest: float) -> Array:
+    """Moves values apart, to at least a gap between neighbours and at most the highest place."""
+    order = np.argsort(values, kind="stable")
+    places = values[order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    places = np.minimum(places, highest - gap * np.arange(len(places))[::-1])
+    moved = np.empty_like(places)
+    moved[order] = places
+    return moved
+
+
 def heights_of_lines(panels: Sequence[Axes]) -> Array:
     """Heights of all points of all lines."""
     return np.concatenate([np.asarray(line.get_ydata()) for axes in panels for line in axes.lines])
@@ -255,6 +281,8 @@ def label_step(number: int, most: int) -> int:
 def limit_accuracy(axes: Axes, lowest: float, most: float, room: float = 0.1) -> None:
     """Ends an axis of accuracies at 100 and at fives that leave a part of it free at the bottom.
 
+    Markers at 0 are seen whole.
+
     Args:
         axes: What has the axis.
         lowest: What is to be seen.
@@ -263,7 +291,8 @@ def limit_accuracy(axes: Axes, lowest: float, most: float, room: float = 0.1) ->
     """
     free = 100 - (100 - lowest) / (1 - room)
     lower = max(0.0, min(most, 5 * math.floor(free / 5)))
-    axes.set_ylim(lower, 100 + 0.05 * (100 - lower))
+    span = 100 - lower
+    axes.set_ylim(min(lower, max(0.0, lowest) - 0.04 * span), 100 + 0.05 * span)
     axes.yaxis.get_major_locator().set_params(**_WHOLE)
 
 

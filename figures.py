@@ -9,7 +9,8 @@
 | `key_similarity` | how near the images of each test set are to each key |
 | `training_curves` | loss, accuracy and learning rate over the epochs of the run |
 
-What is not there to be shown is told by a `NothingToDrawError`.
+Each says which run it shows, and how far that is if it is not finished. What is not there to be
+shown is told by a `NothingToDrawError`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import metrics
+import options
+import stored_runs
 from figure_parts import (
+    HEADLINE_FONT,
+    HEADLINE_HEIGHT,
     LARGEST_FONT,
     PAGE_WIDTH,
     PALETTE,
@@ -41,11 +46,13 @@ from figure_parts import (
     label_tasks_learned,
     limit_accuracy,
     most_labels,
+    most_letters,
     new_figure,
     outline_cells,
     picture,
     shortened,
     side_by_side,
+    spread,
 )
 from metrics import SELECTIONS
 from task_stream import display_names
@@ -56,6 +63,11 @@ if TYPE_CHECKING:
 
 #: Test sets that get a panel each.
 _MOST_PANELS = 20
+
+#: Epochs that get a tick each.
+_MOST_EPOCHS = 30
+#: Accuracies below leave no room for a legend between them and 0.
+_LOW = 35.0
 
 _COLORS = {"batch": PALETTE[0], "instance": PALETTE[1]}
 #: The published curve lies under the other one where they meet: larger, hollow marks show it.
@@ -92,7 +104,8 @@ def overview(results: dict[str, Any]) -> Figure:
     indent = 0.45 + 0.065 * max(map(len, _row_names(results)))
     for panel, axes, width in zip(panels, side_by_side(figure, widths), widths, strict=True):
         panel(axes, results, width - indent)
-    figure.suptitle(_headline(results), x=0.008, ha="left", fontsize=10, fontweight="bold")
+    headline = _headline(results, most_letters(sum(widths), 10))
+    figure.suptitle(headline, x=0.008, ha="left", fontsize=10, fontweight="bold")
     return figure
 
 
@@ -112,7 +125,7 @@ def accuracy_matrix(results: dict[str, Any]) -> Figure:
             "these results have a single test set: average_accuracy shows its accuracy"
         )
     height = heat_height(num_rows)
-    figure = new_figure(PAGE_WIDTH, height + 0.9)
+    figure = _new_figure(results, PAGE_WIDTH, height + 0.9)
     panels = side_by_side(figure, [1, 1])
     limits = _color_limits(np.concatenate(list(matrices.values())))
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
@@ -132,7 +145,7 @@ def run_accuracy(results: dict[str, Any]) -> Figure:
         NothingToDrawError: If no task was evaluated yet.
     """
     matrix = _matrix(results, "instance")
-    figure = new_figure(7.5, 3.6)
+    figure = _new_figure(results, 7.5, 3.6)
     axes = figure.subplots()
     if _is_evaluated_once(matrix):
         _draw_bars(axes, results, 6.7)
@@ -142,6 +155,8 @@ def run_accuracy(results: dict[str, Any]) -> Figure:
     single = len(matrix) == 1
     _draw_averages(axes, results, 6.7, "{title}" if single else "average, {title}")
     limit_accuracy(axes, heights_of_lines([axes]).min(), 90)
+    if metrics.has_test_set_per_task(matrix) and len(matrix) <= 20:
+        _number_task_lines(axes, matrix)
     axes.set_title("Accuracy over the tasks")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -159,14 +174,12 @@ def prompt_selection(results: dict[str, Any]) -> Figure:
         NothingToDrawError: If the run had no prompt pool, or did not choose from it.
     """
     shares = {name: _shares(results, name) for name in SELECTIONS}
-    if not _has_selection(results):
-        size = shares["batch"].shape[1]
-        raise NothingToDrawError(f"every image used the whole pool of {size}: nothing was selected")
+    _check_selection(results)
     num_rows = len(shares["batch"])
     if num_rows > _MOST_PANELS:
         return _selection_heat_maps(results, shares)
     num_columns = num_rows if num_rows <= 5 else {6: 3, 7: 4, 8: 4}.get(num_rows, 5)
-    figure, grid = _grid(num_rows, num_columns)
+    figure, grid = _grid(results, num_rows, num_columns)
     for axes, name, *rows in zip(grid.flat, _used_names(results), *shares.values(), strict=False):
         title = f"test set {name}" if name.isdigit() else name
         for selection, share, side in zip(SELECTIONS, rows, (-0.4, 0.0), strict=True):
@@ -177,10 +190,12 @@ def prompt_selection(results: dict[str, Any]) -> Figure:
     grid[0, 0].set(xlim=(-0.7, size - 0.3), ylim=(0, 105), yticks=range(0, 101, 25))
     label_numbers(grid[0, 0].xaxis, size, 0, 0.85 * figure.get_figwidth() / num_columns)
     figure.supxlabel("prompt", y=0.02, va="bottom", fontsize=9)
-    figure.supylabel("selected by (% of images)", x=0.01, fontsize=9)
+    middle = (figure.subplotpars.bottom + figure.subplotpars.top) / 2
+    figure.supylabel("selected by (% of images)", x=0.01, y=middle, fontsize=9)
     handles, _ = grid[0, 0].get_legend_handles_labels()
     labels = ["after the vote (batch-wise)", "each image's own choice (instance-wise)"]
-    figure.legend(handles, labels, loc="upper center", ncols=2)
+    below = 1 - HEADLINE_HEIGHT / figure.get_figheight()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, below), ncols=2)
     return figure
 
 
@@ -191,16 +206,18 @@ def key_similarity(results: dict[str, Any]) -> Figure:
     The K prompts that most of its images select are outlined.
 
     Raises:
-        NothingToDrawError: If the run had no prompt pool, or its results do not tell.
+        NothingToDrawError: If the run had no prompt pool, or did not choose from it, or its
+            results do not tell.
     """
     usage = _usage(results)
+    _check_selection(results)
     if any(not entry.get("key_similarity") for entry in usage):
         raise NothingToDrawError("these results were written before key similarities were kept")
     values = np.array([entry["key_similarity"] for entry in usage], dtype=np.float64)
     num_rows, num_keys = values.shape
     height = heat_height(num_rows)
-    width = min(PAGE_WIDTH, max(4.5, 2.2 + 0.55 * num_keys))
-    figure = new_figure(width, height + 0.9)
+    width = min(PAGE_WIDTH, max(5.0, 2.2 + 0.55 * num_keys))
+    figure = _new_figure(results, width, height + 0.9)
     axes = figure.subplots()
     limits = (math.floor(values.min() * 20) / 20, math.floor(values.max() * 20 + 1) / 20)
     inner = width - 1.9
@@ -231,17 +248,21 @@ def training_curves(results: dict[str, Any]) -> Figure:
     rates = np.array([point["Lr"] for point in points])
     if np.allclose(rates, rates[0], rtol=1e-6, atol=0):
         del panels["Lr"]
-    figure = new_figure(PAGE_WIDTH, 0.6 + 1.5 * len(panels))
+    figure = _new_figure(results, PAGE_WIDTH, 0.6 + 1.5 * len(panels))
     rows = figure.subplots(len(panels), sharex=True)
     starts = [i for i, p in enumerate(points) if i == 0 or p["task"] != points[i - 1]["task"]]
     for axes, (name, label) in zip(rows, panels.items(), strict=True):
         _draw_epochs(axes, [point[name] for point in points], starts)
         axes.set_ylabel(label)
         axes.yaxis.set_label_coords(-0.06, 0.5)
+    low, high = rows[1].get_ylim()
+    rows[1].set_ylim(low, min(high, 100 + 0.04 * (100 - low)))
     rows[0].set_title("Training")
     rows[-1].set_xlabel("epoch of the run")
     rows[-1].set_xlim(0.5, len(points) + 0.5)
     rows[-1].xaxis.get_major_locator().set_params(integer=True)
+    if len(points) <= _MOST_EPOCHS:
+        rows[-1].set_xticks(range(1, len(points) + 1))
     if len(starts) > 1:
         _name_tasks(rows[0], starts, points)
     return figure
@@ -263,12 +284,16 @@ def _draw_own_matrix(axes: Axes, results: dict[str, Any], width: float) -> None:
 
 
 def _draw_averages(axes: Axes, results: dict[str, Any], width: float, label: str) -> None:
-    """The average accuracy after each evaluated task, both selections."""
-    for name in SELECTIONS:
-        matrix = _matrix(results, name)
+    """The average accuracy after each evaluated task: a line for both selections if they agree."""
+    matrices = {name: _matrix(results, name) for name in SELECTIONS}
+    if np.array_equal(matrices["batch"], matrices["instance"], equal_nan=True):
+        matrices = {"batch- and instance": matrices["instance"]}
+    for name, matrix in matrices.items():
         tasks, averages = accuracy_over_tasks(matrix)
-        style = {**_STYLES[name], "color": _COLORS[name]}
-        style["label"] = label.format(name, title=TITLES[name], last=averages[-1])
+        like = name if name in SELECTIONS else "instance"
+        style = {**_STYLES[like], "color": _COLORS[like]}
+        title = TITLES.get(name, f"{name}-wise")
+        style["label"] = label.format(name, title=title, last=averages[-1])
         if len(tasks) > 30:
             style["markevery"] = 0.1
         axes.plot(tasks, averages, zorder=3, **style)
@@ -277,19 +302,21 @@ def _draw_averages(axes: Axes, results: dict[str, Any], width: float, label: str
 
 
 def _draw_average_panel(axes: Axes, results: dict[str, Any], width: float) -> None:
-    """The average accuracy, with a legend in the corner that the lines leave free."""
+    """The average accuracy, with a legend below the lines, or above 100 if they are low."""
     _draw_averages(axes, results, width, "{}-wise: {last:.1f}")
     heights = heights_of_lines([axes])
     limit_accuracy(axes, heights.min(), 80, room=0.45)
+    legend: dict[str, Any] = {"alignment": "left", "title_fontsize": 8}
+    legend["loc"] = "lower left" if heights[-1] <= heights[0] else "lower right"
+    if heights.min() < _LOW:
+        axes.set(ylim=(axes.get_ylim()[0], 148), yticks=range(0, 101, 20))
+        legend["loc"] = "upper left"
     axes.set_ylabel("")
-    single = len(_matrix(results, "batch")) == 1
-    axes.set_title("Accuracy (%)" if single else "Average accuracy (%)")
-    axes.legend(
-        loc="lower left" if heights[-1] <= heights[0] else "lower right",
-        title="at the end:",
-        alignment="left",
-        title_fontsize=8,
-    )
+    matrix = _matrix(results, "instance")
+    axes.set_title("Accuracy (%)" if len(matrix) == 1 else "Average accuracy (%)")
+    is_finished = stored_runs.is_finished(matrix)
+    title = "at the end:" if is_finished else f"after task {_last_evaluated(matrix)}:"
+    axes.legend(title=title, **legend)
 
 
 def _draw_bars(axes: Axes, results: dict[str, Any], width: float) -> None:
@@ -340,7 +367,8 @@ def _draw_selection(axes: Axes, results: dict[str, Any], width: float) -> None:
     """How often images choose each prompt: a row for each test set, or bars for a single one."""
     shares = _shares(results, "instance")
     num_rows, size = shares.shape
-    axes.set_title("Prompts selected (%)" if width < 2.3 else "Prompts selected (% of images)")
+    break_or_space = "\n" if width < 2.5 else " "
+    axes.set_title(f"Prompts selected (%),{break_or_space}instance-wise")
     if num_rows == 1:
         axes.bar(range(size), shares[0], width=0.8, **_BARS["instance"])
         axes.set_ylim(0, 100)
@@ -356,9 +384,9 @@ def _draw_selection(axes: Axes, results: dict[str, Any], width: float) -> None:
 
 
 def _draw_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
-    """The accuracy on each task from when it was learned, as thin lines with the task's number."""
+    """The accuracy on each task from when it was learned, as thin lines."""
     label = "each task, instance-wise"
-    for row, values in enumerate(matrix):
+    for values in matrix:
         tasks = np.flatnonzero(np.isfinite(values))
         if len(tasks) == 0:
             continue
@@ -368,17 +396,26 @@ def _draw_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
             zorder=2, alpha=1.0 if len(matrix) <= 20 else 0.5,
         )  # fmt: skip
         label = "_"
-        if len(matrix) <= 20:
-            axes.annotate(
-                str(row + 1), (tasks[0] + 1, values[tasks[0]]), xytext=(0, 5), fontsize=7,
-                textcoords="offset points", color="#707070", ha="center",
-            )  # fmt: skip
+
+
+def _number_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
+    """The tasks' numbers right of the ends of their lines, apart from each other."""
+    last = _last_evaluated(matrix)
+    ends = matrix[:, last - 1]
+    rows = np.flatnonzero(np.isfinite(ends))
+    low, high = axes.get_ylim()
+    places = spread(ends[rows], 0.045 * (high - low), high)
+    for row, place in zip(rows, places, strict=True):
+        axes.annotate(
+            str(row + 1), (last, place), xytext=(7, 0), fontsize=7, va="center",
+            textcoords="offset points", color="#707070",
+        )  # fmt: skip
 
 
 def _selection_heat_maps(results: dict[str, Any], shares: dict[str, Array]) -> Figure:
     num_rows, size = shares["batch"].shape
     height = heat_height(num_rows)
-    figure = new_figure(PAGE_WIDTH, height + 0.9)
+    figure = _new_figure(results, PAGE_WIDTH, height + 0.9)
     panels = side_by_side(figure, [1, 1])
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
         image, _ = heat_map(axes, share, _SHARE_MAP, (0, 100), 3.6, height, "{:.0f}")
@@ -391,14 +428,15 @@ def _selection_heat_maps(results: dict[str, Any], shares: dict[str, Array]) -> F
     return figure
 
 
-def _grid(number: int, num_columns: int) -> tuple[Figure, NDArray[Any]]:
+def _grid(results: dict[str, Any], number: int, num_columns: int) -> tuple[Figure, NDArray[Any]]:
     """A figure with panels of fixed places, which takes a fraction of the time of a layout."""
     num_lines = math.ceil(number / num_columns)
-    width, height = max(5.0, min(PAGE_WIDTH, 2.4 * num_columns)), 0.9 + 1.35 * num_lines
-    figure = new_figure(width, height)
+    width = max(5.0, min(PAGE_WIDTH, 2.4 * num_columns))
+    figure = _new_figure(results, width, 0.9 + 1.35 * num_lines)
+    height, top = figure.get_figheight(), 0.55 + HEADLINE_HEIGHT
     figure.set_layout_engine(None)
     figure.subplots_adjust(
-        left=0.65 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.55 / height,
+        left=0.65 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - top / height,
         wspace=0.08, hspace=0.3,
     )  # fmt: skip
     grid = figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False)
@@ -422,19 +460,15 @@ def _add_bars(axes: Axes, left: NDArray[Any], width: float, heights: Array, name
 
 
 def _draw_epochs(axes: Axes, values: list[float], starts: list[int]) -> None:
-    """A line for each task, or one for all if they have an epoch each; a border between tasks."""
+    """A line for each task, or points if they have an epoch each; a border between tasks."""
     ends = [*starts[1:], len(values)]
-    if max(end - start for start, end in zip(starts, ends, strict=True)) == 1:
-        lines = [(0, len(values))]
+    style: dict[str, Any] = {"color": _COLORS["batch"], "linewidth": 1.2, "markersize": 3}
+    if len(starts) == len(values):
+        axes.plot(range(1, len(values) + 1), values, marker="o", linestyle="none", **style)
     else:
-        lines = list(zip(starts, ends, strict=True))
-    marker = "o" if len(values) <= 100 else ""
-    for start, end in lines:
-        epochs = range(start + 1, end + 1)
-        axes.plot(
-            epochs, values[start:end], color=_COLORS["batch"], marker=marker, markersize=3,
-            linewidth=1.2,
-        )  # fmt: skip
+        marker = "o" if len(values) <= 100 else ""
+        for start, end in zip(starts, ends, strict=True):
+            axes.plot(range(start + 1, end + 1), values[start:end], marker=marker, **style)
     if 1 < len(starts) <= 50:
         for start in starts[1:]:
             axes.axvline(start + 0.5, color="#b0b0b0", linewidth=0.8, zorder=1)
@@ -472,6 +506,11 @@ def _is_evaluated_once(matrix: metrics.Matrix) -> bool:
     return int(np.isfinite(matrix).any(axis=0).sum()) == 1
 
 
+def _last_evaluated(matrix: metrics.Matrix) -> int:
+    """The last task, from 1, after which something was evaluated; 0 before the first."""
+    return int(np.flatnonzero(np.isfinite(matrix).any(axis=0)).max(initial=-1)) + 1
+
+
 def _usage(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Prompt usage after the last evaluated task, by test set."""
     usage = results.get("prompt_usage")
@@ -504,6 +543,13 @@ def _has_selection(results: dict[str, Any]) -> bool:
     return bool(usage) and len(usage[0]["instance"]) > _top_k(results)
 
 
+def _check_selection(results: dict[str, Any]) -> None:
+    """Refuses a pool that serves every image as a whole."""
+    if not _has_selection(results):
+        size = len(_usage(results)[0]["instance"])
+        raise NothingToDrawError(f"every image used the whole pool of {size}: nothing was selected")
+
+
 def _most_selected(usage: list[dict[str, Any]], top_k: int) -> list[tuple[int, int]]:
     """Row and column of the prompts that most images of each test set choose."""
     orders = [np.argsort(-np.array(entry["instance"]), kind="stable") for entry in usage]
@@ -523,10 +569,20 @@ def _used_names(results: dict[str, Any]) -> list[str]:
     return [names[entry["test_set"]] for entry in _usage(results)]
 
 
-def _headline(results: dict[str, Any]) -> str:
-    words = results.get("command", {}).get("configurations")
-    name = " ".join(words) if words else results["config"].get("dataset", "")
-    return f"{shortened(name, 80)}, seed {results['seed']}"
+def _new_figure(results: dict[str, Any], width: float, height: float) -> Figure:
+    """An empty figure that says at its top which run it shows."""
+    headline = _headline(results, most_letters(width - 0.14, HEADLINE_FONT))
+    return new_figure(width, height, headline)
+
+
+def _headline(results: dict[str, Any], most: int) -> str:
+    """The settings of a run, its seed, and how far it is if it is not finished."""
+    matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
+    end = f", seed {results['seed']}"
+    if not stored_runs.is_finished(matrix):
+        end += f", after task {_last_evaluated(matrix)} of {matrix.shape[1]}"
+    words = options.command_words(results["command"]) if results.get("command") else ""
+    return shortened(words or results["config"].get("dataset", ""), most - len(end)) + end
 
 
 def _label_matrix(

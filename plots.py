@@ -161,12 +161,12 @@ def _run(args: argparse.Namespace) -> int:
     runs, unusable = stored_runs.read_all(folders)
     groups, twins = stored_runs.group(runs)
     is_comparison = len(folders) > 1
-    _tell([*problems, *twins, *(unusable if is_comparison else [])])
-    _check(args, groups)
+    _tell([*problems, *twins, *unusable])
+    _check(args, folders, groups)
     paths = []
     for folder in folders:
         if folder in args.paths or not is_comparison:
-            paths += _redraw(folder, args.only, is_told=is_comparison)
+            paths += _redraw(folder, args.only)
     if is_comparison and groups:
         folder = args.output_dir or _common(args.paths) / "comparison"
         compared = draw_comparison(groups, folder, args.against, args.lines, args.only)
@@ -177,12 +177,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if paths else 1
 
 
-def _redraw(folder: Path, only: Collection[str] | None, is_told: bool) -> list[Path]:
-    """Draws one run into its own folder; what is damaged is told, unless it was."""
+def _redraw(folder: Path, only: Collection[str] | None) -> list[Path]:
+    """Draws one run into its own folder, unless it is damaged, which was told."""
     try:
         results = stored_runs.load_results(folder)
-    except stored_runs.ResultsError as error:
-        _tell([] if is_told else [str(error)])
+    except stored_runs.ResultsError:
         return []
     paths, left_out = draw_run(results, folder / "plots", only)
     _list(paths)
@@ -198,7 +197,7 @@ def _list(paths: Sequence[Path]) -> None:
 
 
 def _tell(problems: Iterable[str]) -> None:
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         print(f"plots.py: {problem}", file=sys.stderr)
 
 
@@ -271,14 +270,14 @@ def _names() -> list[str]:
     return list(dict.fromkeys((*RUN_PICTURES, *COMPARISONS)))
 
 
-def _check(args: argparse.Namespace, groups: Sequence[Group]) -> None:
-    """Checks a command line against the finished runs.
+def _check(args: argparse.Namespace, folders: Sequence[Path], groups: Sequence[Group]) -> None:
+    """Checks a command line against the runs, of which the finished ones are grouped.
 
     Raises:
         options.UsageError: With everything that is wrong.
     """
     problems = [
-        f"--only {name}: is no picture{_near(name, _names())} (folders stand before --only)"
+        f"--only {name} is no picture{_near_picture(name)} (folders stand before --only)"
         for name in args.only or []
         if name not in _names()
     ]
@@ -289,9 +288,22 @@ def _check(args: argparse.Namespace, groups: Sequence[Group]) -> None:
         problems.append("--against draws accuracy_against, which --only leaves out: name it there")
     if args.lines is not None and args.against is None:
         problems.append("--lines needs --against, the setting to draw against")
+    problems += _check_output_dir(args, folders)
     problems += _check_settings(args, groups)
     if problems:
         raise options.UsageError(problems)
+
+
+def _check_output_dir(args: argparse.Namespace, folders: Sequence[Path]) -> list[str]:
+    """Why there is no comparison that could go to --output_dir."""
+    if args.output_dir is None:
+        return []
+    problems = []
+    if len(folders) == 1:
+        problems.append("there is one run, whose pictures go into its own plots/")
+    if args.only is not None and not set(args.only) & set(COMPARISONS):
+        problems.append(f"--only leaves it out: name {' or '.join(COMPARISONS)} there")
+    return [f"--output_dir is where the comparison goes: {problem}" for problem in problems]
 
 
 def _check_settings(args: argparse.Namespace, groups: Sequence[Group]) -> list[str]:
@@ -308,6 +320,14 @@ def _check_settings(args: argparse.Namespace, groups: Sequence[Group]) -> list[s
         except NothingToDrawError as error:
             problems.append(f"--against {args.against}: {error}")
     return problems
+
+
+def _near_picture(name: str) -> str:
+    """What was meant, if that is clear; or all there is."""
+    holding = [known for known in _names() if name in known]
+    if len(holding) == 1:
+        return f": did you mean {holding[0]}?"
+    return _near(name, _names()) or f": there are {', '.join(_names())}"
 
 
 def _near(name: str, known: Sequence[str]) -> str:

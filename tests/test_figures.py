@@ -1,5 +1,6 @@
 """What the artists of the pictures hold, against numbers worked out by hand."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import comparison_figures
 import figures
 import stored_runs
-from figure_parts import NothingToDrawError
+from figure_parts import NothingToDrawError, spread
 
 NAN = float("nan")
 BATCH = [[90.0, 70.0, 40.0], [None, 80.0, 60.0], [None, None, 100.0]]
@@ -50,6 +51,12 @@ def make_results(batch=BATCH, instance=INSTANCE, **changes):
     }
 
 
+def rising(scale):
+    """Matrices of a run that gets better and better."""
+    batch = [[20.0 * scale, 60.0 * scale, 100.0 * scale]] * 3
+    return {"batch": batch, "instance": [[0.9 * value for value in row] for row in batch]}
+
+
 def joint(**changes):
     """A run that learned three named data sets at once."""
     names = ["SVHN", "MNIST", "a data set with a very long name"]
@@ -64,6 +71,20 @@ def long_run():
     usage = usage_of(190, USAGE[:1]) + usage_of(200, USAGE[:1])
     usage[0]["batch"] = usage[0]["instance"] = [40, 0, 0, 0]
     return make_results([row], [row], prompt_usage=usage, training_curve=curve_of(200, 1))
+
+
+def begun(scale=1.0, **changes):
+    """A run of three tasks that ended after the second."""
+    batch = [[90.0 * scale, 70.0 * scale, None], [None, 80.0 * scale, None], [None] * 3]
+    instance = [[80.0 * scale, 0.0, None], [None, 70.0 * scale, None], [None] * 3]
+    given = {"prompt_usage": usage_of(2, USAGE[:2]), "training_curve": curve_of(2), **changes}
+    return make_results(batch, instance, **given)
+
+
+def whole_pool():
+    """A run in which every image is served by the whole pool."""
+    config = {"dataset": "Digits", "top_k": 4, "size": 4, "prompt_pool": True}
+    return make_results(INSTANCE, INSTANCE, config=config)
 
 
 def without_pool():
@@ -95,7 +116,9 @@ def group_of(label, *matrices, **settings):
     for seed, pair in enumerate(matrices):
         batch, instance = pair if isinstance(pair, tuple) else (pair, pair)
         arrays = {"batch": np.array(batch, float), "instance": np.array(instance, float)}
-        runs.append(stored_runs.StoredRun(Path(), 0, seed, label, json.dumps(settings), arrays))
+        runs.append(
+            stored_runs.StoredRun(Path(), 0, seed, label, label, json.dumps(settings), arrays)
+        )
     return stored_runs.Group(label, settings, tuple(runs))
 
 
@@ -123,6 +146,21 @@ def points(line):
 def legend_of(owner):
     legend = owner.legends[0] if hasattr(owner, "legends") else owner.get_legend()
     return [text.get_text() for text in legend.get_texts()]
+
+
+def headline_of(figure):
+    """The small line above a picture."""
+    return figure.texts[0].get_text()
+
+
+def box_of(artist):
+    """What an artist covers of its figure, in pixels."""
+    return artist.get_window_extent()
+
+
+def shown_points(axes):
+    """All points of all lines, in pixels."""
+    return axes.transData.transform([point for line in axes.lines for point in points(line)])
 
 
 def panels_of(figure):
@@ -174,8 +212,48 @@ def test_overview_without_a_pool_has_two_panels():
 
 
 def test_overview_of_a_pool_without_a_choice_has_two_panels():
-    config = {"dataset": "Digits", "top_k": 4, "size": 4, "prompt_pool": True}
-    assert len(figures.overview(make_results(config=config)).axes) == 2
+    assert len(figures.overview(whole_pool()).axes) == 2
+
+
+def test_overview_of_equal_selections_has_one_line():
+    axes = figures.overview(whole_pool()).axes[1]
+    (line,) = axes.lines
+    assert points(line) == [(1, 88), (2, 68.75), (3, 30)]
+    assert legend_of(axes) == ["batch- and instance-wise: 30.0"]
+
+
+def test_overview_tells_the_settings_of_the_command():
+    flags = {"epochs": 1, "num_tasks": 5, "seed": 7, "output_dir": "here"}
+    command = {"configurations": ["digits_l2p"], "flags": flags}
+    figure = figures.overview(make_results(command=command))
+    assert figure.get_suptitle() == "digits_l2p --epochs 1 --num_tasks 5, seed 42"
+
+
+def test_overview_keeps_the_seed_of_a_long_command():
+    command = {"configurations": ["digits_l2p"] * 20, "flags": {}}
+    for results in (make_results(), begun(), joint()):
+        figure = figures.overview({**results, "command": command})
+        end = ", seed 42, after task 2 of 3" if results == begun() else ", seed 42"
+        assert figure.get_suptitle().endswith(f"…{end}")
+        assert box_of(figure._suptitle).x1 < figure.bbox.x1
+
+
+def test_overview_says_whose_choice_of_prompts_it_shows():
+    assert figures.overview(make_results()).axes[2].get_title(loc="left") == (
+        "Prompts selected (%), instance-wise"
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 0.4, 1.0])
+@pytest.mark.parametrize("results", [begun, lambda scale: make_results(**rising(scale))])
+def test_overview_has_a_legend_beside_the_lines_and_whole_markers(results, scale):
+    axes = figures.overview(results(scale)).axes[1]
+    legend, drawn = box_of(axes.get_legend()), shown_points(axes)
+    half = 4 / 72 * axes.get_figure().dpi  # a marker has eight points
+    for x, y in drawn:
+        is_apart = y + half < legend.y0 or y - half > legend.y1 or x + half < legend.x0
+        assert is_apart or x - half > legend.x1
+    assert drawn[:, 1].min() - half >= axes.bbox.y0
 
 
 def test_overview_of_one_test_set_shows_curve_and_bars():
@@ -220,6 +298,12 @@ def test_overview_of_an_unfinished_run_shows_what_there_is():
     np.testing.assert_array_equal(shown_in(shown)[:, 2], [NAN] * 3)
     assert points(averages.lines[0]) == [(1, 90), (2, 75)]
     assert ticks(prompts.yaxis) == ["1", "2"]
+    assert averages.get_legend().get_title().get_text() == "after task 2:"
+
+
+def test_overview_of_a_finished_run_tells_the_end():
+    axes = figures.overview(make_results()).axes[1]
+    assert axes.get_legend().get_title().get_text() == "at the end:"
 
 
 def test_overview_of_old_results():
@@ -242,6 +326,39 @@ def test_overview_of_nothing_is_refused():
 
 
 # Other pictures of one run
+
+OTHERS = [
+    figures.accuracy_matrix,
+    figures.run_accuracy,
+    figures.prompt_selection,
+    figures.key_similarity,
+    figures.training_curves,
+]
+
+
+@pytest.mark.parametrize("draw", OTHERS, ids=lambda draw: draw.__name__)
+def test_pictures_tell_what_ran_and_how_far_in_a_line_of_their_own(draw):
+    command = {"configurations": ["digits_l2p"], "flags": {"epochs": 1}}
+    assert headline_of(draw(make_results())) == "digits_l2p, seed 42"
+    figure = draw(begun(command=command))
+    assert headline_of(figure) == "digits_l2p --epochs 1, seed 42, after task 2 of 3"
+    below = box_of(figure.texts[0]).y0
+    for axes in figure.axes:
+        assert axes.get_tightbbox().y1 < below
+    for other in [*figure.legends, *filter(None, [figure._supylabel])]:
+        assert box_of(other).y1 < below
+
+
+@pytest.mark.parametrize("draw", OTHERS, ids=lambda draw: draw.__name__)
+def test_long_headlines_end_inside_the_picture(draw):
+    command = {"configurations": ["cifar100_l2p_WM"] * 20, "flags": {}}
+    figure = draw(begun(command=command))
+    assert headline_of(figure).endswith("…, seed 42, after task 2 of 3")
+    assert box_of(figure.texts[0]).x0 > 0
+
+
+def test_many_heat_maps_tell_what_ran():
+    assert headline_of(figures.prompt_selection(wide(21))) == "digits_l2p, seed 42"
 
 
 def test_accuracy_matrix_shows_both_selections_on_one_scale():
@@ -291,9 +408,48 @@ def test_run_accuracy_shows_averages_and_each_task():
 
 
 def test_run_accuracy_of_one_test_set_has_no_line_for_each_task():
-    figure = figures.run_accuracy(long_run())
+    results = make_results([[90.0, 80.0]], [[90.0, 70.0]])
+    figure = figures.run_accuracy(results)
     assert legend_of(figure) == ["batch-wise (as published)", "instance-wise"]
     assert len(figure.axes[0].lines) == 2
+
+
+def test_run_accuracy_of_equal_selections_has_one_average():
+    figure = figures.run_accuracy(whole_pool())
+    assert legend_of(figure) == ["each task, instance-wise", "average, batch- and instance-wise"]
+    assert len(figure.axes[0].lines) == 4
+    figure = figures.run_accuracy(long_run())
+    assert legend_of(figure) == ["batch- and instance-wise"]
+
+
+def test_run_accuracy_numbers_the_tasks_at_the_ends_of_their_lines():
+    ends = {}
+    for results in (make_results(), begun()):
+        (axes,) = figures.run_accuracy(results).axes
+        ends = {text.get_text(): text.xy for text in axes.texts}
+        last = max(x for line in axes.lines for x, _ in points(line))
+        assert [x for x, _ in ends.values()] == [last] * len(ends)
+        edge = shown_points(axes)[:, 0].max() + 4 / 72 * axes.get_figure().dpi
+        assert all(box_of(text).x0 > edge for text in axes.texts)
+    assert ends == {"1": (2, 0), "2": (2, 70)}
+
+
+def test_run_accuracy_keeps_the_numbers_of_equal_ends_apart():
+    (axes,) = figures.run_accuracy(wide(20)).axes
+    boxes = [box_of(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [str(task) for task in range(1, 21)]
+    assert all(high.y0 >= low.y1 for low, high in itertools.pairwise(boxes))
+    assert boxes[-1].y1 < axes.get_figure().bbox.y1
+
+
+def test_values_are_spread_as_little_as_need_be():
+    assert spread(np.array([50.0, 10, 11, 10]), 2, 100).tolist() == [50, 10, 14, 12]
+    assert spread(np.array([99.0, 99, 20]), 5, 100).tolist() == [95, 100, 20]
+
+
+def test_run_accuracy_shows_markers_at_zero_whole():
+    (axes,) = figures.run_accuracy(begun(0.0)).axes
+    assert axes.get_ylim() == (-4, 105)
 
 
 def test_run_accuracy_of_joint_training_shows_bars():
@@ -358,7 +514,7 @@ def test_prompt_selection_of_many_test_sets_is_a_heat_map():
         (without_pool(), "no prompt usage: the run had no prompt pool"),
         (make_results(prompt_usage=[]), "nothing was evaluated with a prompt pool yet"),
         (
-            make_results(config={"top_k": 4, "size": 4}),
+            whole_pool(),
             "every image used the whole pool of 4: nothing was selected",
         ),
     ],
@@ -387,6 +543,7 @@ def test_key_similarity_outlines_the_most_selected():
     [
         (old(), "written before key similarities were kept"),
         (without_pool(), "the run had no prompt pool"),
+        (whole_pool(), "every image used the whole pool of 4: nothing was selected"),
     ],
 )
 def test_key_similarity_tells_why_there_is_none(results, reason):
@@ -416,11 +573,27 @@ def test_training_curves_show_a_learning_rate_that_changes(rate, panels):
         assert points(figure.axes[2].lines[0]) == [(1, 0.1), (2, 0.05)]
 
 
-def test_training_curves_of_one_epoch_a_task_are_one_line():
+def test_training_curves_of_one_epoch_a_task_are_points():
     loss, _ = figures.training_curves(long_run()).axes
     (line,) = loss.lines
     assert len(line.get_xdata()) == 200
+    assert (line.get_linestyle(), line.get_marker()) == ("None", "o")
     assert ticks(loss.child_axes[0].xaxis) == [str(task) for task in range(10, 201, 10)]
+
+
+def test_training_curves_tick_every_epoch_while_they_are_few():
+    few = figures.training_curves(make_results(training_curve=curve_of(5, 5))).axes[-1]
+    assert few.get_xticks().tolist() == list(range(1, 26))
+    many = figures.training_curves(make_results(training_curve=curve_of(10, 5))).axes[-1]
+    assert len(many.get_xticks()) < 12
+
+
+@pytest.mark.parametrize("value", [40.0, 99.0, 100.0])
+def test_training_curves_end_the_accuracy_at_a_hundred(value):
+    curve = [{**point, "Acc@1": value + point["epoch"] - 2} for point in curve_of()]
+    axes = figures.training_curves(make_results(training_curve=curve)).axes[1]
+    low, high = axes.get_ylim()
+    assert value < high <= 100 + 0.04 * (100 - low)
 
 
 def test_training_curves_of_old_results_are_refused():

@@ -11,6 +11,7 @@ import pytest
 import comparison_figures
 import figures
 import plots
+import stored_runs
 from test_figures import joint, long_run, make_results, old, without_pool
 
 ROOT = Path(plots.__file__).resolve().parent
@@ -221,10 +222,25 @@ def test_unfinished_run_is_redrawn_and_not_compared(tmp_path, monkeypatch, one_p
     assert names_in(begun / "plots") == both("overview")
 
 
-def test_unfinished_run_alone_is_redrawn_without_a_word(tmp_path, one_picture, capsys):
+def test_unfinished_run_alone_is_redrawn_and_told(tmp_path, one_picture, capsys):
     folder = store(tmp_path / "begun", unfinished())
     assert run(folder) == 0
-    assert capsys.readouterr() == (f"{folder}/plots/overview.png, .svg\n", "")
+    with pytest.raises(stored_runs.ResultsError, match="the run is not finished") as told:
+        stored_runs.read(folder)
+    assert capsys.readouterr() == (
+        f"{folder}/plots/overview.png, .svg\n",
+        f"plots.py: {told.value}\n",
+    )
+
+
+def test_problems_are_told_once(tmp_path, one_picture, capsys):
+    folder = store(tmp_path / "run")
+    below = folder / "begun"
+    below.mkdir()
+    for name in ("config.yaml", "log.txt"):
+        (below / name).write_text("")
+    assert run(folder) == 0
+    assert capsys.readouterr().err.count("has no results.json yet") == 1
 
 
 @pytest.mark.parametrize("what", ["nothing", "an empty folder", "damaged results"])
@@ -246,7 +262,7 @@ def test_everything_wrong_is_told_at_once(tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 2
     assert capsys.readouterr().err.splitlines() == [
         "plots.py: this command line cannot run:",
-        "  - --only overveiw: is no picture: did you mean overview? (folders stand before --only)",
+        "  - --only overveiw is no picture: did you mean overview? (folders stand before --only)",
         "  - --only accuracy_against needs --against, the setting to draw against",
         "  - --lines needs --against, the setting to draw against",
         "  - --lines lenght: no configuration has such a setting: did you mean length?",
@@ -262,6 +278,22 @@ def test_everything_wrong_is_told_at_once(tmp_path, capsys):
         (["{}", "--against", "length"], "--against length: length needs at least two values among"),
         (["{}", "--against", "size"], "--against size: several configurations have size 4: they"),
         (["{}", "--against", "size", "--only", "overview"], "--against draws accuracy_against, wh"),
+        (
+            ["{}", "--only", "matrix"],
+            "--only matrix is no picture: did you mean accuracy_matrix? (folders stand before",
+        ),
+        (
+            ["{}", "--only", "{}/0"],
+            "--only {}/0 is no picture: there are overview, accuracy_matrix, average_accuracy, ",
+        ),
+        (
+            ["{}/0", "--output_dir", "{}/x"],
+            "--output_dir is where the comparison goes: there is one run, whose pictures go into",
+        ),
+        (
+            ["{}", "--output_dir", "{}/x", "--only", "overview"],
+            "--output_dir is where the comparison goes: --only leaves it out: name average_accur",
+        ),
         (["{}", "--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -270,7 +302,7 @@ def test_wrong_command_line_draws_nothing(flags, problem, tmp_path, capsys):
         store(tmp_path / str(number), size=size, top_k=top_k)
     assert run(*(flag.format(tmp_path) for flag in flags)) == 2
     _, told, *_ = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"  - {problem}")
+    assert told.startswith(f"  - {problem.format(tmp_path)}")
     assert names_in(tmp_path) == ["0", "1", "2"]
 
 

@@ -189,12 +189,12 @@ def test_shipped_sweep_can_be_read_and_tells_its_command(path):
 def test_table_5_has_the_settings_of_the_configurations():
     arms = {arm.name: arm.settings for arm in sweep_plan.load_sweep("table5").arms}
     assert list(arms) == [
-        "single_prompt", "no_key_value_pair", "no_diversified_selection", "full",
+        "single_prompt", "no_key_value_pair", "not_diversified", "full",
     ]  # fmt: skip
     single = (options.CONFIG_DIR / "single_prompt.yaml").read_text()
     assert arms["single_prompt"] == yaml.safe_load(single)
     assert arms["no_key_value_pair"]["prompt_key"] is False
-    assert arms["no_diversified_selection"]["diversify"] == "none"
+    assert arms["not_diversified"]["diversify"] == "none"
     assert arms["full"] == {}
 
 
@@ -305,7 +305,7 @@ def test_impossible_combinations_of_a_grid_are_left_out(no_launcher):
 
 def test_arms_that_come_to_the_same_are_refused(no_launcher):
     hint, problem = refusal("table5", *BASE)
-    assert problem.startswith("no_diversified_selection and full are the same here")
+    assert problem.startswith("not_diversified and full are the same here")
     assert hint.startswith("table5 needs a base with diversified selection")
     assert len(plan("table5", *BASE, "--diversify", "frequency").runs) == 4
     (problem,) = refusal("--grid", "num_workers=0,1", *BASE)  # what is computed is the same
