@@ -180,7 +180,7 @@ def _draw_final(
     order = np.argsort(at, kind="stable")
     mean = np.array([mean for mean, _ in numbers])[order]
     sd = np.array([np.nan if sd is None else sd for _, sd in numbers])[order]
-    axes.errorbar(np.array(at)[order], mean, sd, capsize=3, markersize=5, **style)
+    axes.errorbar(np.array(at)[order], mean, sd, capsize=2.5, elinewidth=0.8, markersize=5, **style)
 
 
 def _families(

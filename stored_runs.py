@@ -49,6 +49,7 @@ class StoredRun:
         seed: Its seed.
         name: Its configurations and flags as on a command line, seed and places left out.
         key: What tells its configuration from others, as text.
+        digest: What tells its training images from others; None: early versions did not note it.
         settings: Its settings without those that do not tell configurations apart, as JSON text.
         matrices: Accuracy matrix for each of `SELECTIONS`, percent.
     """
@@ -58,6 +59,7 @@ class StoredRun:
     seed: int
     name: str
     key: str
+    digest: str | None
     settings: str
     matrices: dict[str, metrics.Matrix]
 
@@ -179,6 +181,7 @@ def read(folder: Path) -> StoredRun:
     try:
         name, key = _name(results, config), _key(results, config)
         settings = _settings(results, config)
+        digest = results.get("run", {}).get("train_digest")
     except (AttributeError, KeyError, TypeError) as error:
         raise ResultsError(f"{folder / 'results.json'}: {_DAMAGED}") from error
     return StoredRun(
@@ -187,6 +190,7 @@ def read(folder: Path) -> StoredRun:
         seed=results["seed"],
         name=sys.intern(name),
         key=sys.intern(key),
+        digest=str(digest) if digest else None,
         settings=sys.intern(settings),
         matrices=matrices,
     )
@@ -215,10 +219,16 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
         The groups; and one line for each run that is left out because there is a newer one of the
         same configuration and seed.
     """
-    members: dict[str, dict[int, StoredRun]] = {}
+    runs = list(runs)
+    digests: dict[str, set[str | None]] = {}
+    for run in runs:
+        digests.setdefault(run.key, set()).add(run.digest)
+    members: dict[tuple[str, str | None], dict[int, StoredRun]] = {}
     problems = []
     for run in runs:
-        seeds = members.setdefault(run.key, {})
+        known = digests[run.key] - {None}
+        same_data = next(iter(known)) if len(known) == 1 else run.digest  # the unknown joins it
+        seeds = members.setdefault((run.key, same_data), {})
         twin = seeds.get(run.seed)
         if twin is not None:
             older, newer = sorted((run, twin), key=lambda run: run.written)
@@ -300,7 +310,6 @@ def _key(results: dict[str, Any], config: dict[str, Any]) -> str:
         str(config["dataset"]).lower(),
         sorted(results.get("class_names", [])),
         results.get("test_sets"),
-        run.get("train_digest"),
     ]
     order = results.get("class_order", [])
     kept["tasks"] = len(order) if config["class_order"] is None else order

@@ -41,7 +41,7 @@ PROGRAMS = {
 OTHER_FLAGS = {
     "--use_env", "--nproc_per_node", "--master_port", "--standalone", "--nodes", "--gpus-per-node",
     "--ntasks-per-node", "--kill-on-bad-exit", "--use_volta32", "--wait", "--dr", "--job_dir",
-    "--flag", "--no-flag", "--lerning-rate",
+    "--array", "--flag", "--no-flag", "--lerning-rate",
 }  # fmt: skip
 
 

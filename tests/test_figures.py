@@ -117,7 +117,7 @@ def group_of(label, *matrices, **settings):
         batch, instance = pair if isinstance(pair, tuple) else (pair, pair)
         arrays = {"batch": np.array(batch, float), "instance": np.array(instance, float)}
         runs.append(
-            stored_runs.StoredRun(Path(), 0, seed, label, label, json.dumps(settings), arrays)
+            stored_runs.StoredRun(Path(), 0, seed, label, label, None, json.dumps(settings), arrays)
         )
     return stored_runs.Group(label, settings, tuple(runs))
 

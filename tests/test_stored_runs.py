@@ -335,6 +335,15 @@ def test_other_images_of_the_same_classes_are_told_by_their_digest(tmp_path):
     ]  # fmt: skip
 
 
+def test_run_that_does_not_know_its_images_joins_those_that_do(tmp_path):
+    for number, digest in enumerate(("ab", None, "ab")):
+        results = content(seed=number)
+        results["run"]["train_digest"] = digest
+        write(tmp_path / str(number), results)
+    (one,), _ = grouped(tmp_path)
+    assert one.seeds == [0, 1, 2]
+
+
 def test_the_same_run_in_other_words_is_one_configuration(tmp_path):
     """Two processes with batches of 8, and one with 16, at the same rate."""
     for seed, words in enumerate(
