@@ -20,6 +20,7 @@ import engine
 import main
 import metrics
 import plots
+import resume
 from test_datasets import cifar  # noqa: F401
 
 MAIN = Path(main.__file__)
@@ -115,6 +116,10 @@ def test_results_tell_the_command_and_what_follows_from_it(trained):
     assert (flags["size"], flags["lr"], flags["dataset"]) == (4, 0.5, "ImageFolder")
     assert "resume" not in flags
     model = checkpoints.load(checkpoints.task_path(trained[0], 2)).model
+    digest = results["run"].pop("train_digest")
+    assert (
+        digest == resume._parse((trained[0] / "checkpoint/last.pth").read_bytes(), "").train_digest
+    )
     assert results["run"] == {
         "processes": 1,
         "images_per_step": 4,
