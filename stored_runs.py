@@ -314,7 +314,8 @@ def _key(results: dict[str, Any], config: dict[str, Any]) -> str:
     order = results.get("class_order", [])
     kept["tasks"] = len(order) if config["class_order"] is None else order
     rate = ("learning_rate", "images_per_step")
-    kept["steps"] = [run.get(name) for name in rate] if run else [config[name] for name in _RATE]
+    is_known = run.keys() >= set(rate)
+    kept["steps"] = [run[name] for name in rate] if is_known else [config[n] for n in _RATE]
     return json.dumps(kept, sort_keys=True)
 
 
