@@ -35,6 +35,7 @@ class Finder:
                 signal.raise_signal(signal.Signals[sys.argv[1]])
 
 sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 try:
     code = main.main(sys.argv[2:])
 except SystemExit as end:
