@@ -168,7 +168,8 @@ def test_job_of_train_sh_survives_the_loss_of_a_node(cluster, alone, tmp_path):
 
 
 def test_array_of_train_sh_runs_a_job_for_each_seed(cluster, alone, tmp_path):
-    options = ["--ntasks=1", "--array=42-43", f"--chdir={ROOT}", f"--output={tmp_path}/%a.log"]
+    logs = [f"--output={tmp_path}/%a.log", f"--error={tmp_path}/%a.err"]
+    options = ["--ntasks=1", "--array=42-43", f"--chdir={ROOT}", *logs]
     output = ["--output_dir", tmp_path / "out"]
     job = cluster.submit(*options, ROOT / "train.sh", *RUN, "--batch-size", "16", *output)
     end = time.monotonic() + 200
