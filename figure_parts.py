@@ -232,9 +232,9 @@ def spread(values: Array, gap: float, highest: float) -> Array:
     return moved
 
 
-def heights_of_lines(panels: Sequence[Axes]) -> Array:
+def heights_of_lines(axes: Axes) -> Array:
     """Heights of all points of all lines."""
-    return np.concatenate([np.asarray(line.get_ydata()) for axes in panels for line in axes.lines])
+    return np.concatenate([np.asarray(line.get_ydata()) for line in axes.lines])
 
 
 def label_rows(axes: Axes, names: Sequence[str], height: float) -> None:

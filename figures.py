@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 import metrics
 import options
-import stored_runs
 from figure_parts import (
     HEADLINE_FONT,
     HEADLINE_HEIGHT,
@@ -154,7 +153,7 @@ def run_accuracy(results: dict[str, Any]) -> Figure:
         _draw_task_lines(axes, matrix)
     single = len(matrix) == 1
     _draw_averages(axes, results, 6.7, "{title}" if single else "average, {title}")
-    limit_accuracy(axes, heights_of_lines([axes]).min(), 90)
+    limit_accuracy(axes, heights_of_lines(axes).min(), 90)
     if metrics.has_test_set_per_task(matrix) and len(matrix) <= 20:
         _number_task_lines(axes, matrix)
     axes.set_title("Accuracy over the tasks")
@@ -304,7 +303,7 @@ def _draw_averages(axes: Axes, results: dict[str, Any], width: float, label: str
 def _draw_average_panel(axes: Axes, results: dict[str, Any], width: float) -> None:
     """The average accuracy, with a legend below the lines, or above 100 if they are low."""
     _draw_averages(axes, results, width, "{}-wise: {last:.1f}")
-    heights = heights_of_lines([axes])
+    heights = heights_of_lines(axes)
     limit_accuracy(axes, heights.min(), 80, room=0.45)
     legend: dict[str, Any] = {"alignment": "left", "title_fontsize": 8}
     legend["loc"] = "lower left" if heights[-1] <= heights[0] else "lower right"
@@ -314,7 +313,7 @@ def _draw_average_panel(axes: Axes, results: dict[str, Any], width: float) -> No
     axes.set_ylabel("")
     matrix = _matrix(results, "instance")
     axes.set_title("Accuracy (%)" if len(matrix) == 1 else "Average accuracy (%)")
-    is_finished = stored_runs.is_finished(matrix)
+    is_finished = metrics.is_finished(matrix)
     title = "at the end:" if is_finished else f"after task {_last_evaluated(matrix)}:"
     axes.legend(title=title, **legend)
 
@@ -503,12 +502,12 @@ def _matrix(results: dict[str, Any], name: str) -> metrics.Matrix:
 
 
 def _is_evaluated_once(matrix: metrics.Matrix) -> bool:
-    return int(np.isfinite(matrix).any(axis=0).sum()) == 1
+    return len(metrics.evaluated_tasks(matrix)) == 1
 
 
 def _last_evaluated(matrix: metrics.Matrix) -> int:
     """The last task, from 1, after which something was evaluated; 0 before the first."""
-    return int(np.flatnonzero(np.isfinite(matrix).any(axis=0)).max(initial=-1)) + 1
+    return max(metrics.evaluated_tasks(matrix), default=-1) + 1
 
 
 def _usage(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -579,7 +578,7 @@ def _headline(results: dict[str, Any], most: int) -> str:
     """The settings of a run, its seed, and how far it is if it is not finished."""
     matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
     end = f", seed {results['seed']}"
-    if not stored_runs.is_finished(matrix):
+    if not metrics.is_finished(matrix):
         end += f", after task {_last_evaluated(matrix)} of {matrix.shape[1]}"
     words = options.command_words(results["command"]) if results.get("command") else ""
     return shortened(words or results["config"].get("dataset", ""), most - len(end)) + end

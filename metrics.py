@@ -38,6 +38,16 @@ def empty_matrix(num_test_sets: int, num_tasks: int) -> Matrix:
     return np.full((num_test_sets, num_tasks), np.nan)
 
 
+def evaluated_tasks(matrix: Matrix) -> list[int]:
+    """The tasks (0-based) after which anything was evaluated, ascending."""
+    return np.flatnonzero(np.isfinite(matrix).any(axis=0)).tolist()
+
+
+def is_finished(matrix: Matrix) -> bool:
+    """Whether the last task was evaluated, as it always is at the end of a run."""
+    return matrix.shape[1] - 1 in evaluated_tasks(matrix)
+
+
 def average_accuracy(matrix: Matrix, task: int) -> float | None:
     """Mean over the test sets evaluated after a task, unweighted by their sizes, in percent.
 

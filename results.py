@@ -8,8 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import files
 import metrics
 from engine import TaskReport, average_stats
@@ -193,7 +191,7 @@ def set_aside(output_dir: Path) -> Path | None:
 def _format_matrix(matrix: metrics.Matrix, labels: list[str]) -> str:
     """The matrix without tasks that nothing was evaluated after; many columns are folded."""
     width = max(12, *map(len, labels))
-    evaluated = np.flatnonzero(np.isfinite(matrix).any(axis=0))
+    evaluated = metrics.evaluated_tasks(matrix)
     lines = []
     for first in range(0, max(1, len(evaluated)), _COLUMNS):
         columns = evaluated[first : first + _COLUMNS]

@@ -156,11 +156,6 @@ def load_results(folder: Path) -> dict[str, Any]:
     return content
 
 
-def is_finished(matrix: metrics.Matrix) -> bool:
-    """Whether the last task was evaluated, as it always is at the end of a run."""
-    return bool(np.isfinite(matrix[:, -1]).any())
-
-
 def read(folder: Path) -> StoredRun:
     """What counts of a finished run.
 
@@ -169,11 +164,11 @@ def read(folder: Path) -> StoredRun:
     """
     results = load_results(folder)
     matrices = {n: metrics.from_lists(results[n]["accuracy_matrix"]) for n in SELECTIONS}
-    if not all(is_finished(matrix) for matrix in matrices.values()):
-        evaluated = np.flatnonzero(np.isfinite(matrices["batch"]).any(axis=0))
+    if not all(metrics.is_finished(matrix) for matrix in matrices.values()):
+        last = max(metrics.evaluated_tasks(matrices["batch"]), default=-1) + 1
         raise ResultsError(
             f"{folder / 'results.json'}: the run is not finished, task "
-            f"{evaluated.max(initial=-1) + 1} of {matrices['batch'].shape[1]} was the last: "
+            f"{last} of {matrices['batch'].shape[1]} was the last: "
             "the command of the run with --resume auto goes on"
         )
     config = {**_defaults(), **results["config"]}

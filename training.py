@@ -179,6 +179,8 @@ class Keeper(engine.Monitor):
 
     def _log_steps(self, position: Position) -> None:
         """Tells the live log the means over the steps that were read since the last call."""
+        if not self.live.writers:
+            return
         before, self.logged = self.logged, position.meters
         if position.step == 0:
             return
@@ -232,7 +234,7 @@ def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
     sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
     drop_last = run.record.config["drop_last"]
     steps = [steps_per_epoch(size, run.global_batch, drop_last) for size in sizes]
-    return sum(steps[:task]) * run.options.epochs + (steps[task] * epoch if epoch else 0)
+    return sum(steps[:task]) * run.options.epochs + sum(steps[task:]) * epoch
 
 
 def _open_live_log(
