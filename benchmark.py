@@ -43,11 +43,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-import files
-import options
-import settings
-import training
-from backbone import without_memory
 from benchmarks import measuring
 from benchmarks.measuring import Clock, comparison, summary
 from benchmarks.table import table
@@ -62,10 +57,14 @@ from benchmarks.workload import (
     standing_in,
     two_copies,
 )
-from image_sources import DataError
-from preemption import Preempted, StopSignals
-from results import versions
-from speed import explicit_attention, peak_megabytes
+from cli import options
+from continual_datasets.images import DataError
+from experiment import build, training_run
+from experiment.run_record import versions
+from experiment.signals import Preempted, StopSignals
+from experiment.speed import explicit_attention, peak_megabytes
+from model.backbone import without_memory
+from reports import files
 from vision_transformer import PromptedVisionTransformer, WeightsError
 
 PARTS = ("stages", "step", "evaluation", "run", "memory")
@@ -274,7 +273,7 @@ def measure(workload: Workload, own: argparse.Namespace, argv: list[str]) -> dic
         "machine": machine(workload.device),
         "versions": versions(),
         "workload": {**describe(workload), **bench.ours.run.record.numerics},
-        "settings": settings.resolved(workload.args),
+        "settings": build.resolved(workload.args),
         "repetitions": own.repetitions,
         "warm_up": own.warm_up,
     }
@@ -385,7 +384,7 @@ def count_flop(workload: Workload, num_classes: int) -> dict[str, float]:
     """FLOP of each stage of a training step, for one image."""
     device = torch.device("cpu")
     model = plain_model(workload, num_classes)
-    engine_options = settings.engine_options(workload.plain, device, (0,))
+    engine_options = build.engine_options(workload.plain, device, (0,))
     make_optimizer = partial(torch.optim.SGD, model.parameters())
     updater = engine.make_updater(model, make_optimizer, engine_options)
     size = workload.args.input_size
@@ -460,8 +459,8 @@ def _run_ours(bench: Bench) -> float:
     with tempfile.TemporaryDirectory() as folder, StopSignals() as signals:
         args = argparse.Namespace(**{**vars(bench.workload.args), "output_dir": folder})
         processes = bench.workload.processes
-        prepared = training.prepare(args, processes)
-        return bench.timed(partial(training.run, args, processes, signals, *prepared))()
+        prepared = training_run.prepare(args, processes)
+        return bench.timed(partial(training_run.run, args, processes, signals, *prepared))()
 
 
 def _run_baseline(bench: Bench) -> float:
@@ -537,7 +536,7 @@ def measure_checkpoints(bench: Bench) -> dict[str, Any]:
     """Bytes of a checkpoint of both: the files, and the tensors of ViT-B/16 with 100 classes."""
     with tempfile.TemporaryDirectory() as name:
         ours, baseline = Path(name, "ours.pth"), Path(name, "baseline.pth")
-        training.save_checkpoint(bench.ours.run, ours, 0)
+        training_run.save_checkpoint(bench.ours.run, ours, 0)
         bench.baseline.save(baseline)
         files = {"ours": ours.stat().st_size, "baseline": baseline.stat().st_size}
     return {"workload": _with_ratio(files), "vit_base": _with_ratio(_bytes_of_vit_base())}
@@ -546,7 +545,7 @@ def measure_checkpoints(bench: Bench) -> dict[str, Any]:
 def _bytes_of_vit_base() -> dict[str, int]:
     args, _ = options.parse_args([])
     with without_memory():
-        model = settings.build_model(args, settings.build_backbone(args), num_classes=100)
+        model = build.build_model(args, build.build_backbone(args), num_classes=100)
     all_of_it = sum(p.numel() for _, p in model.public_parameters())
     frozen = sum(p.numel() for p in model.backbone.parameters())
     return {"ours": 4 * (all_of_it - frozen), "baseline": 4 * all_of_it}

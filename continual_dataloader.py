@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from batch_samplers import GlobalBatchSampler, LoaderOptions, ReplaySampler, TestSampler
-from preemption import outlive_stop_signals
-from replay import ReplayBuffer
-from task_data import Key, Replayed, RunData, TrainKey
-from task_stream import Task, TaskStream, TestSet
+from continual_datasets.replay import ReplayBuffer
+from continual_datasets.samplers import (
+    GlobalBatchSampler,
+    LoaderOptions,
+    ReplaySampler,
+    TestSampler,
+)
+from continual_datasets.stream import Task, TaskStream, TestSet
+from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
+from experiment.signals import outlive_stop_signals
 
 
 class ToImages(NamedTuple):

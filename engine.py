@@ -27,9 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import metrics
 import utils
-from accuracy import (
+from continual_datasets.random_streams import seed_model
+from continual_datasets.stream import title
+from processes import is_alone, rank, sum_over_processes
+from reports import metrics
+from reports.metrics import SELECTIONS
+from training.evaluation import (
     Evaluation,
     QueryCache,
     class_mask,
@@ -38,14 +42,10 @@ from accuracy import (
     evaluate,
     restrict,
 )
-from metrics import SELECTIONS
-from processes import is_alone, rank, sum_over_processes
-from random_streams import seed_model
-from task_stream import title
-from updates import MakeOptimizer, Updater
+from training.update import MakeOptimizer, Updater
 
 if TYPE_CHECKING:
-    from task_stream import Task, TestSet
+    from continual_datasets.stream import Task, TestSet
     from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import gc
 import sys
 from types import ModuleType
 
-import options
-import preemption
-from preemption import StopSignals
+from cli import options
+from experiment import signals as stop_signals
+from experiment.signals import StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     signals.defer()  # an import that is cut short cannot be made up for
     with signals:
         code = _main(sys.argv[1:] if argv is None else argv, signals)
-    if code == preemption.EXIT_CODE:
+    if code == stop_signals.EXIT_CODE:
         signals.hand_on()
     return code
 
@@ -60,7 +60,7 @@ def _import_program() -> ModuleType:
     """
     gc.disable()
     try:
-        import program
+        from experiment import program
     finally:
         gc.enable()
     gc.freeze()
@@ -70,5 +70,5 @@ def _import_program() -> ModuleType:
 
 if __name__ == "__main__":
     exit_code = main()
-    preemption.ignore_stop_signals()
+    stop_signals.ignore_stop_signals()
     sys.exit(exit_code)

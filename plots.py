@@ -21,17 +21,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import comparison_figures
-import figures
-import files
-import options
-import stored_runs
-from figure_parts import NothingToDrawError
+from cli import options
+from reports import comparison_figures, figures, files, stored_runs
+from reports.figure_style import NothingToDrawError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stored_runs import Group
+    from reports.stored_runs import Group
 
 #: Pictures of one run.
 RUN_PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {

@@ -18,12 +18,13 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
-import options
+from cli import options
+from cli.paths import ROOT
 
 #: Why a job may not be submitted.
 SUBMISSION_ERRORS = (FailedJobError, UncompletedJobError, RuntimeError, OSError)
 
-PROGRAM = Path(__file__).resolve().parent
+PROGRAM = ROOT
 
 #: Seconds for which a job that saved its state on SIGTERM waits for what comes: the signal on which
 #: submitit requeues it, or its end.
@@ -60,13 +61,13 @@ class Trainer:
         )
         sys.path.insert(0, str(self.program))
         import main
-        import preemption
+        from experiment import signals
 
         argv = [*self.argv, "--output_dir", self.output_dir or str(job.paths.folder)]
         if self.requeued or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
             argv += ["--resume", "auto"]
         code = main.main(argv)  # hands SIGUSR2 on to submitit, which requeues the job
-        if code == preemption.EXIT_CODE:
+        if code == signals.EXIT_CODE:
             if job.global_rank > 0:
                 sys.exit(0)  # without a result: the job is not done
             time.sleep(_PATIENCE)
@@ -222,7 +223,7 @@ def _tasks_per_node(args: argparse.Namespace) -> int:
 
 def _problems(args: argparse.Namespace, rest: list[str]) -> list[str]:
     """What is wrong, as far as it can be told on a machine that does not run the job."""
-    from validation import validate_args
+    from experiment.validate import validate_args
 
     problems = job_problems(args)
     main_args, found = options.parse_args(rest)

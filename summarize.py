@@ -20,15 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import files
-import quoted
-import stored_runs
-from differences import Difference, differences
-from metrics import METRIC_NAMES
-from options import UsageError
-from quoted import Quoted
-from stored_runs import Group, ResultsError
-from tables import Column, Document, Number, Range, as_csv, rendered
+from cli.options import UsageError
+from reports import files, published, stored_runs
+from reports.metrics import METRIC_NAMES
+from reports.published import Quoted
+from reports.statistics import Difference, differences
+from reports.stored_runs import Group, ResultsError
+from reports.tables import Column, Document, Number, Range, as_csv, rendered
 
 #: What may be asked for, with names for people.
 METRICS = {"accuracy": "accuracy", **METRIC_NAMES}
@@ -111,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="EXPERIMENT",
         help="show published numbers, too: of the experiments of the runs, or of those named: "
-        f"{', '.join(quoted.EXPERIMENTS.values())}",
+        f"{', '.join(published.EXPERIMENTS.values())}",
     )
     add(
         "--compare",
@@ -196,7 +194,7 @@ def _wrong_metrics(args: argparse.Namespace) -> Iterator[str]:
 def _wrong_quoted(args: argparse.Namespace) -> Iterator[str]:
     for name in args.quoted or []:
         try:
-            quoted.experiment_named(name)
+            published.experiment_named(name)
         except ValueError as error:
             yield f"--quoted: {error}{_folder_hint(name)}"
 
@@ -305,13 +303,13 @@ def _quoted(names: list[str] | None, groups: Sequence[Group]) -> list[Quoted]:
     """What was published about the named experiments; without names, about those of the groups."""
     if names is None:
         return []
-    wanted = {quoted.experiment_named(name) for name in names} or {
-        quoted.experiment_of(group.settings) for group in groups
+    wanted = {published.experiment_named(name) for name in names} or {
+        published.experiment_of(group.settings) for group in groups
     } - {None}
     if not wanted:
         _tell(["note: no published numbers are known for the experiments of these runs"])
-    places = {experiment: place for place, experiment in enumerate(quoted.EXPERIMENTS)}
-    known = [one for one in quoted.load() if one.experiment in wanted]
+    places = {experiment: place for place, experiment in enumerate(published.EXPERIMENTS)}
+    known = [one for one in published.load() if one.experiment in wanted]
     return sorted(known, key=lambda one: places[one.experiment])
 
 

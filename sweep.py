@@ -27,15 +27,13 @@ from pathlib import Path
 
 import submitit
 
-import job_array
-import local_runs
-import options
 import run_with_submitit
-import stored_runs
-import sweep_plan
-from options import UsageError
-from stored_runs import Group, ResultsError
-from sweep_plan import Run, Sweep, count_runs
+from cli import options
+from cli.options import UsageError
+from launch import job_array, local_runs, sweep_plan
+from launch.sweep_plan import Run, Sweep, count_runs
+from reports import stored_runs
+from reports.stored_runs import Group, ResultsError
 
 
 @dataclass(frozen=True)
@@ -340,9 +338,9 @@ def _report(plan: Plan) -> None:
 
 def _draw(plan: Plan, groups: Sequence[Group]) -> None:
     """Draws the arms over the tasks, and against settings that have several values by now."""
-    import comparison_figures
     import plots
-    from figure_parts import NothingToDrawError
+    from reports import comparison_figures
+    from reports.figure_style import NothingToDrawError
 
     folder = plan.folder / "comparison"
     axes = [

@@ -21,7 +21,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from encoder import encode
+from model.encoder import encode
 from prompt import Prompt
 
 HEAD_TYPES = ("prompt", "token", "gap", "token+prompt")

@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from batch_samplers import LoaderOptions
+from continual_datasets.images import ImageSource
+from continual_datasets.samplers import LoaderOptions
+from continual_datasets.stream import Task, TaskStream, TestSet
+from continual_datasets.transforms import TransformOptions
 from engine import EngineOptions
-from image_sources import ImageSource
-from image_transforms import TransformOptions
-from task_stream import Task, TaskStream, TestSet
 from vision_transformer import PromptedVisionTransformer
 
 

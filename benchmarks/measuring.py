@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from updates import Updater
+from training.update import Updater
 from vision_transformer import PromptedVisionTransformer
 
 #: Anything that grows: seconds, FLOP, the highest memory.

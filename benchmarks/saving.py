@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
-import training
+from experiment import training_run
 
 
 def measure(argv: list[str]) -> None:
@@ -22,18 +22,18 @@ def measure(argv: list[str]) -> None:
     total = 0.0
 
     def timed(name: str) -> None:
-        plain = getattr(training.Keeper, name)
+        plain = getattr(training_run.Keeper, name)
 
         def watched(*args: object, **kwargs: object) -> None:
             start = time.perf_counter()
             plain(*args, **kwargs)
             seconds.append(time.perf_counter() - start)
 
-        setattr(training.Keeper, name, watched)
+        setattr(training_run.Keeper, name, watched)
 
     for name in ("at_boundary", "at_task_end"):
         timed(name)
-    train = training._train
+    train = training_run._train
 
     def whole(*args: object) -> None:
         nonlocal total
@@ -41,7 +41,7 @@ def measure(argv: list[str]) -> None:
         train(*args)  # type: ignore[arg-type]
         total = time.perf_counter() - start
 
-    training._train = whole  # type: ignore[assignment]
+    training_run._train = whole  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         code = main.main([*argv, "--output_dir", folder])
     if code != 0:

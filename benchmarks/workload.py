@@ -18,19 +18,18 @@ import torch
 from timm.utils import random_seed
 from torch import Tensor
 
-import accuracy
-import datasets
 import engine
-import experiment
-import options
-import settings
 from benchmarks import measuring
 from benchmarks.baseline import TwoCopies
-from image_sources import ArraySource
-from numerics import AMP_DTYPES
+from cli import options
+from continual_datasets.images import ArraySource
+from continual_datasets.readers import registry
+from continual_datasets.stream import TaskStream
+from experiment import assemble, build
+from experiment.precision import AMP_DTYPES
+from experiment.validate import validate_args
 from processes import Processes, find_launch, init_processes
-from task_stream import TaskStream
-from validation import validate_args
+from training import evaluation
 from vision_transformer import PromptedVisionTransformer
 
 #: What the flags leave open.
@@ -83,7 +82,7 @@ class Workload:
     @property
     def lr(self) -> float:
         """The learning rate."""
-        return settings.learning_rate(self.args, self.args.batch_size)
+        return build.learning_rate(self.args, self.args.batch_size)
 
 
 def read_workload(flags: list[str], synthetic: tuple[int, int] | None = None) -> Workload:
@@ -129,15 +128,15 @@ def describe(workload: Workload) -> dict[str, Any]:
     images = "{} and {} random images".format(*workload.synthetic) if workload.synthetic else None
     return {
         "model": args.model,
-        "weights": settings.backbone_source(args),
+        "weights": build.backbone_source(args),
         "input_size": args.input_size,
         "batch_size": args.batch_size,
-        "vote_group_size": settings.vote_group_size(args),
+        "vote_group_size": build.vote_group_size(args),
         "dtype": str(compute_dtype(args)).removeprefix("torch."),
         "data": images or args.dataset,
-        "tasks": settings.num_tasks(args),
+        "tasks": build.num_tasks(args),
         "epochs": args.epochs,
-        "workers": settings.loader_options(args, workload.processes, args.batch_size).num_workers,
+        "workers": build.loader_options(args, workload.processes, args.batch_size).num_workers,
     }
 
 
@@ -153,12 +152,12 @@ def standing_in(synthetic: tuple[int, int] | None) -> Iterator[None]:
         yield
         return
     train, test = (_random_pictures(number, seed) for seed, number in enumerate(synthetic))
-    real = datasets.SOURCES["CIFAR100"]
-    datasets.SOURCES["CIFAR100"] = dataclasses.replace(real, load=lambda _: (train, test))
+    real = registry.SOURCES["CIFAR100"]
+    registry.SOURCES["CIFAR100"] = dataclasses.replace(real, load=lambda _: (train, test))
     try:
         yield
     finally:
-        datasets.SOURCES["CIFAR100"] = real
+        registry.SOURCES["CIFAR100"] = real
 
 
 def _random_pictures(number: int, seed: int) -> ArraySource:
@@ -176,14 +175,14 @@ class Ours:
 
     def __init__(self, workload: Workload) -> None:
         args = workload.args
-        self.run = experiment.assemble(args, workload.processes)
+        self.run = assemble.assemble(args, workload.processes)
         self.model, self.options = self.run.model, self.run.options
-        make_optimizer = partial(settings.make_optimizer, args, self.model, workload.lr)
+        make_optimizer = partial(build.make_optimizer, args, self.model, workload.lr)
         self.updater = engine.make_updater(self.model, make_optimizer, self.options)
         task = self.run.stream.tasks[0]
-        mask = accuracy.class_mask(task.classes, self.model.num_classes, workload.device)
+        mask = evaluation.class_mask(task.classes, self.model.num_classes, workload.device)
         self.allowed = mask if self.options.train_mask else None
-        self.queries = accuracy.QueryCache()
+        self.queries = evaluation.QueryCache()
         self._first_state = self.model.trained_state()
 
     def batches(self) -> Iterator[list[Tensor]]:
@@ -222,7 +221,7 @@ class Ours:
     def evaluate(self) -> None:
         """All test sets of the last task; queries that are known are not computed."""
         for part in self.run.stream.tasks[-1].test_sets:
-            accuracy.evaluate(
+            evaluation.evaluate(
                 self.model, self.run.test_loader(part), part, self.options, queries=self.queries
             )
 
@@ -243,15 +242,15 @@ class Ours:
 
 def plain_stream(workload: Workload) -> TaskStream:
     """The tasks, with images that come from workers."""
-    stream, _ = experiment.build_stream(workload.plain, workload.args.batch_size, workload.device)
+    stream, _ = assemble.build_stream(workload.plain, workload.args.batch_size, workload.device)
     return stream
 
 
 def plain_model(workload: Workload, num_classes: int) -> PromptedVisionTransformer:
     """The program's model in single precision, not compiled, on the CPU."""
     random_seed(workload.args.seed)
-    vit = settings.build_backbone(workload.plain, pretrained=True)
-    return settings.build_model(workload.plain, vit, num_classes)
+    vit = build.build_backbone(workload.plain, pretrained=True)
+    return build.build_model(workload.plain, vit, num_classes)
 
 
 def two_copies(workload: Workload, stream: TaskStream) -> TwoCopies:
@@ -260,7 +259,7 @@ def two_copies(workload: Workload, stream: TaskStream) -> TwoCopies:
     return TwoCopies(
         model,
         workload.lr,
-        settings.engine_options(workload.plain, workload.device, stream.classes),
-        settings.loader_options(workload.plain, workload.processes, workload.args.batch_size),
-        settings.transform_options(workload.plain),
+        build.engine_options(workload.plain, workload.device, stream.classes),
+        build.loader_options(workload.plain, workload.processes, workload.args.batch_size),
+        build.transform_options(workload.plain),
     )

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import accuracy
 import benchmark
-import datasets
 import engine
-import settings
-import speed
 from benchmarks import measuring
 from benchmarks import workload as benchmark_workload
 from benchmarks.baseline import TwoCopies
 from benchmarks.table import table
 from benchmarks.workload import Ours, plain_model, plain_stream, read_workload, standing_in
-from preemption import Preempted
+from continual_datasets.readers import registry
+from experiment import build, speed
+from experiment.signals import Preempted
+from training import evaluation
 
 close = torch.testing.assert_close
 
@@ -44,13 +43,13 @@ def pair(workload):
     """Our model and the baseline with the same weights, whose images choose different prompts."""
     model = plain_model(workload, C)
     model.prompt.prompt_key.data = keys_that_divide(model.eval().query(pictures(64, seed=1)[0]))
-    options = settings.engine_options(workload.plain, workload.device, tuple(range(C)))
+    options = build.engine_options(workload.plain, workload.device, tuple(range(C)))
     baseline = TwoCopies(
         copy.deepcopy(model),
         workload.lr,
         options,
-        settings.loader_options(workload.plain, workload.processes, 16),
-        settings.transform_options(workload.plain),
+        build.loader_options(workload.plain, workload.processes, 16),
+        build.transform_options(workload.plain),
     )
     return model, baseline, options
 
@@ -90,8 +89,8 @@ def test_baseline_gives_equal_loss_gradients_and_parameters(workload, pair, trai
     baseline.options = options
     images, targets = pictures()
     classes = (0, 1, 2, 3)
-    mask = accuracy.class_mask(classes, C, workload.device)
-    make_optimizer = partial(settings.make_optimizer, workload.args, model, workload.lr)
+    mask = evaluation.class_mask(classes, C, workload.device)
+    make_optimizer = partial(build.make_optimizer, workload.args, model, workload.lr)
     updater = engine.make_updater(model.train(), make_optimizer, options)
     for _ in range(3):
         allowed = mask if train_mask else None
@@ -117,7 +116,7 @@ def test_baseline_gives_equal_batchwise_accuracy():
     )
     baseline.original.load_state_dict(ours.model.backbone.state_dict())
     part = stream.tasks[-1].test_sets[1]
-    result = accuracy.evaluate(ours.model, ours.run.test_loader(part), part, ours.options)
+    result = evaluation.evaluate(ours.model, ours.run.test_loader(part), part, ours.options)
     assert baseline.evaluate(part) == pytest.approx(result.stats["batch"], rel=1e-5)
 
 
@@ -366,11 +365,11 @@ def test_missing_weights_are_told(monkeypatch, tmp_path, capsys):
 
 
 def test_random_images_stand_in_for_cifar100():
-    real = datasets.SOURCES["CIFAR100"]
+    real = registry.SOURCES["CIFAR100"]
     with standing_in((300, 200)):
         workload = read_workload(TINY, (300, 200))
         stream = plain_stream(workload)
-    assert datasets.SOURCES["CIFAR100"] is real
+    assert registry.SOURCES["CIFAR100"] is real
     assert [len(task.data) for task in stream.tasks] == [30] * 10
     assert [len(part.data) for part in stream.test_sets] == [20] * 10
     assert stream.num_classes == 100

@@ -16,15 +16,15 @@ from PIL import Image
 from torchvision import transforms
 
 import continual_dataloader
-import task_data
-from batch_samplers import GlobalBatchSampler, LoaderOptions, TestSampler
-from class_order import check_split, class_order, read_class_order
 from continual_dataloader import Loaders, ToImages
-from image_sources import ArraySource, DataError, FolderSource
-from image_transforms import NORMS, TransformOptions, build_transform, to_input
-from scenarios import Preparation, class_incremental
-from task_data import RunData, TrainKey
-from task_stream import Task, TaskStream, TestSet
+from continual_datasets import task_data
+from continual_datasets.class_order import check_split, class_order, read_class_order
+from continual_datasets.images import ArraySource, DataError, FolderSource
+from continual_datasets.samplers import GlobalBatchSampler, LoaderOptions, TestSampler
+from continual_datasets.scenarios import Preparation, class_incremental
+from continual_datasets.stream import Task, TaskStream, TestSet
+from continual_datasets.task_data import RunData, TrainKey
+from continual_datasets.transforms import NORMS, TransformOptions, build_transform, to_input
 
 SMALL = TransformOptions(input_size=16)
 RICH = replace(SMALL, aa="augmix-m5-w2-d2", color_jitter=0.4, reprob=0.5, interpolation="random")

@@ -11,8 +11,8 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
 import engine
-import metrics
 from prompt import Prompt
+from reports import metrics
 from vision_transformer import DEFAULT_FREEZE, PromptedVisionTransformer
 
 close = torch.testing.assert_close

@@ -25,15 +25,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_main import TINY
 
-import checkpoints
 import engine
 import main
 import processes
-import resume
 from conftest import LAUNCHER
-from preemption import EXIT_CODE
-from test_main import TINY
+from experiment import checkpoints, resume
+from experiment.signals import EXIT_CODE
 
 ROOT = Path(main.__file__).resolve().parent
 
@@ -164,7 +163,7 @@ def act(name, number, actions, rank, grace=None):
         grace: Seconds for which a process may still leave by itself; None: as usual.
     """
     processes._GRACE = processes._GRACE if grace is None else grace
-    module, name = name.split(".")
+    module, name = name.rsplit(".", 1)
     calls, function = itertools.count(1), getattr(sys.modules[module], name)
 
     def call(*args, **keywords):
@@ -474,7 +473,7 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize("where", [("experiment.build_stream", 1), ("engine.evaluate", 2)])
+@pytest.mark.parametrize("where", [("experiment.assemble.build_stream", 1), ("engine.evaluate", 2)])
 def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank, where):
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
     flags = ["--eval", "--output_dir", alone(12, 3), "--device", "cpu", "--num_workers", "0"]
@@ -486,7 +485,9 @@ def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_pat
 def save_slowly(rank):
     """Writing the state takes longer than another process waits."""
     act("engine.train_step", 6, {1: partial(signal_itself, signal.SIGTERM)}, rank, grace=0.5)
-    act("resume.save", 2, {0: partial(time.sleep, 2.5)}, rank)  # the first ends the first epoch
+    act(
+        "experiment.resume.save", 2, {0: partial(time.sleep, 2.5)}, rank
+    )  # the first ends the first epoch
 
 
 @pytest.mark.slow
@@ -530,7 +531,11 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "where"),
-    [(0, ("engine.train_step", 2)), (1, ("engine.train_step", 2)), (0, ("training._finish", 1))],
+    [
+        (0, ("engine.train_step", 2)),
+        (1, ("engine.train_step", 2)),
+        (0, ("experiment.training_run._finish", 1)),
+    ],
 )
 def test_killed_process_ends_all(pictures, tmp_path, rank, where):
     """Also where the others wait for the first one to finish."""
@@ -576,7 +581,7 @@ def test_refusal_by_the_first_process_alone_is_the_exit_code_of_all(pictures, tm
 def test_loss_that_is_no_number_ends_all_and_the_model_is_saved(pictures, tmp_path):
     flags = ["--lr", "1e30", "--lr_scale", "none", "--clip-grad", "none"]
     slow = {0: partial(time.sleep, 2.5)}
-    hook = partial(act, "training.save_checkpoint", 1, slow, grace=0.5)
+    hook = partial(act, "experiment.training_run.save_checkpoint", 1, slow, grace=0.5)
     done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], hook, within=15)
     assert done.codes == [1, 1]
     assert all("in task 1, epoch 1, step " in text for text in done.texts)

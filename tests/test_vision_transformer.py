@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch.nn import functional as F
 
-from backbone import without_memory
+from model.backbone import without_memory
 from prompt import Prompt
 from vision_transformer import (
     DEFAULT_FREEZE,

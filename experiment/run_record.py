@@ -1,0 +1,204 @@
+"""What a run leaves behind beside its checkpoints: log_stats.txt, results.json, the final table."""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from continual_datasets.stream import display_names
+from engine import TaskReport, average_stats
+from reports import files, metrics
+from reports.metrics import SELECTIONS
+
+_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+#: What a run writes into its folder.
+_RUN_FILES = (
+    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "plots", "results.json", "results.png",
+    "tensorboard", "wandb",
+)  # fmt: skip
+
+#: Columns of the printed matrix that stand beside each other.
+_COLUMNS = 20
+
+
+@dataclass
+class RunRecord:
+    """Collects what is known about a run and writes it after every task.
+
+    Attributes:
+        config: Resolved settings, plain values.
+        backbone: `name`, `source`, `sha256`.
+        class_order: Class ids of each task.
+        class_names: Name of every class.
+        matrices: Accuracy matrix for each selection, percent.
+        reports: One for each finished task.
+        tasks: Name of each task.
+        test_sets: Name of each test set.
+        numerics: How numbers were computed, plain values.
+        command: `configurations` and `flags` of the command line.
+        run: What follows from settings and data: `processes`, `images_per_step`, `learning_rate`,
+            `train_digest` (what tells the training images from others), `trained_parameters`.
+    """
+
+    config: dict[str, Any]
+    backbone: dict[str, str]
+    class_order: list[list[int]]
+    class_names: list[str]
+    matrices: dict[str, metrics.Matrix]
+    reports: list[TaskReport] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    test_sets: list[str] = field(default_factory=list)
+    numerics: dict[str, Any] = field(default_factory=dict)
+    command: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def last_task(self) -> int:
+        """0-based number of the last finished task."""
+        return self.reports[-1].task
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {
+            **{name: self._selection(name) for name in SELECTIONS},
+            "command": self.command,
+            "run": self.run,
+            "class_order": self.class_order,
+            "class_names": self.class_names,
+            "tasks": self.tasks,
+            "test_sets": self.test_sets,
+            "backbone": self.backbone,
+            "numerics": self.numerics,
+            "training_curve": [
+                {"task": report.task + 1, "epoch": epoch, **stats}
+                for report in self.reports
+                for epoch, stats in enumerate(report.epoch_stats, start=1)
+            ],
+            "prompt_usage": [usage for report in self.reports for usage in self._usage(report)],
+            "timing": [
+                {
+                    "task": report.task + 1,
+                    "train_seconds": round(report.train_seconds, 3),
+                    "eval_seconds": round(report.eval_seconds, 3),
+                }
+                for report in self.reports
+            ],
+            "versions": versions(),
+            "seed": self.config.get("seed"),
+            "config": self.config,
+        }
+
+    def log_lines(self) -> str:
+        """The content of log_stats.txt: one JSON object for each task."""
+        return "".join(json.dumps(self._log_stats(report)) + "\n" for report in self.reports)
+
+    def write(self, output_dir: Path) -> None:
+        """Writes results.json and log_stats.txt of a training run."""
+        files.write_json(output_dir / "results.json", self.as_dict())
+        files.write_text(output_dir / "log_stats.txt", self.log_lines())
+
+    def table(self) -> str:
+        """Both accuracy matrices and all metrics as text, in percent."""
+        labels = display_names(self.test_sets, len(self.matrices["batch"]), "test set {}")
+        blocks = []
+        for name, title in (("batch", "batch-wise, as published"), ("instance", "instance-wise")):
+            blocks.append(f"Accuracy in percent, {title} (row: test set, column: after task)")
+            blocks.append(_format_matrix(self.matrices[name], labels))
+        summaries = {name: self._selection(name) for name in SELECTIONS}
+        blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
+        for key, label in metrics.METRIC_NAMES.items():
+            is_said = key == "average_accuracy" and "final_accuracy" in summaries["batch"]
+            if key in summaries["batch"] and not is_said:
+                batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
+                blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
+        return "\n".join(blocks)
+
+    def _usage(self, report: TaskReport) -> list[dict[str, Any]]:
+        """How often each prompt served the images of each test set after a task."""
+        return [
+            {
+                "after_task": report.task + 1,
+                "test_set": evaluation.index,
+                "name": self.test_sets[evaluation.index] if self.test_sets else None,
+                **evaluation.usage,
+                "mean_similarity": evaluation.mean_similarity,
+                "key_similarity": [round(value, 6) for value in evaluation.key_similarity],
+            }
+            for evaluation in report.evaluations
+            if evaluation.usage
+        ]
+
+    def _selection(self, name: str) -> dict[str, Any]:
+        matrix = self.matrices[name]
+        numbers = metrics.summarize(matrix, self.last_task)
+        return {"accuracy_matrix": metrics.to_lists(matrix), **numbers}
+
+    def _log_stats(self, report: TaskReport) -> dict[str, Any]:
+        """One line of log_stats.txt; `test_*` is the last test set, as the original writes it.
+
+        What the task did not evaluate, or the kind of experiment does not have, is left out.
+        """
+        stats: dict[str, Any] = {f"train_{k}": v for k, v in report.train_stats.items()}
+        if report.evaluations:
+            stats |= {f"test_{k}": v for k, v in report.evaluations[-1].stats["batch"].items()}
+            for name, prefix in zip(SELECTIONS, ("", "instance_"), strict=True):
+                stats |= self._averages(report, name, prefix)
+        return {**stats, "task": report.task + 1, "epoch": self.config["epochs"] - 1}
+
+    def _averages(self, report: TaskReport, name: str, prefix: str) -> dict[str, Any]:
+        means = average_stats(report.evaluations, name)
+        stats: dict[str, Any] = {f"{prefix}average_{k}": v for k, v in means.items()}
+        numbers = metrics.summarize(self.matrices[name], report.task)
+        if "forgetting" in numbers:
+            stats[f"{prefix}forgetting"] = numbers["forgetting"]
+            stats[f"{prefix}backward"] = numbers["backward_transfer"]
+        return stats
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers."""
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in _LIBRARIES}}
+
+
+def earlier_files(output_dir: Path) -> list[Path]:
+    """What an earlier run left in the folder."""
+    found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    return found + list(output_dir.glob("eval_results*.json"))
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Moves what an earlier run left in the folder into a folder of its own, so nothing is lost.
+
+    Returns:
+        The folder `previous/DATE`, or None if there was nothing.
+    """
+    found = earlier_files(output_dir)
+    if not found:
+        return None
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    folder = output_dir / "previous" / stamp
+    folder.mkdir(parents=True)
+    for path in found:
+        path.rename(folder / path.name)
+    return folder
+
+
+def _format_matrix(matrix: metrics.Matrix, labels: list[str]) -> str:
+    """The matrix without tasks that nothing was evaluated after; many columns are folded."""
+    width = max(12, *map(len, labels))
+    evaluated = metrics.evaluated_tasks(matrix)
+    lines = []
+    for first in range(0, max(1, len(evaluated)), _COLUMNS):
+        columns = evaluated[first : first + _COLUMNS]
+        lines.append(" " * width + "".join(f"{t + 1:>7d}" for t in columns))
+        for label, row in zip(labels, metrics.to_lists(matrix[:, columns]), strict=True):
+            lines.append(f"{label:{width}s}" + "".join(f"{_number(value):>7s}" for value in row))
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,239 @@
+"""Mixed precision, compiled passes, recomputation: as equal to the plain path as they can be."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+
+import engine
+from experiment import precision
+from experiment.precision import Numerics
+from test_engine import FIRST, OPTIONS, SECOND, STREAM, Loader, data, evaluate, make_model, run
+
+VARIANTS = {
+    "prompt head": ({}, {"head_type": "prompt"}),
+    "gap head": ({}, {}),
+    "token head": ({}, {"head_type": "token"}),
+    "both": ({}, {"head_type": "token+prompt"}),
+    "norm of the mean": ({}, {"global_pool": "avg"}),
+    "mean key": ({}, {"embedding_key": "mean_max"}),
+    "everything trains": ({}, {"freeze": ()}),
+    "no prompts": (None, {"head_type": "token", "freeze": ()}),
+}
+
+
+def fast_model(pool, changes, batch_sizes=(8,), **how):
+    model = make_model(pool, **changes)
+    precision.apply(Numerics(**how), model, batch_sizes)
+    return model
+
+
+def learn(model, size=8, task_id=0):
+    """Outputs and gradients of a training step."""
+    images, targets = data(FIRST, size)
+    model.zero_grad()
+    out = model.train()(images, task_id=task_id, vote_group_size=4)
+    loss = torch.nn.functional.cross_entropy(out["logits"], targets)
+    (loss - out.get("reduce_sim", 0)).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in out.items()}, grads
+
+
+def close(found, wanted, **tolerance):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
+@pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
+def test_amp_computes_the_backbone_alone_in_low_precision(pool, changes, amp):
+    model = fast_model(pool, changes, amp=amp)
+    out, grads = learn(model)
+    wanted, wanted_grads = learn(make_model(pool, **changes))
+    assert out.keys() == wanted.keys()
+    assert all(
+        value.dtype in (torch.float32, torch.int64) for value in (*out.values(), *grads.values())
+    )
+    assert not torch.equal(out["logits"], wanted["logits"])  # low precision it is
+    torch.testing.assert_close(out["logits"], wanted["logits"], rtol=0.1, atol=0.3)
+    assert grads.keys() == wanted_grads.keys()
+    head, wanted_head = grads["head.weight"].flatten(), wanted_grads["head.weight"].flatten()
+    assert torch.cosine_similarity(head, wanted_head, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
+@pytest.mark.parametrize("pool", [{}, {"learnable_key": False}, {"diversify": "frequency"}])
+def test_amp_selects_in_single_precision(pool, amp):
+    """With the same queries the selection is the same to the last bit, in autocast as well."""
+    plain, fast = make_model(pool), fast_model(pool, {}, amp=amp)
+    images, query = data(FIRST)[0], make_model(pool).query(data(FIRST)[0])
+    wanted = plain(images, query, vote_group_size=4)
+    with torch.autocast("cpu", precision.AMP_DTYPES[amp]):
+        inside = fast(images, query, vote_group_size=4)
+    for out in (fast(images, query, vote_group_size=4), inside):
+        for name in ("similarity", "prompt_idx", "own_prompt_idx", "reduce_sim"):
+            assert torch.equal(out[name], wanted[name]), name
+
+
+def test_amp_rounds_frozen_weights_once_to_what_autocast_would_give():
+    rounded = fast_model({}, {}, amp="bf16")
+    kept = make_model({})
+    precision.apply(Numerics(amp="bf16"), kept, (), weights_follow=True)
+    assert rounded.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert kept.backbone.blocks[0].mlp.fc1.weight.dtype == torch.float32
+    (out, grads), (wanted, wanted_grads) = learn(rounded), learn(kept)
+    close(out, wanted, rtol=0, atol=0)
+    close(grads, wanted_grads, rtol=0, atol=0)
+
+
+def test_amp_leaves_what_trains_and_what_is_saved_in_single_precision():
+    for changes in ({}, {"freeze": ()}, {"freeze": ("blocks.0", "patch_embed")}):
+        model = fast_model({}, changes, amp="bf16")
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        assert all(value.dtype == torch.float32 for value in model.trained_state().values())
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+        assert norms
+        assert all(norm.weight.dtype == torch.float32 for norm in norms)
+
+
+def test_amp_gives_a_copy_for_the_query_the_same_precision():
+    model = fast_model({}, {"freeze": ()}, amp="bf16")
+    assert model.query_backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert model.backbone.blocks[0].mlp.fc1.weight.dtype == torch.float32
+    assert model.query(data(FIRST)[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
+def test_amp_run_learns_as_the_plain_one(amp):
+    matrices = []
+    for model in (make_model({}), fast_model({}, {}, amp=amp)):
+        options = replace(OPTIONS, epochs=4, loss_scaling=Numerics(amp=amp).loss_scaling)
+        run(model, options)
+        matrices.append(evaluate(model, options).stats["instance"]["Loss"])
+    assert matrices[0] == pytest.approx(matrices[1], rel=0.2)
+    assert matrices[0] != matrices[1]
+
+
+# Compiled passes
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_passes_equal_the_plain_ones(pool, changes):
+    fast, plain = fast_model(pool, changes, compile=True), make_model(pool, **changes)
+    (out, grads), (wanted, wanted_grads) = learn(fast), learn(plain)
+    close(out, wanted, rtol=1e-4, atol=1e-5)
+    close(grads, wanted_grads, rtol=1e-3, atol=1e-4)
+    assert evaluate(fast, batch_size=8, size=16).stats["instance"] == pytest.approx(
+        evaluate(plain, batch_size=8, size=16).stats["instance"], rel=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler, amp):
+    """Neither a task id, nor a mask, nor short batches, nor known queries make a new graph."""
+    model = fast_model({"diversify": "mask"}, {}, batch_sizes=(4,), compile=True)
+    if amp is not None:
+        model.amp_dtype = precision.AMP_DTYPES[amp]
+    graphs = []
+    run(
+        model,
+        tasks=STREAM,
+        train_loader=lambda task: Loader(*data(task, 10)),
+        on_task_end=lambda _: graphs.append(fresh_compiler["stats"]["unique_graphs"]),
+    )
+    assert len(graphs) == len(STREAM) > 1
+    assert graphs[0] > 0
+    assert set(graphs) == {graphs[0]}
+    assert not fresh_compiler["graph_break"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_batches_of_another_size_run_as_they_are(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        torch, "compile", lambda plain, **kwargs: lambda x: calls.append(kwargs) or plain(x)
+    )
+    model = fast_model({}, {}, batch_sizes=(8,), compile=True)
+    wanted, _ = learn(make_model({}), size=7)
+    close(learn(model, size=7)[0], wanted)
+    assert not calls
+    learn(model, size=8)
+    assert len(calls) == 2  # the pass for the query, and the prompted one
+    assert all(call["fullgraph"] and not call["dynamic"] for call in calls)
+
+
+# The rest
+
+
+@pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
+def test_grad_checkpointing_changes_no_number(pool, changes):
+    plain = learn(make_model(pool, **changes))
+    again = learn(fast_model(pool, changes, grad_checkpointing=True))
+    close(again[0], plain[0], rtol=0, atol=0)
+    close(again[1], plain[1], rtol=0, atol=0)
+
+
+@pytest.fixture
+def global_precision():
+    """What `apply` sets for the whole process, put back."""
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@pytest.mark.usefixtures("global_precision")
+def test_tf32_is_off_unless_asked_for():
+    torch.backends.cudnn.allow_tf32 = True  # what torch begins with
+    fast_model({}, {})
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    fast_model({}, {}, tf32=True)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_training_step_never_waits_for_the_device():
+    """A tensor without memory refuses to be read, so any reading inside a step would fail."""
+    device = torch.device("meta")
+    for pool in ({}, {"diversify": "frequency"}, {"diversify": "mask"}, None):
+        changes = {"head_type": "token"} if pool is None else {"head_type": "prompt"}
+        model = make_model(pool, **changes).to(device).train()
+        options = replace(OPTIONS, device=device, clip_grad=1.0)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        updater = engine.make_updater(model, lambda p=parameters: torch.optim.Adam(p), options)
+        images, targets = (tensor.to(device) for tensor in data(SECOND))
+        allowed = torch.ones(model.num_classes, dtype=torch.bool, device=device)
+        found = engine.train_step(model, updater, (images, targets), 1, allowed, 8, options)
+        assert found.shape == (5,)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            found.tolist()
+
+
+def test_a_copy_of_a_model_computes_with_its_own_weights():
+    model = make_model({})
+    other = copy.deepcopy(model)
+    for parameter in other.backbone.parameters():
+        parameter.data.zero_()
+    images = data(FIRST)[0]
+    assert not torch.equal(other.query(images), model.query(images))

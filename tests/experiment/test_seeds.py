@@ -1,0 +1,119 @@
+"""`--seeds`: one command, a run for each seed, a table over them."""
+
+import json
+import weakref
+
+import pytest
+from test_main import TINY, _restore_logging  # noqa: F401
+
+import main
+import plots
+from experiment import checkpoints, resume, training_run
+
+
+@pytest.fixture
+def command(image_folder):
+    return [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder), "--epochs", "1"]
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def accuracies(folder):
+    return [results(folder)[name]["accuracy_matrix"] for name in ("batch", "instance")]
+
+
+def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    argv = [*command, "--plots", "--seeds", "3", "4", "--output_dir", str(together)]
+    assert main.main(argv) == 0
+    text = capsys.readouterr().out
+    assert main.main([*command, "--seed", "4", "--output_dir", str(alone)]) == 0
+    assert accuracies(together / "seed4") == accuracies(alone)
+    assert accuracies(together / "seed3") != accuracies(alone)
+    assert [results(together / f"seed{seed}")["seed"] for seed in (3, 4)] == [3, 4]
+    mean = sum(results(together / f"seed{s}")["batch"]["average_accuracy"] for s in (3, 4)) / 2
+    assert f"{mean:.2f} ±" in text.rpartition("Written to")[2]
+    log = (together / "seed3" / "log.txt").read_text()
+    assert ", seed 3\n" in log
+    assert ", seed 4\n" not in log
+    for seed in (3, 4):  # the table is of none of them
+        assert "±" not in (together / f"seed{seed}" / "log.txt").read_text()
+    assert (together / "comparison" / "average_accuracy.svg").is_file()
+    assert f"Drawn together in {together / 'comparison'}" in text
+
+
+def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, capsys):
+    argv = [*command, "--seeds", "3", "4", "--output_dir", str(tmp_path)]
+    finish, started = training_run._finish, []
+
+    def failing(args, *rest):
+        started.append(args.seed)
+        if args.seed == 4:
+            raise OSError("no space left")
+        finish(args, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "_finish", failing)
+        assert main.main(argv) == 1
+    assert started == [3, 4]
+    before = results(tmp_path / "seed3")
+    assert resume.newest_path(tmp_path / "seed4").exists()
+    monkeypatch.setattr(training_run.engine, "train_step", None)  # nothing is left to train
+    assert main.main([*argv, "--resume", "auto"]) == 0
+    assert results(tmp_path / "seed3")["batch"] == before["batch"]
+    assert len(checkpoints.find(tmp_path / "seed4")) == 2
+    assert not (tmp_path / "seed3" / "previous").exists()
+    assert "±" in capsys.readouterr().out
+
+
+def test_one_model_at_a_time_is_in_memory(command, tmp_path, monkeypatch):
+    prepare, models, alive = training_run.prepare, [], []
+
+    def watched(*args):
+        alive.append([model() is not None for model in models])
+        experiment, found = prepare(*args)
+        models.append(weakref.ref(experiment.model))
+        return experiment, found
+
+    monkeypatch.setattr(training_run, "prepare", watched)
+    argv = [*command, "--seeds", "1", "2", "3", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    assert alive == [[], [False], [False, False]]
+
+
+def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots, "draw_run", fail)
+    argv = [*command, "--plots", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.count("The pictures are not drawn (OSError: no space left)") == 2
+    assert f"Draw them again: python plots.py {tmp_path / 'seed1'}" in text
+    assert results(tmp_path / "seed2")["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--seeds", "1", "1"], "--seeds 1 1: each seed once"),
+        (["--seeds", "1", "-2"], "--seeds -2: must be in [0, 2^32)"),
+        (["--seeds", "1", "--seed", "2"], "--seed and --seeds are two ways to say one thing"),
+        (["--seeds", "1", "--output_dir", ""], "--seeds needs --output_dir"),
+        (["--seeds", "1", "--resume", "{folder}"], "is one run's state"),
+    ],
+)
+def test_seeds_that_cannot_be_are_refused(command, flags, problem, tmp_path, capsys):
+    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
+    assert main.main([*command, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_single_seed_gets_a_folder_of_its_own(command, tmp_path):
+    argv = [*command, "--seeds", "9", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
+    assert results(tmp_path / "seed9")["seed"] == 9

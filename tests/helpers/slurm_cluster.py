@@ -1,0 +1,114 @@
+"""The `slurm` fixture: a real Slurm cluster of two nodes for the tests of a session.
+
+A test module gets it by
+
+    pytest_plugins = ["helpers.slurm_cluster"]
+
+and not by an import, by which each module would start a cluster of its own. It is started by
+slurm_cluster.sh, whose SLURM_LAB_* settings hold here, too. Only if L2P_TEST_SLURM=existing is set,
+the cluster that this machine belongs to is used instead.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
+
+
+class Cluster:
+    """A running cluster; `env` is the environment for its commands."""
+
+    def __init__(self, env, own):
+        self.env = env
+        self.own = own  # started for these tests
+
+    @property
+    def nodes(self):
+        return sorted(set(self.run("sinfo", "-hN", "-o", "%N").stdout.split()))
+
+    def run(self, *words, timeout=120, **env):
+        """Runs a command, as subprocess.run does, with its output captured as text."""
+        return subprocess.run(
+            [str(word) for word in words],
+            env={**self.env, **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def submit(self, *words, **env):
+        """Calls sbatch with these words and returns the number of the job."""
+        done = self.run("sbatch", "--parsable", *words, **env)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    def job(self, job_id):
+        """Returns what `scontrol show job` says about a job, by the names of the fields."""
+        done = self.run("scontrol", "--oneliner", "show", "job", job_id)
+        assert done.returncode == 0, done.stderr
+        words = re.split(r"(?:^|\s)([A-Z][\w/:]*)=", done.stdout.strip())
+        return dict(zip(words[1::2], words[2::2], strict=True))
+
+    def wait_for(self, job_id, states, timeout=60):
+        """Returns the fields of a job as soon as it has one of the states, e.g. "RUNNING"."""
+        states = {states} if isinstance(states, str) else set(states)
+        end = time.monotonic() + timeout
+        while (job := self.job(job_id))["JobState"] not in states:
+            if time.monotonic() > end:
+                raise TimeoutError(f"job {job_id} is not {states} after {timeout} s, but {job}")
+            time.sleep(0.2)
+        return job
+
+    def node_down(self, name):
+        """Cuts the power of a node; Slurm notices after 20 to 40 seconds."""
+        self._script("node-down", name)
+
+    def node_up(self, name):
+        """Switches a node on again."""
+        self._script("node-up", name)
+
+    def _script(self, *words):
+        if not self.own:
+            pytest.skip("only the nodes of the tests' own cluster may go down")
+        done = self.run(SCRIPT, *words)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    if os.environ.get("L2P_TEST_SLURM") == "existing":
+        cluster = Cluster(dict(os.environ), own=False)
+        if not shutil.which("sinfo") or not cluster.nodes:
+            pytest.skip("L2P_TEST_SLURM=existing, but sinfo shows no cluster")
+        yield cluster
+        return
+    if os.geteuid() != 0:
+        pytest.skip("starting a Slurm cluster needs root")
+    if not shutil.which("slurmctld") and not shutil.which("apt-get"):
+        pytest.skip("starting a Slurm cluster needs Slurm or apt-get")
+
+    # The paths of sockets must be short, which those below pytest's own folders may not be.
+    folder = tempfile.mkdtemp(prefix="l2p-slurm-")
+    # These tests may themselves run in a job.
+    outer_job = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_(?!LAB_)")
+    env = {name: value for name, value in os.environ.items() if not outer_job.match(name)}
+    env |= {"SLURM_LAB": folder, "SLURM_LAB_OWNER": str(os.getpid())}
+    cluster = Cluster(env, own=True)
+    try:
+        up = cluster.run(SCRIPT, "up", timeout=1200)
+        if up.returncode != 0:
+            pytest.skip(f"no Slurm cluster: {up.stderr[-500:]}")
+        shell = cluster.run("bash", "-c", f'{up.stdout}\nprintf "%s\n" "$SLURM_CONF" "$PATH"')
+        cluster.env["SLURM_CONF"], cluster.env["PATH"] = shell.stdout.split("\n")[:2]
+        yield cluster
+    finally:
+        cluster.run(SCRIPT, "down", timeout=1200)
