@@ -5,6 +5,7 @@ They are forked from a server that has loaded the program, which saves seconds f
 """
 
 import atexit
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -164,14 +165,14 @@ def act(name, number, actions, rank, grace=None):
     """
     processes._GRACE = processes._GRACE if grace is None else grace
     module, name = name.rsplit(".", 1)
-    calls, function = itertools.count(1), getattr(sys.modules[module], name)
+    calls, function = itertools.count(1), getattr(importlib.import_module(module), name)
 
     def call(*args, **keywords):
         if next(calls) == number and rank in actions:
             actions[rank]()
         return function(*args, **keywords)
 
-    setattr(sys.modules[module], name, call)
+    setattr(importlib.import_module(module), name, call)
 
 
 def impatient(rank):
@@ -584,7 +585,7 @@ def test_loss_that_is_no_number_ends_all_and_the_model_is_saved(pictures, tmp_pa
     hook = partial(act, "experiment.training_run.save_checkpoint", 1, slow, grace=0.5)
     done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], hook, within=15)
     assert done.codes == [1, 1]
-    assert all("in task 1, epoch 1, step " in text for text in done.texts)
+    assert all("in task 1, epoch 1, step " in text for text in done.texts), done.text
     assert (tmp_path / "checkpoint" / "last_finite_checkpoint.pth").exists()
 
 
