@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from timm.layers import set_fused_attn
 
+pytest.register_assert_rewrite("helpers")
+
 torch.set_num_threads(1)
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

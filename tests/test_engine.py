@@ -1,108 +1,31 @@
 import copy
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
 import engine
-from prompt import Prompt
+from helpers.engine_doubles import (
+    FIRST,
+    OPTIONS,
+    SECOND,
+    STREAM,
+    Loader,
+    data,
+    evaluate,
+    run,
+    sgd,
+)
+from helpers.tiny_model import C, K, M, make_model, pictures
 from reports import metrics
-from vision_transformer import DEFAULT_FREEZE, PromptedVisionTransformer
+from vision_transformer import DEFAULT_FREEZE
 
 close = torch.testing.assert_close
-
-C, D, M, K = 6, 8, 6, 2
-
-
-@dataclass
-class Task:
-    index: int
-    classes: tuple
-    test_sets: tuple = ()
-    name: str = "task"
-
-
-#: Two tasks of three classes, and the stream in which each is tested with all before it.
-FIRST, SECOND = Task(0, (0, 2, 4)), Task(1, (1, 3, 5))
-STREAM = [Task(0, FIRST.classes, (FIRST,)), Task(1, SECOND.classes, (FIRST, SECOND))]
-
-OPTIONS = engine.EngineOptions(
-    device=torch.device("cpu"),
-    epochs=1,
-    vote_group_size=4,
-    all_classes=tuple(range(C)),
-    clip_grad=None,
-    print_freq=1000,
-)
-
-
-class Loader:
-    """Batches in a fixed order; each counts `share` times in the global batch."""
-
-    def __init__(self, images, targets, batch_size=4, share=1):
-        self.batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))
-        self.share, self.epochs, self.batch_sampler = share, [], self
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-    def set_epoch(self, epoch, first_step=0):
-        self.epochs.append(epoch)
-
-    def global_batch_size(self, step):
-        return self.share * len(self.batches[step][0])
-
-
-def data(task=FIRST, size=8, seed=0):
-    generator = torch.Generator().manual_seed(100 * task.index + seed)
-    images = pictures(size, generator)
-    picks = torch.randint(0, len(task.classes), (size,), generator=generator)
-    return images, torch.tensor(task.classes)[picks]
-
-
-def pictures(size, generator=None):
-    """Images of different colours, so that their queries differ."""
-    colour = torch.rand(size, 3, 1, 1, generator=generator)
-    return 4 * colour * torch.rand(size, 3, 8, 8, generator=generator)
-
-
-def keys_that_divide(model):
-    """Keys for the ways in which queries differ, so that images choose different prompts."""
-    queries = model.query(pictures(M))
-    middle = queries.mean(dim=0)
-    apart = queries - middle
-    return apart - torch.outer(apart @ middle, middle) / middle.square().sum()
-
-
-def make_model(pool=None, vit=None, seed=0, **changes):
-    """A tiny prompted model in which every weight counts; `pool` None: no pool."""
-    torch.manual_seed(seed)
-    settings = {"img_size": 8, "patch_size": 4, "embed_dim": D, "depth": 2, "num_heads": 2}
-    backbone = VisionTransformer(num_classes=0, **settings, **(vit or {}))
-    prompt = None
-    if pool is not None:
-        prompt = Prompt(**{"size": M, "length": 2, "top_k": K, "embed_dim": D, **pool})
-    model = PromptedVisionTransformer(backbone, C, prompt, **{"head_type": "gap", **changes})
-    for parameter in (*backbone.parameters(), model.head.weight, model.head.bias):
-        torch.nn.init.normal_(parameter, std=0.5)
-    if prompt is not None:
-        model.pos_embed_prompt.data.copy_(backbone.pos_embed.data[:, :1])
-        if prompt.prompt_key is not None:
-            prompt.prompt_key.data.copy_(keys_that_divide(model))
-    return model
-
-
-def sgd(model, lr=0.1):
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def updating(model, lr=0.1, options=OPTIONS):
@@ -113,40 +36,6 @@ def train_step(model, options=OPTIONS, task=FIRST, lr=0.0, **loader):
     """One step on one batch: statistics; the gradients stay in the model."""
     batches = Loader(*data(task, 8), batch_size=8, **loader)
     return engine.train_one_epoch(model, batches, updating(model, lr, options), task, 0, options)
-
-
-def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
-    return engine.evaluate(model, Loader(*data(test_set, size), batch_size), test_set, options)
-
-
-def run(
-    model,
-    options=OPTIONS,
-    *,
-    tasks=STREAM,
-    make_optimizer=None,
-    make_scheduler=None,
-    on_task_end=None,
-    **hooks,
-):
-    """The whole stream; returns the accuracy matrices."""
-    monitor = engine.Monitor()
-    if on_task_end is not None:
-        monitor.at_task_end = on_task_end
-    num_rows = len({test_set.index for task in tasks for test_set in task.test_sets})
-    matrices = {name: metrics.empty_matrix(num_rows, len(tasks)) for name in engine.SELECTIONS}
-    engine.train_and_evaluate(
-        model,
-        tasks,
-        hooks.pop("train_loader", lambda task: Loader(*data(task))),
-        hooks.pop("test_loader", lambda test_set: Loader(*data(test_set, seed=1))),
-        make_optimizer or (lambda: sgd(model)),
-        make_scheduler or (lambda optimizer: None),
-        matrices,
-        options,
-        **{"monitor": monitor, **hooks},
-    )
-    return matrices
 
 
 def local(targets, task):

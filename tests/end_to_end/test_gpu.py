@@ -7,13 +7,14 @@ import torch
 import torch._dynamo
 from test_fast_paths import TINY, Run
 from test_main import _restore_logging  # noqa: F401
-from test_precision import VARIANTS, close, learn
 
 import engine
 import main
 from experiment import precision
 from experiment.precision import Numerics
-from test_engine import FIRST, OPTIONS, STREAM, Loader, data, make_model, run
+from helpers.engine_doubles import FIRST, OPTIONS, STREAM, Loader, data, run
+from helpers.model_variants import VARIANTS, close, learn
+from helpers.tiny_model import make_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from test_engine import FIRST, OPTIONS, SECOND, Loader, data, make_model, pictures, run
+from helpers.engine_doubles import FIRST, OPTIONS, SECOND, Loader, data, run
+from helpers.tiny_model import make_model, pictures
 from training import evaluation
 from training.evaluation import QueryCache, evaluate
 

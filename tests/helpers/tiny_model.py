@@ -1,0 +1,42 @@
+"""A tiny prompted model in which every weight counts, and images that it tells apart."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from prompt import Prompt
+from vision_transformer import PromptedVisionTransformer
+
+#: Classes, width, pool size and prompts chosen.
+C, D, M, K = 6, 8, 6, 2
+
+
+def pictures(size, generator=None):
+    """Images of different colours, so that their queries differ."""
+    colour = torch.rand(size, 3, 1, 1, generator=generator)
+    return 4 * colour * torch.rand(size, 3, 8, 8, generator=generator)
+
+
+def keys_that_divide(model):
+    """Keys for the ways in which queries differ, so that images choose different prompts."""
+    queries = model.query(pictures(M))
+    middle = queries.mean(dim=0)
+    apart = queries - middle
+    return apart - torch.outer(apart @ middle, middle) / middle.square().sum()
+
+
+def make_model(pool=None, vit=None, seed=0, **changes):
+    """A tiny prompted model in which every weight counts; `pool` None: no pool."""
+    torch.manual_seed(seed)
+    settings = {"img_size": 8, "patch_size": 4, "embed_dim": D, "depth": 2, "num_heads": 2}
+    backbone = VisionTransformer(num_classes=0, **settings, **(vit or {}))
+    prompt = None
+    if pool is not None:
+        prompt = Prompt(**{"size": M, "length": 2, "top_k": K, "embed_dim": D, **pool})
+    model = PromptedVisionTransformer(backbone, C, prompt, **{"head_type": "gap", **changes})
+    for parameter in (*backbone.parameters(), model.head.weight, model.head.bias):
+        torch.nn.init.normal_(parameter, std=0.5)
+    if prompt is not None:
+        model.pos_embed_prompt.data.copy_(backbone.pos_embed.data[:, :1])
+        if prompt.prompt_key is not None:
+            prompt.prompt_key.data.copy_(keys_that_divide(model))
+    return model
