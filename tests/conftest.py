@@ -1,5 +1,6 @@
 """What all tests share: one thread, explicit attention, small models and data."""
 
+import logging
 import os
 
 import numpy as np
@@ -50,3 +51,14 @@ def no_launcher(monkeypatch):
 @pytest.fixture
 def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def restore_logging():
+    """Takes away the handlers that a command has added to the root logger."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler).__module__ == "utils":
+            root.removeHandler(handler)
+            handler.close()

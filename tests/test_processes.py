@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_main import TINY
 
 import engine
 import main
@@ -34,6 +33,7 @@ import processes
 from conftest import LAUNCHER
 from experiment import checkpoints, resume
 from experiment.signals import EXIT_CODE
+from helpers.tiny_flags import TINY
 
 ROOT = Path(main.__file__).resolve().parent
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_main import _restore_logging  # noqa: F401
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, Flowers102
 
 import engine
@@ -23,17 +22,11 @@ import main
 from cli import options
 from continual_datasets.readers import registry
 from experiment import checkpoints, resume, training_run
+from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from helpers.true_formats import DOMAINS, TRAIN_SESSIONS, TRUE_FORMATS, WNIDS, core50_list
 from reports import figures
 
-#: Keeps what a configuration says of `model_kwargs` beside these.
-TINY_VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "weight_init": "jax"}
-TINY = [
-    "--model", "vit_tiny_patch16_224", "--pretrained", "false", "--input-size", "16",
-    "--batch-size", "8", "--epochs", "1", "--num_workers", "0", "--device", "cpu", "--no-plots",
-]  # fmt: skip
-#: What makes a head of sixteen features learn in a few steps, where no configuration says how.
-SWIFT = ["--lr", "0.05", "--lr_scale", "none", "--length", "2", "--top_k", "2"]
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 FIVE = "CIFAR10", "MNIST", "SVHN", "NotMNIST", "FashionMNIST"
 SESSIONS = [f"s{number}" for number in TRAIN_SESSIONS]
@@ -87,7 +80,7 @@ class Lab:
         for name in configs:
             kwargs = (configuration(name).get("model_kwargs") or {}) | kwargs
         pairs = [f"{name}={value}" for name, value in kwargs.items()]
-        own = [*TINY, *([] if configs else SWIFT), "--model-kwargs", *pairs]
+        own = [*TINY_ANY, *([] if configs else SWIFT), "--model-kwargs", *pairs]
         places = ["--data-path", self.data, "--output_dir", self.folder / to]
         return [*configs, *own, *map(str, places), *argv[len(configs) :]]
 
@@ -954,12 +947,12 @@ def test_configuration_runs_as_it_says(lab, name):
     lab.write(*registry.find_sources(said.get("dataset", "CIFAR100")))
     flags = FITTING.get(name, [])
     run = lab.train(*base, name, *flags)
-    given = {flag.removeprefix("--").replace("-", "_") for flag in [*TINY, *flags]}
+    given = {flag.removeprefix("--").replace("-", "_") for flag in [*TINY_ANY, *flags]}
     config = run.results["config"]
     kept = said.keys() - given - {"model_kwargs", "output_dir"}
     assert {key: config[key] for key in kept} == {key: said[key] for key in kept}
     assert config["model_kwargs"] == (said.get("model_kwargs") or {}) | TINY_VIT
-    without = vars(options.parse_args([*base, *TINY, *flags])[0])
+    without = vars(options.parse_args([*base, *TINY_ANY, *flags])[0])
     told_here = {"vote_group_size", "model_kwargs", "data_path", "output_dir"}
     others = config.keys() - said.keys() - given - told_here
     assert {key: config[key] for key in others} == {key: without[key] for key in others}

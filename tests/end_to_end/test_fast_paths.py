@@ -8,39 +8,20 @@ from functools import partial
 
 import pytest
 import torch
-from test_main import _restore_logging  # noqa: F401
 
 import engine
 import main
 import processes
 from cli import options
-from experiment import build, checkpoints, training_run
+from experiment import build, training_run
+from helpers.finished_runs import Run
+from helpers.tiny_flags import TINY_DIGITS
 
-TINY = [
-    "--dataset", "digits", "--num_tasks", "2", "--classes_per_task", "2", "--epochs", "1",
-    "--model", "vit_tiny_patch16_224", "--pretrained", "false", "--input-size", "32",
-    "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2", "num_heads=2", "weight_init=jax",
-    "--batch-size", "16", "--vote_group_size", "8", "--num_workers", "0", "--device", "cpu",
-    "--lr", "0.05", "--lr_scale", "none", "--length", "2", "--top_k", "2", "--print_freq", "1000",
-    "--no-plots",
-]  # fmt: skip
-
-
-class Run:
-    """A finished run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.results = json.loads((folder / "results.json").read_text())
-        self.model = checkpoints.load(checkpoints.task_path(folder, 2)).model
-
-    @property
-    def stats(self):
-        return [json.loads(line) for line in (self.folder / "log_stats.txt").open()]
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def train(folder, *flags, code=0):
-    assert main.main([*TINY, *flags, "--output_dir", str(folder)]) == code
+    assert main.main([*TINY_DIGITS, *flags, "--output_dir", str(folder)]) == code
     return Run(folder) if code == 0 else None
 
 

@@ -5,18 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo
-from test_fast_paths import TINY, Run
-from test_main import _restore_logging  # noqa: F401
 
 import engine
 import main
 from experiment import precision
 from experiment.precision import Numerics
 from helpers.engine_doubles import FIRST, OPTIONS, STREAM, Loader, data, run
+from helpers.finished_runs import Run
 from helpers.model_variants import VARIANTS, close, learn
+from helpers.tiny_flags import TINY_DIGITS
 from helpers.tiny_model import make_model
 
 pytestmark = [
+    pytest.mark.usefixtures("restore_logging"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
@@ -114,7 +115,7 @@ def test_run_with_cuda_graphs_is_that_without(read_every):
     ids=" ".join,
 )
 def test_command_line_runs_on_cuda(tmp_path, flags):
-    argv = [flag if flag != "cpu" else "cuda" for flag in TINY]
+    argv = [flag if flag != "cpu" else "cuda" for flag in TINY_DIGITS]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path)]) == 0
     results = Run(tmp_path).results
     assert results["numerics"]["data_on_device"] is ("false" not in flags)
@@ -122,7 +123,7 @@ def test_command_line_runs_on_cuda(tmp_path, flags):
 
 @pytest.mark.slow
 def test_command_line_compiles_on_cuda(tmp_path):
-    argv = [flag if flag != "cpu" else "cuda" for flag in TINY]
+    argv = [flag if flag != "cpu" else "cuda" for flag in TINY_DIGITS]
     flags = ["--amp", "bf16", "--compile", "--epochs", "3"]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path)]) == 0
     assert Run(tmp_path).results["numerics"]["compile"] is True

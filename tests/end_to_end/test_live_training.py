@@ -5,11 +5,13 @@ import json
 
 import pytest
 from test_live_log import events, scalars_of
-from test_main import TINY, _restore_logging  # noqa: F401
 
 import engine
 import main
 from experiment import live_log
+from helpers.tiny_flags import TINY
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 pytest.importorskip("tensorboard")
 

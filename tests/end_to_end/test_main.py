@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import random
 import shutil
 import subprocess
@@ -20,26 +19,12 @@ import engine
 import main
 import plots
 from experiment import checkpoints, resume
+from helpers.tiny_flags import TINY
 from reports import metrics
 
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
 MAIN = Path(main.__file__)
-
-TINY = [
-    "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2",
-    "num_heads=2", "--pretrained", "false", "--input-size", "16", "--num_tasks", "2",
-    "--size", "4", "--length", "2", "--top_k", "2", "--batch-size", "4", "--epochs", "2",
-    "--num_workers", "0", "--device", "cpu", "--lr", "0.5", "--no-plots",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    yield
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        if type(handler).__module__ == "utils":
-            root.removeHandler(handler)
-            handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_main import TINY
 
 import main
+from helpers.tiny_flags import TINY
 
 ROOT = Path(main.__file__).resolve().parent
 

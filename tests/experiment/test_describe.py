@@ -3,10 +3,12 @@
 import re
 
 import pytest
-from test_main import TINY, _restore_logging  # noqa: F401
 
 import main
 from experiment import describe
+from helpers.tiny_flags import TINY
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 def run(image_folder, output, *flags):

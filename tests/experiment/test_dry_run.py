@@ -1,11 +1,13 @@
 """`--dry_run`: everything is tried, nothing is left."""
 
 import pytest
-from test_main import TINY, _restore_logging  # noqa: F401
 
 import engine
 import main
+from helpers.tiny_flags import TINY
 from training import evaluation
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ import pytest
 import timm.optim
 import torch
 from test_checkpoints import Payload
-from test_main import TINY, _restore_logging  # noqa: F401
 from tqdm import tqdm
 
 import engine
@@ -34,7 +33,10 @@ from continual_datasets import random_streams
 from engine import Position
 from experiment import build, checkpoints, program, resume, training_run, validate
 from experiment.checkpoints import CheckpointError
+from helpers.tiny_flags import TINY
 from reports import files
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 #: Exit code of a run that was asked to stop.
 STOPPED = 75

@@ -6,17 +6,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_main import TINY, _restore_logging  # noqa: F401
 from timm.layers import set_fused_attn
 
 import engine
 import main
 import plots
 from experiment import checkpoints, run_record, speed
+from helpers.tiny_flags import TINY
 from model import backbone
 from prompt import Prompt
 from reports import figures
 from vision_transformer import PromptedVisionTransformer
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 NAN = float("nan")
 

@@ -4,11 +4,13 @@ import json
 import weakref
 
 import pytest
-from test_main import TINY, _restore_logging  # noqa: F401
 
 import main
 import plots
 from experiment import checkpoints, resume, training_run
+from helpers.tiny_flags import TINY
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture

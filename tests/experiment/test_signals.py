@@ -10,7 +10,6 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
-from test_main import _restore_logging  # noqa: F401
 from test_resume import (  # noqa: F401
     ALWAYS,
     Child,
@@ -34,6 +33,8 @@ from continual_datasets import task_data
 from experiment import build, describe, program, resume, signals, training_run
 from experiment.signals import EXIT_CODE, Preempted, StopSignals
 from training import evaluation
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 

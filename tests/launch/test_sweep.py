@@ -13,20 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_experiments import SWIFT, TINY, TINY_VIT
 
 import main
 import run_with_submitit
 import sweep
 from cli import options
 from cli.options import UsageError
+from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from launch import job_array, local_runs, sweep_plan
 
 ROOT = Path(main.__file__).resolve().parent
 
 #: A base that runs anywhere; its configuration names the data.
 BASE = [
-    "digits_l2p", *TINY, "--model-kwargs", *(f"{n}={v}" for n, v in TINY_VIT.items()), *SWIFT,
+    "digits_l2p", *TINY_ANY, "--model-kwargs", *(f"{n}={v}" for n, v in TINY_VIT.items()), *SWIFT,
     "--num_tasks", "2", "--plots", "false",
 ]  # fmt: skip
 
