@@ -11,6 +11,8 @@ from timm.layers import set_fused_attn
 
 pytest.register_assert_rewrite("helpers")
 
+pytest_plugins = ["helpers.cifar_server"]
+
 torch.set_num_threads(1)
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

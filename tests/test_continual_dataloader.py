@@ -25,17 +25,11 @@ from continual_datasets.scenarios import Preparation, class_incremental
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_data import RunData, TrainKey
 from continual_datasets.transforms import NORMS, TransformOptions, build_transform, to_input
+from helpers.witnessed_loaders import Witness, make_source, pids, witnessed
 
 SMALL = TransformOptions(input_size=16)
 RICH = replace(SMALL, aa="augmix-m5-w2-d2", color_jitter=0.4, reprob=0.5, interpolation="random")
 CPU = torch.device("cpu")
-
-
-def make_source(per_class, num_classes=6, seed=0):
-    rng = np.random.default_rng(seed)
-    targets = rng.permutation(np.repeat(np.arange(num_classes), per_class))
-    images = rng.integers(0, 256, (len(targets), 20, 24, 3), dtype=np.uint8)
-    return ArraySource(images, targets, [f"name{i}" for i in range(num_classes)])
 
 
 def make_stream(options=SMALL, per_class=7, order=(3, 1, 5, 0, 2, 4), num_tasks=3, seed=42):
@@ -667,32 +661,8 @@ def test_test_images_are_bit_for_bit_what_they_always_were(norm):
 # One set of workers
 
 
-class Witness:
-    """A transform that makes of every picture the number of its process, and counts them."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, _image):
-        self.calls += 1
-        return torch.tensor([os.getpid(), 0])
-
-
-def witnessed(options, per_class=7):
-    """A stream of three tasks without pixels, its loaders, and who loads test images."""
-    train, test = Witness(), Witness()
-    source = make_source(per_class)
-    stream = class_incremental(source, source, range(6), 3, 2, Preparation(train, test, 42))
-    to_images = ToImages(lambda batch: batch, lambda batch: -batch)
-    return stream, Loaders(stream, options, CPU, to_images), test
-
-
 def children():
     return {child.pid for child in multiprocessing.active_children()}
-
-
-def pids(batches):
-    return {abs(pid) for images, _ in batches for pid in images[:, 0].tolist()}
 
 
 def test_workers_start_once_for_all_tasks_epochs_and_evaluations():
@@ -714,8 +684,8 @@ def test_workers_start_once_for_all_tasks_epochs_and_evaluations():
 
 
 LEFT_AT_THE_END = """
-from continual_dataloader import *
-from test_continual_dataloader import *
+from continual_datasets.samplers import LoaderOptions
+from helpers.witnessed_loaders import pids, witnessed
 stream, loaders, _ = witnessed(LoaderOptions(4, 4, 2))
 batches = loaders.train(stream.tasks[0])
 assert len(pids(batches)) == 2

@@ -1,17 +1,12 @@
 import errno
 import io
 import logging
-import multiprocessing
 import os
 import stat
 import tarfile
-import threading
 import time
 import zipfile
-from contextlib import contextmanager, suppress
-from functools import partial
 from hashlib import md5, sha256
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,94 +14,11 @@ from filelock import FileLock
 
 from continual_datasets.readers import downloads
 from continual_datasets.readers.downloads import fetch, new_folder, one_at_a_time, unpack
+from helpers.archives import write_tar, write_zip
+from helpers.forked_calls import finish, start
+from helpers.http_server import serve
 
 CONTENTS = {"flowers/rose/1.txt": b"red" * 9000, "flowers/daisy/1.txt": b"white"}
-
-# A server, archives, and processes of their own; other tests use them, too
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder; counts the downloads, and can stop in the middle of them."""
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), partial(Handler, directory=folder))
-        self.address = f"http://127.0.0.1:{self.server_port}"
-        self.downloads = []
-        self.half_sent, self.go_on = threading.Event(), threading.Event()
-        self.go_on.set()
-
-    def pause(self):
-        self.half_sent.clear()
-        self.go_on.clear()
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def do_GET(self):
-        self.server.downloads.append(self.path)
-        super().do_GET()
-
-    def copyfile(self, source, outputfile):
-        content = source.read()
-        half = len(content) // 2
-        with suppress(ConnectionError):  # the other end was killed
-            outputfile.write(content[:half])
-            outputfile.flush()
-            self.server.half_sent.set()
-            self.server.go_on.wait(20)
-            outputfile.write(content[half:])
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def serve(folder):
-    with Server(folder) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.go_on.set()
-            server.shutdown()
-            thread.join()
-
-
-def write_tar(path, files, mode=0o644, **types):
-    """Write a tar archive; a member named in `types` becomes a link or a device."""
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mode = len(data), mode
-            tar.addfile(info, io.BytesIO(data))
-        for name, (kind, linkname) in types.items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, linkname
-            tar.addfile(info)
-    return path
-
-
-def write_zip(path, files, mode=stat.S_IFREG | 0o644):
-    with zipfile.ZipFile(path, "w") as zipped:
-        for name, data in files.items():
-            info = zipfile.ZipInfo(name)
-            info.external_attr = mode << 16
-            zipped.writestr(info, data)
-    return path
-
-
-def start(target, *args):
-    """Call a function in another process, which shares what the test has patched."""
-    process = multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join(20)
-    assert process.exitcode == 0
 
 
 def wait_until(condition):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from test_downloads import finish, serve, start, write_tar
 from torchvision.datasets import Flowers102
 
 from continual_datasets.images import ConcatSource, DataError, open_image
@@ -23,6 +22,9 @@ from continual_datasets.readers.registry import (
     load_source,
 )
 from helpers import true_formats
+from helpers.archives import write_tar
+from helpers.forked_calls import finish, start
+from helpers.http_server import serve
 from helpers.true_formats import (
     DOMAINS,
     LETTERS,

@@ -4,11 +4,11 @@ import importlib.util
 import json
 
 import pytest
-from test_live_log import events, scalars_of
 
 import engine
 import main
 from experiment import live_log
+from helpers.live_logs import events, scalars_of
 from helpers.tiny_flags import TINY
 
 pytestmark = pytest.mark.usefixtures("restore_logging")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_registry import cifar  # noqa: F401
 from timm.models import create_model
 
 import engine
@@ -787,7 +786,7 @@ def test_resolved_config_holds_the_flags(trained):
 # The original's own data set
 
 
-def test_split_cifar100_is_downloaded_trained_and_evaluated(cifar, tmp_path, capsys):  # noqa: F811
+def test_split_cifar100_is_downloaded_trained_and_evaluated(cifar, tmp_path, capsys):
     """The original's command with a smaller ViT of the same name, on a tiny CIFAR-100."""
     data = tmp_path / "data"
     data.mkdir()

@@ -8,6 +8,7 @@ import torch
 
 from experiment import checkpoints
 from experiment.checkpoints import Checkpoint, CheckpointError
+from helpers.pickled_code import Payload
 
 #: What ViT-B/16 trains on Split CIFAR-100.
 SHAPES = {
@@ -44,16 +45,6 @@ def write_original(path, **changes):
     }
     torch.save({**content, **changes}, path)
     return path
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 # Files of this program

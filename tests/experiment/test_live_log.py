@@ -14,45 +14,14 @@ import pytest
 from matplotlib.figure import Figure
 
 import engine
-from experiment import live_log, run_record
-from experiment.live_log import LiveLog, TensorBoardWriter, open_live_log
+from experiment import live_log
+from experiment.live_log import LiveLog, TensorBoardWriter
+from helpers.live_logs import NAN, USAGE, evaluation, events, open_logs, scalars_of, second_task
 from reports import figures
 from reports.figure_style import NothingToDrawError
 
-NAN = float("nan")
 INFINITY = float("inf")
 ROOT = Path(live_log.__file__).parents[1]
-
-#: How often each of four prompts was chosen.
-USAGE = [{"batch": [0, 6, 2, 0], "instance": [1, 4, 2, 1]}, {"batch": [8, 0, 0, 0]}]
-
-
-def evaluation(index, batch, instance):
-    stats = {"batch": {"Acc@1": batch}, "instance": {"Acc@1": instance}}
-    return engine.Evaluation(index, stats, USAGE[index])
-
-
-def second_task():
-    """Record and report after the second of three tasks."""
-    matrices = {
-        "batch": np.array([[90.0, 70.0, NAN], [NAN, 80.0, NAN], [NAN] * 3]),
-        "instance": np.array([[88.0, 60.5, NAN], [NAN, 77.0, NAN], [NAN] * 3]),
-    }
-    report = engine.TaskReport(
-        1, {}, [evaluation(0, 70.0, 60.5), evaluation(1, 80.0, 77.0)], 1.0, 2.0
-    )
-    record = run_record.RunRecord(
-        {"seed": 1, "epochs": 5},
-        {"name": "vit"},
-        [[0], [1], [2]],
-        ["a", "b", "c"],
-        matrices,
-        [report],
-        ["task1", "task2", "task3"],
-        ["task1", "task2", "task3"],
-    )
-    return record, report
-
 
 #: What is known after the second task, and not what is undefined.
 SCALARS = {
@@ -229,17 +198,6 @@ def test_logs_are_closed_once():
     assert notes.noted == [("close",)]
 
 
-def open_logs(folder, *, tensorboard=False, wandb=False, first_step=0, resumed=False):
-    return open_live_log(
-        tensorboard=tensorboard,
-        wandb=wandb,
-        output_dir=folder,
-        record=second_task()[0],
-        first_step=first_step,
-        resumed=resumed,
-    )
-
-
 def test_no_log_is_opened_unasked(tmp_path):
     assert open_logs(tmp_path).writers == []
     assert list(tmp_path.iterdir()) == []
@@ -283,17 +241,6 @@ def test_missing_packages_are_found_without_importing_any():
 
 
 # TensorBoard
-
-
-def events(folder):
-    """What TensorBoard reads from a folder."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    keep_all = {"scalars": 0, "histograms": 0, "images": 0}
-    return accumulator.EventAccumulator(str(folder), keep_all).Reload()
-
-
-def scalars_of(folder, tag):
-    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
 
 
 def test_tensorboard_reads_training_values_and_steps(tmp_path):
@@ -574,7 +521,7 @@ import logging, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
-from test_live_log import open_logs, second_task
+from helpers.live_logs import open_logs, second_task
 log = open_logs(Path(sys.argv[1]), wandb=True, resumed=True)
 log.log_training(10, {"Loss": 1.5})
 log.log_task(40, *second_task())

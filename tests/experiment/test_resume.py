@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 import timm.optim
 import torch
-from test_checkpoints import Payload
 from tqdm import tqdm
 
 import engine
@@ -33,6 +32,7 @@ from continual_datasets import random_streams
 from engine import Position
 from experiment import build, checkpoints, program, resume, training_run, validate
 from experiment.checkpoints import CheckpointError
+from helpers.pickled_code import Payload
 from helpers.tiny_flags import TINY
 from reports import files
 

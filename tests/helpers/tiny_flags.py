@@ -1,6 +1,6 @@
 """Flags of runs on a tiny random ViT."""
 
-#: Two tasks with two epochs each, on any data set with four classes.
+#: Two tasks of two epochs; the test adds the data set.
 TINY = [
     "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2",
     "num_heads=2", "--pretrained", "false", "--input-size", "16", "--num_tasks", "2",

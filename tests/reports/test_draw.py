@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_figures import joint, long_run, make_results, old, without_pool
 
 import plots
+from helpers.made_up_results import joint, long_run, make_results, old, without_pool
 from reports import comparison_figures, figures, stored_runs
 
 ROOT = Path(plots.__file__).resolve().parent

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_stored_runs import content, write
 
 import summarize
 from cli import options
 from continual_datasets.readers import registry
+from helpers.results_files import content, write
 from reports import published, statistics, stored_runs
 from reports.tables import Number
 

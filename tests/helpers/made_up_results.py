@@ -1,0 +1,103 @@
+"""Results of all kinds of runs, with numbers that are easy to follow through a figure."""
+
+#: Accuracy on test set (row) after task (column), percent.
+BATCH = [[90.0, 70.0, 40.0], [None, 80.0, 60.0], [None, None, 100.0]]
+INSTANCE = [[88.0, 60.5, 30.0], [None, 77.0, 50.0], [None, None, 10.0]]
+
+#: Twenty images of each test set, of which each is served by two of four prompts.
+USAGE = [([20, 20, 0, 0], [20, 15, 4, 1]), ([0, 0, 20, 20], [1, 2, 19, 18]), ([10] * 4, [10] * 4)]
+#: Mean similarity of each prompt's key on each test set.
+SIMILARITY = [[0.31, -0.2, 0.0, 0.1], [0.1, 0.2, -0.004, 0.25], [0.0, 0.0, 0.0, 0.0]]
+
+
+def usage_of(after_task=3, counts=USAGE, similarity=SIMILARITY):
+    """How often each prompt was chosen on each test set."""
+    return [
+        {"after_task": after_task, "test_set": row, "batch": batch, "instance": instance}
+        | {"name": None, "key_similarity": similarity[row]}
+        for row, (batch, instance) in enumerate(counts)
+    ]
+
+
+def curve_of(num_tasks=3, epochs=2, rate=lambda epoch: 0.1):
+    """Training means of every epoch."""
+    return [
+        {"task": t + 1, "epoch": e, "Lr": rate(e), "Loss": t + 1 / e, "Acc@1": 80.0 + e}
+        for t in range(num_tasks)
+        for e in range(1, epochs + 1)
+    ]
+
+
+def make_results(batch=BATCH, instance=INSTANCE, **changes):
+    """Results of a small run with everything that is kept."""
+    return {
+        "batch": {"accuracy_matrix": batch},
+        "instance": {"accuracy_matrix": instance},
+        "command": {"configurations": ["digits_l2p"], "flags": {}},
+        "test_sets": [f"task{row + 1}" for row in range(len(batch))],
+        "training_curve": curve_of(),
+        "prompt_usage": usage_of(),
+        "seed": 42,
+        "config": {"dataset": "Digits", "top_k": 2, "size": 4, "prompt_pool": True},
+        **changes,
+    }
+
+
+def rising(scale):
+    """Matrices of a run that gets better and better."""
+    batch = [[20.0 * scale, 60.0 * scale, 100.0 * scale]] * 3
+    return {"batch": batch, "instance": [[0.9 * value for value in row] for row in batch]}
+
+
+def joint(**changes):
+    """A run that learned three named data sets at once."""
+    names = ["SVHN", "MNIST", "a data set with a very long name"]
+    usage = usage_of(after_task=1)
+    given = {"test_sets": names, "prompt_usage": usage, "training_curve": curve_of(1), **changes}
+    return make_results([[90.0], [60.0], [30.0]], [[80.0], [50.0], [20.0]], **given)
+
+
+def long_run():
+    """200 tasks, one test set that is evaluated after every tenth."""
+    row = [float(t) / 2 if t % 10 == 0 else None for t in range(1, 201)]
+    usage = usage_of(190, USAGE[:1]) + usage_of(200, USAGE[:1])
+    usage[0]["batch"] = usage[0]["instance"] = [40, 0, 0, 0]
+    return make_results([row], [row], prompt_usage=usage, training_curve=curve_of(200, 1))
+
+
+def begun(scale=1.0, **changes):
+    """A run of three tasks that ended after the second."""
+    batch = [[90.0 * scale, 70.0 * scale, None], [None, 80.0 * scale, None], [None] * 3]
+    instance = [[80.0 * scale, 0.0, None], [None, 70.0 * scale, None], [None] * 3]
+    given = {"prompt_usage": usage_of(2, USAGE[:2]), "training_curve": curve_of(2), **changes}
+    return make_results(batch, instance, **given)
+
+
+def whole_pool():
+    """A run in which every image is served by the whole pool."""
+    config = {"dataset": "Digits", "top_k": 4, "size": 4, "prompt_pool": True}
+    return make_results(INSTANCE, INSTANCE, config=config)
+
+
+def without_pool():
+    """A run that has no prompts to choose from."""
+    config = {"dataset": "Digits", "top_k": 2, "size": 4, "prompt_pool": False}
+    return make_results(prompt_usage=[], config=config)
+
+
+def old():
+    """Results of the first versions."""
+    results = make_results()
+    for name in ("command", "training_curve", "test_sets"):
+        del results[name]
+    for entry in results["prompt_usage"]:
+        del entry["key_similarity"]
+    return results
+
+
+def wide(num_tasks, size=4):
+    """A triangle of tasks, each served by two of the prompts."""
+    matrix = [[None if row > t else 50.0 for t in range(num_tasks)] for row in range(num_tasks)]
+    counts = [([20, 20, *[0] * (size - 2)], [20, 20, *[0] * (size - 2)])] * num_tasks
+    usage = usage_of(num_tasks, counts, [[0.1] * size] * num_tasks)
+    return make_results(matrix, matrix, prompt_usage=usage, training_curve=curve_of(num_tasks))
