@@ -5,24 +5,18 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import json
-import mmap
 import os
 import pickle
 import random
 import shutil
 import signal
 import sys
-import threading
-import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import timm.optim
 import torch
-from tqdm import tqdm
 
 import engine
 import main
@@ -32,32 +26,22 @@ from continual_datasets import random_streams
 from engine import Position
 from experiment import build, checkpoints, program, resume, training_run, validate
 from experiment.checkpoints import CheckpointError
+from helpers.killed_commands import Child, exit_code, four_tasks, in_child
 from helpers.pickled_code import Payload
-from helpers.tiny_flags import TINY
+from helpers.resumed_runs import (
+    ALWAYS,
+    STOPPED,
+    contents,
+    differing,
+    flat,
+    load,
+    newest,
+    outcome,
+    start,
+)
 from reports import files
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-
-#: Exit code of a run that was asked to stop.
-STOPPED = 75
-
-#: After every step.
-ALWAYS = ["--save_every", "0.0001"]
-
-
-@pytest.fixture(scope="session")
-def command(image_folder):
-    """A command line without its folder: two tasks, two epochs of two steps each."""
-    data = ["--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    return [*TINY, *data, "--batch-size", "8"]
-
-
-@pytest.fixture(scope="session")
-def whole(command, tmp_path_factory):
-    """The folder of a run that never stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main.main([*command, "--output_dir", str(folder)]) == 0
-    return folder
 
 
 @pytest.fixture
@@ -87,154 +71,11 @@ def stop_after(patch, number):
     patch.setattr(training_run.Keeper, "at_boundary", stopping)
 
 
-def newest(folder):
-    return folder / "checkpoint" / "last.pth"
-
-
 def before(folder):
     return folder / "checkpoint" / "last_but_one.pth"
 
 
-def load(path):
-    """The state in a file."""
-    return resume._parse(path.read_bytes(), str(path))
-
-
-def start(argv, folder, *more):
-    return main.main([*argv, "--output_dir", str(folder), "--resume", "auto", *more])
-
-
-def outcome(folder):
-    """Everything that a run gives but times and places, by name, bit for bit."""
-    results = json.loads((folder / "results.json").read_text())
-    del results["timing"], results["command"]
-    found = {"results.json": results, "log_stats.txt": (folder / "log_stats.txt").read_text()}
-    for path in checkpoints.find(folder).values():
-        found[path.name] = vars(checkpoints.load(path)).copy()
-    state = load(newest(folder))
-    names = ("model", "optimizer", "buffer")
-    found["last.pth"] = {name: getattr(state, name) for name in names}
-    found["position"] = state.position.task, state.position.step
-    return {k: v for k, v in flat(found) if not k.endswith("/config/output_dir")}
-
-
-def flat(value, name=""):
-    """Pairs of a name and a plain value, of all that lies inside."""
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
-    inside = {}
-    if isinstance(value, torch.Tensor):
-        plain = (value.dtype, value.shape, value.flatten().view(torch.uint8).tolist())
-    elif isinstance(value, dict):
-        plain, inside = list(value), value
-    elif isinstance(value, list | tuple):
-        plain, inside = len(value), dict(enumerate(value))
-    else:
-        plain = repr(value)
-    yield name, (type(value), plain)
-    for key, item in inside.items():
-        yield from flat(item, f"{name}/{key}".removeprefix("/"))
-
-
-def differing(one, other):
-    """Names of what two outcomes do not share."""
-    return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
-
-
-def contents(folder):
-    """All files of a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 # Commands that are killed
-
-
-def in_child(function, *args):
-    """Begins a process that does no more than that and ends with the code that it returns."""
-    if (pid := os.fork()) == 0:
-        code = 70
-        try:
-            signal.alarm(60)
-            tqdm.set_lock(threading.RLock())  # the usual one is held for ever if it is killed
-            code = function(*args) or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def exit_code(pid):
-    """Waits for the end of a process."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-class Child:
-    """A command in a process of its own, to be killed when it has begun something so many times.
-
-    Args:
-        argv: The command line.
-        log: File for what it says.
-        moment: How many of the things in `DOING` it begins before it is to be killed.
-        only: Which of them counts; it waits there to be killed. None: all, and it goes on.
-        prepare: What it does first.
-    """
-
-    DOING = {  # noqa: RUF012
-        "training": (engine, "train_step"),
-        "evaluation": (engine, "evaluate"),
-        "saving": (files, "write_whole"),
-    }
-
-    def __init__(self, argv, log, moment, only=None, prepare=lambda: None):
-        self._shared = memoryview(mmap.mmap(-1, 64)).cast("q")  # what it does, finished steps
-        self._begun, self._bell = os.pipe()
-        self._left, self._only = moment, only
-        self.pid = in_child(self._run, argv, log, prepare)
-        os.close(self._bell)
-
-    @property
-    def doing(self):
-        return ["something else", *self.DOING][self._shared[0]]
-
-    @property
-    def steps(self):
-        return self._shared[1]
-
-    def kill(self, number, delay=0.0, send=os.kill):
-        """Sends the signal when the moment has come, and gives the exit code."""
-        if os.read(self._begun, 1):
-            time.sleep(delay)
-            send(self.pid, number)
-        os.close(self._begun)
-        return exit_code(self.pid)
-
-    def _run(self, argv, log, prepare):
-        prepare()
-        sys.stdout = sys.stderr = log.open("a")
-        for number, (name, place) in enumerate(self.DOING.items(), 1):
-            setattr(*place, self._watched(getattr(*place), number, name))
-        return main.main(argv)
-
-    def _watched(self, function, number, name):
-        def watched(*args, **kwargs):
-            outer, self._shared[0] = self._shared[0], number
-            self._left -= self._only in (None, name)
-            if self._left == 0:
-                os.write(self._bell, b"!")
-                self._left = -1
-                time.sleep(60 if self._only else 0)
-            result = function(*args, **kwargs)
-            self._shared[0] = outer
-            self._shared[1] += number == 1
-            return result
-
-        return watched
-
-
-def four_tasks(command):
-    """A run of many short parts: 32 steps, 16 epochs, 10 evaluations."""
-    return [*command, "--num_tasks", "4", "--size", "8", "--batch-size", "4", "--epochs", "4"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """A run that a scheduler asks to stop saves itself, says so, and goes on later."""
 
-# ruff: noqa: F811 (fixtures of test_resume)
-
 import os
 import random
 import signal
@@ -10,21 +8,6 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
-from test_resume import (  # noqa: F401
-    ALWAYS,
-    Child,
-    command,
-    contents,
-    differing,
-    exit_code,
-    four_tasks,
-    in_child,
-    load,
-    newest,
-    outcome,
-    start,
-    whole,
-)
 
 import engine
 import main
@@ -32,6 +15,16 @@ import utils
 from continual_datasets import task_data
 from experiment import build, describe, program, resume, signals, training_run
 from experiment.signals import EXIT_CODE, Preempted, StopSignals
+from helpers.killed_commands import Child, exit_code, four_tasks, in_child
+from helpers.resumed_runs import (
+    ALWAYS,
+    contents,
+    differing,
+    load,
+    newest,
+    outcome,
+    start,
+)
 from training import evaluation
 
 pytestmark = pytest.mark.usefixtures("restore_logging")

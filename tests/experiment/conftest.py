@@ -1,0 +1,21 @@
+"""The run that tests of stopping and resuming compare with."""
+
+import pytest
+
+import main
+from helpers.tiny_flags import TINY
+
+
+@pytest.fixture(scope="session")
+def command(image_folder):
+    """A command line without its folder: two tasks, two epochs of two steps each."""
+    data = ["--dataset", "ImageFolder", "--data-path", str(image_folder)]
+    return [*TINY, *data, "--batch-size", "8"]
+
+
+@pytest.fixture(scope="session")
+def whole(command, tmp_path_factory):
+    """The folder of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main.main([*command, "--output_dir", str(folder)]) == 0
+    return folder

@@ -1,0 +1,72 @@
+"""Runs that resume, and all that a run leaves, to be compared bit for bit."""
+
+import dataclasses
+import json
+
+import torch
+
+import main
+from experiment import checkpoints, resume
+
+#: Exit code of a run that was asked to stop.
+STOPPED = 75
+
+#: After every step.
+ALWAYS = ["--save_every", "0.0001"]
+
+
+def newest(folder):
+    """Where a run saves its newest state."""
+    return folder / "checkpoint" / "last.pth"
+
+
+def load(path):
+    """The state in a file."""
+    return resume._parse(path.read_bytes(), str(path))
+
+
+def start(argv, folder, *more):
+    """Begins a run, or goes on with it, and gives the exit code."""
+    return main.main([*argv, "--output_dir", str(folder), "--resume", "auto", *more])
+
+
+def outcome(folder):
+    """Everything that a run gives but times and places, by name, bit for bit."""
+    results = json.loads((folder / "results.json").read_text())
+    del results["timing"], results["command"]
+    found = {"results.json": results, "log_stats.txt": (folder / "log_stats.txt").read_text()}
+    for path in checkpoints.find(folder).values():
+        found[path.name] = vars(checkpoints.load(path)).copy()
+    state = load(newest(folder))
+    names = ("model", "optimizer", "buffer")
+    found["last.pth"] = {name: getattr(state, name) for name in names}
+    found["position"] = state.position.task, state.position.step
+    return {k: v for k, v in flat(found) if not k.endswith("/config/output_dir")}
+
+
+def flat(value, name=""):
+    """Pairs of a name and a plain value, of all that lies inside."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    inside = {}
+    if isinstance(value, torch.Tensor):
+        plain = (value.dtype, value.shape, value.flatten().view(torch.uint8).tolist())
+    elif isinstance(value, dict):
+        plain, inside = list(value), value
+    elif isinstance(value, list | tuple):
+        plain, inside = len(value), dict(enumerate(value))
+    else:
+        plain = repr(value)
+    yield name, (type(value), plain)
+    for key, item in inside.items():
+        yield from flat(item, f"{name}/{key}".removeprefix("/"))
+
+
+def differing(one, other):
+    """Names of what two outcomes do not share."""
+    return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
+
+
+def contents(folder):
+    """All files of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
