@@ -1,7 +1,6 @@
 """What all tests share: one thread, explicit attention, small models and data."""
 
 import logging
-import os
 
 import numpy as np
 import pytest
@@ -11,11 +10,9 @@ from timm.layers import set_fused_attn
 
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["helpers.cifar_server"]
+pytest_plugins = ["helpers.cifar_server", "helpers.launcher_environment", "helpers.process_runs"]
 
 torch.set_num_threads(1)
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -41,13 +38,6 @@ def image_folder(tmp_path_factory):
                 pixels = np.clip(color + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(target / f"{i}.png")
     return folder
-
-
-@pytest.fixture
-def no_launcher(monkeypatch):
-    """The environment of a process that nobody launched."""
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in LAUNCHER]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -1,156 +1,38 @@
-"""Who a process is, and how several of them work and end together.
+"""Who a process is, and how several of them work and end together."""
 
-The processes of these tests are real ones that meet through the environment, as a launcher's do.
-They are forked from a server that has loaded the program, which saves seconds for each.
-"""
-
-import atexit
 import importlib
 import itertools
-import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
-import sys
 import time
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import engine
 import main
 import processes
-from conftest import LAUNCHER
 from experiment import checkpoints, resume
 from experiment.signals import EXIT_CODE
-from helpers.tiny_flags import TINY
-
-ROOT = Path(main.__file__).resolve().parent
-
-#: With queries that differ from image to image, so that votes are held and lost.
-SMALL = [
-    *TINY, "--size", "20", "--embedding_key", "mean", "--norm", "half", "--lr_scale", "global",
-    "--no-shuffle", "--dataset", "ImageFolder", "--print_freq", "1",
-]  # fmt: skip
+from helpers.process_groups import by_launcher, by_slurm, free_port, together
+from helpers.process_runs import (
+    assert_equal_runs,
+    assert_equal_usage,
+    results,
+    run,
+    shape,
+    step_losses,
+)
 
 KILLED = -signal.SIGKILL
 
 
-# Several processes
-
-
-@dataclass
-class Ended:
-    """How processes ended: exit code and output of each, and the seconds from start to end."""
-
-    codes: list
-    texts: list
-    seconds: float
-
-    @property
-    def text(self):
-        return "\n".join(self.texts)
-
-
-def together(folder, count, work, environment=None, within=60):
-    """Runs `work(rank)` in so many processes; none may still run after so many seconds."""
-    environment = environment or by_launcher(count)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"process{rank}.txt" for rank in range(count)]
-    group = [
-        context().Process(target=_process, args=(partial(work, rank), environment(rank), path))
-        for rank, path in enumerate(paths)
-    ]
-    start = time.monotonic()
-    for process in group:
-        process.start()
-    left = list(group)
-    while left and (time_left := start + within - time.monotonic()) > 0:
-        wait([process.sentinel for process in left], time_left)
-        left = [process for process in left if process.is_alive()]
-    for process in left:
-        process.kill()
-    for process in group:
-        process.join()
-    done = Ended([p.exitcode for p in group], [p.read_text() for p in paths], 0.0)
-    done.seconds = time.monotonic() - start
-    hanging = [group.index(process) for process in left]
-    assert not hanging, f"processes {hanging} of {count} hang after {within} s:\n{done.text}"
-    return done
-
-
-def run(folder, count, flags, hook=None, **keywords):
-    """Runs main.py in so many processes."""
-    return together(folder, count, partial(_main, [str(flag) for flag in flags], hook), **keywords)
-
-
-def by_launcher(count, port=None):
-    """Environment of every process, as torch.distributed.launch gives it."""
-    port = port or free_port()
-    return lambda rank: {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-
-
-def by_slurm(count, **more):
-    """Environment of every task of a step of one node, as srun gives it."""
-    while True:  # until the port that follows from the job's number is free
-        job = {"SLURM_JOB_ID": str(random.randrange(10**7)), "SLURM_STEP_ID": "0"}
-        step = {**job, "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
-        launch = processes.find_launch({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **more})
-        with socket.socket() as one:
-            if one.connect_ex(("localhost", int(launch.meeting_point.rpartition(":")[2]))):
-                break
-    return lambda rank: {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), **more}
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def context():
-    """Where processes are forked from: a server that does not know what pytest has done since."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["test_processes", "program", "torch._dynamo"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-    return server
-
-
-def _process(work, environment, path):
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in LAUNCHER]:
-        del os.environ[name]
-    os.environ.update(environment)
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process of its own
-    torch.set_num_threads(1)
-    try:
-        sys.exit(work())
-    finally:
-        atexit._run_exitfuncs()
-
-
-def _main(argv, hook, rank):
-    if hook is not None:
-        hook(rank)
-    return main.main(argv)
+# What a process does in the middle of a run
 
 
 def act(name, number, actions, rank, grace=None):
@@ -189,95 +71,7 @@ def fail():
     raise ValueError("boom")
 
 
-# Runs, and what they must agree in
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """Two tasks of 13 and 12 training images and 7 test images each, no two of a colour."""
-    folder = tmp_path_factory.mktemp("uneven")
-    rng = np.random.default_rng(2)
-    for split, counts in (("train", (9, 4, 5, 7)), ("val", (5, 2, 4, 3))):
-        for name, count in zip("abcd", counts, strict=True):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
-                picture = Image.fromarray(coarse).resize((20, 18), Image.Resampling.BICUBIC)
-                picture.save(folder / split / name / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def alone(pictures, tmp_path_factory):
-    """Gives the folder of a finished run of one process, by its global batch and vote group."""
-    made = {}
-
-    def folder(batch, group):
-        if (batch, group) not in made:
-            made[batch, group] = output = tmp_path_factory.mktemp("alone")
-            flags = shape(batch, group, pictures, output)
-            done = run(output, 1, flags, environment=lambda rank: {})
-            assert done.codes == [0], done.text
-        return made[batch, group]
-
-    return folder
-
-
-def shape(batch, group, data, output):
-    """Flags of a run whose processes have such a batch."""
-    flags = ["--batch-size", batch, "--vote_group_size", group]
-    return [*SMALL, *flags, "--data-path", data, "--output_dir", output]
-
-
-def results(folder, name="results"):
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-def step_losses(folder):
-    """Loss of every step that the log tells, in order, with what was said of its place."""
-    text = (folder / "log.txt").read_text()
-    found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", text, re.MULTILINE)
-    return [place for place, _ in found], [float(loss) for _, loss in found]
-
-
-def assert_equal_runs(folder, reference, stopped=False):
-    """Evaluations are equal to the last image, losses and parameters to rounding.
-
-    The log of a run that was stopped need not tell the step after which it stopped.
-    """
-    one, two = results(reference), results(folder)
-    for selection in engine.SELECTIONS:
-        assert two[selection] == one[selection]
-    assert_equal_usage(two["prompt_usage"], one["prompt_usage"])
-    one, two = (
-        [json.loads(line) for line in (f / "log_stats.txt").read_text().splitlines()]
-        for f in (reference, folder)
-    )
-    for line, other in zip(one, two, strict=True):
-        assert other == {
-            name: pytest.approx(value, rel=1e-6) if "Loss" in name else value
-            for name, value in line.items()
-        }
-    for task in (1, 2):
-        one, two = (
-            checkpoints.load(checkpoints.task_path(f, task)).model for f in (reference, folder)
-        )
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
-    (places, losses), (same_places, same_losses) = map(step_losses, (reference, folder))
-    if stopped and len(same_places) == len(places) - 1:
-        pairs = enumerate(zip(places, same_places, strict=False))
-        lost = next((i for i, (place, same) in pairs if place != same), -1)
-        del places[lost], losses[lost]
-    assert same_places == places
-    np.testing.assert_allclose(same_losses, losses, atol=2e-4)  # the log has four decimals
-
-
-def assert_equal_usage(one, two):
-    for entry, other in zip(one, two, strict=True):
-        near = pytest.approx(other["mean_similarity"], rel=1e-5)
-        assert entry == {**other, "mean_similarity": near}
+# Several processes equal one
 
 
 def test_runs_of_these_tests_could_differ(alone):

@@ -1,59 +1,21 @@
 """Every way to start a run, as commands of their own."""
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import main
-from conftest import LAUNCHER
-from test_processes import (  # noqa: F401
-    alone,
-    assert_equal_runs,
-    by_slurm,
-    free_port,
-    pictures,
-    shape,
-)
+from helpers.commands import command, end, start
+from helpers.process_groups import by_slurm, free_port
+from helpers.process_runs import assert_equal_runs, results, shape
 
 ROOT = Path(main.__file__).resolve().parent
 
 #: torch.distributed.launch and torchrun, without their number of processes.
 LAUNCH = ["-m", "torch.distributed.launch", "--use_env"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
-
-
-def start(*words, **environment):
-    """Starts a command from another folder."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") and name not in LAUNCHER
-    }
-    env |= {"OMP_NUM_THREADS": "1", "L2P_SKIP_INSTALL": "1", **environment}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return subprocess.Popen(
-        [str(word) for word in words], cwd=ROOT.parent, env=env, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def end(process, timeout=300):
-    """Waits for a command and returns it, with its output."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def command(*words, **environment):
-    """Runs a command from another folder and returns it, with its output."""
-    return end(start(*words, **environment))
 
 
 def launch(launcher, count, *flags):
@@ -63,12 +25,8 @@ def launch(launcher, count, *flags):
     return command(sys.executable, *launcher, *program, *flags)
 
 
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
 @pytest.mark.slow
-def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):  # noqa: F811
+def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):
     done = launch(LAUNCH, 2, *shape(6, 3, pictures, tmp_path))
     assert done.returncode == 0, done.stderr
     assert_equal_runs(tmp_path, alone(12, 3))
@@ -76,7 +34,7 @@ def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):  # no
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_evaluate(alone, tmp_path):  # noqa: F811
+def test_two_processes_of_torchrun_evaluate(alone, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(alone(12, 3), folder)
     done = launch(TORCHRUN, 2, "--eval", "--output_dir", folder, "--device", "cpu")
@@ -85,7 +43,7 @@ def test_two_processes_of_torchrun_evaluate(alone, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_failing_process_ends_the_launcher(pictures, tmp_path):  # noqa: F811
+def test_failing_process_ends_the_launcher(pictures, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     broken = data / "train" / "a" / "0.png"
@@ -96,7 +54,7 @@ def test_failing_process_ends_the_launcher(pictures, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):  # noqa: F811
+def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):
     """Started by hand with what srun puts into their environment."""
     environment = by_slurm(2)
     program = [sys.executable, ROOT / "main.py", *shape(6, 3, pictures, tmp_path)]

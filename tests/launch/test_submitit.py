@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 from submitit.core.utils import DelayedSubmission
-from test_launch import command
 
 import main
 import run_with_submitit
 from cli import options
-from conftest import LAUNCHER
 from experiment.signals import EXIT_CODE
+from helpers.commands import command
+from helpers.launcher_environment import LAUNCHER
+from helpers.process_runs import assert_equal_runs, shape
 from run_with_submitit import Trainer
-from test_processes import alone, assert_equal_runs, pictures, shape  # noqa: F401
 
 ROOT = Path(main.__file__).resolve().parent
 
@@ -61,7 +61,7 @@ def without_output_dir(flags):
 
 
 @pytest.mark.slow
-def test_local_job_of_two_processes_equals_one(alone, pictures, tmp_path):  # noqa: F811
+def test_local_job_of_two_processes_equals_one(alone, pictures, tmp_path):
     flags = without_output_dir(shape(6, 3, pictures, tmp_path))
     done = command(
         sys.executable, ROOT / "run_with_submitit.py", "--shared_folder", tmp_path, *LOCAL,
@@ -78,7 +78,7 @@ def test_local_job_of_two_processes_equals_one(alone, pictures, tmp_path):  # no
 
 
 @pytest.mark.slow
-def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):  # noqa: F811
+def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     broken = data / "train" / "a" / "0.png"
@@ -99,12 +99,7 @@ def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
 
 
 @pytest.mark.slow
-def test_preempted_local_job_is_requeued_and_goes_on(
-    alone,  # noqa: F811
-    pictures,  # noqa: F811
-    tmp_path,
-    submit,
-):
+def test_preempted_local_job_is_requeued_and_goes_on(alone, pictures, tmp_path, submit):
     flags = without_output_dir(shape(2, 2, pictures, tmp_path))
     flags += ["--save_every", "1e-9"]  # which takes time at every step
     job = submit("--shared_folder", tmp_path, *LOCAL, "--tasks_per_node", 2, *flags)

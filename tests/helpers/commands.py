@@ -1,0 +1,37 @@
+"""Commands of a shell, started from another folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import main
+from helpers.launcher_environment import launcher_names
+
+ROOT = Path(main.__file__).resolve().parent
+
+
+def start(*words, **environment):
+    """Starts a command from another folder."""
+    given = launcher_names(os.environ)
+    env = {name: value for name, value in os.environ.items() if name not in given}
+    env |= {"OMP_NUM_THREADS": "1", "L2P_SKIP_INSTALL": "1", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.Popen(
+        [str(word) for word in words], cwd=ROOT.parent, env=env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def end(process, timeout=300):
+    """Waits for a command and returns it, with its output."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def command(*words, **environment):
+    """Runs a command from another folder and returns it, with its output."""
+    return end(start(*words, **environment))

@@ -1,0 +1,119 @@
+"""Several processes that meet through the environment, as those of a launcher do.
+
+They are forked from a server that has loaded the program, which saves seconds for each.
+"""
+
+import atexit
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch
+
+import processes
+from helpers.launcher_environment import launcher_names
+
+ROOT = Path(processes.__file__).resolve().parent
+
+
+@dataclass
+class Ended:
+    """How processes ended: exit code and output of each, and the seconds from start to end."""
+
+    codes: list
+    texts: list
+    seconds: float
+
+    @property
+    def text(self):
+        """All output."""
+        return "\n".join(self.texts)
+
+
+def together(folder, count, work, environment=None, within=60):
+    """Runs `work(rank)` in so many processes; none may still run after so many seconds."""
+    environment = environment or by_launcher(count)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"process{rank}.txt" for rank in range(count)]
+    group = [
+        context().Process(target=_process, args=(partial(work, rank), environment(rank), path))
+        for rank, path in enumerate(paths)
+    ]
+    start = time.monotonic()
+    for process in group:
+        process.start()
+    left = list(group)
+    while left and (time_left := start + within - time.monotonic()) > 0:
+        wait([process.sentinel for process in left], time_left)
+        left = [process for process in left if process.is_alive()]
+    for process in left:
+        process.kill()
+    for process in group:
+        process.join()
+    done = Ended([p.exitcode for p in group], [p.read_text() for p in paths], 0.0)
+    done.seconds = time.monotonic() - start
+    hanging = [group.index(process) for process in left]
+    assert not hanging, f"processes {hanging} of {count} hang after {within} s:\n{done.text}"
+    return done
+
+
+def by_launcher(count, port=None):
+    """Environment of every process, as torch.distributed.launch gives it."""
+    port = port or free_port()
+    return lambda rank: {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def by_slurm(count, **more):
+    """Environment of every task of a step of one node, as srun gives it."""
+    while True:  # until the port that follows from the job's number is free
+        job = {"SLURM_JOB_ID": str(random.randrange(10**7)), "SLURM_STEP_ID": "0"}
+        step = {**job, "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
+        launch = processes.find_launch({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **more})
+        with socket.socket() as one:
+            if one.connect_ex(("localhost", int(launch.meeting_point.rpartition(":")[2]))):
+                break
+    return lambda rank: {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), **more}
+
+
+def free_port():
+    """A port of this machine that nobody uses."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def context():
+    """Where processes are forked from: a server that does not know what pytest has done since."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["helpers.process_runs", "experiment.program", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+    return server
+
+
+def _process(work, environment, path):
+    for name in launcher_names(os.environ):
+        del os.environ[name]
+    os.environ.update(environment)
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process of its own
+    torch.set_num_threads(1)
+    try:
+        sys.exit(work())
+    finally:
+        atexit._run_exitfuncs()

@@ -1,0 +1,123 @@
+"""Runs in several processes, and what they must agree in."""
+
+import json
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import main
+from experiment import checkpoints
+from helpers.process_groups import together
+from helpers.tiny_flags import TINY
+
+#: With queries that differ from image to image, so that votes are held and lost.
+SMALL = [
+    *TINY, "--size", "20", "--embedding_key", "mean", "--norm", "half", "--lr_scale", "global",
+    "--no-shuffle", "--dataset", "ImageFolder", "--print_freq", "1",
+]  # fmt: skip
+
+
+def run(folder, count, flags, hook=None, **keywords):
+    """Runs main.py in so many processes."""
+    return together(folder, count, partial(_main, [str(flag) for flag in flags], hook), **keywords)
+
+
+def _main(argv, hook, rank):
+    if hook is not None:
+        hook(rank)
+    return main.main(argv)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Two tasks of 13 and 12 training images and 7 test images each, no two of a colour."""
+    folder = tmp_path_factory.mktemp("uneven")
+    rng = np.random.default_rng(2)
+    for split, counts in (("train", (9, 4, 5, 7)), ("val", (5, 2, 4, 3))):
+        for name, count in zip("abcd", counts, strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                coarse = rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+                picture = Image.fromarray(coarse).resize((20, 18), Image.Resampling.BICUBIC)
+                picture.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(pictures, tmp_path_factory):
+    """Gives the folder of a finished run of one process, by its global batch and vote group."""
+    made = {}
+
+    def folder(batch, group):
+        if (batch, group) not in made:
+            made[batch, group] = output = tmp_path_factory.mktemp("alone")
+            flags = shape(batch, group, pictures, output)
+            done = run(output, 1, flags, environment=lambda rank: {})
+            assert done.codes == [0], done.text
+        return made[batch, group]
+
+    return folder
+
+
+def shape(batch, group, data, output):
+    """Flags of a run whose processes have such a batch."""
+    flags = ["--batch-size", batch, "--vote_group_size", group]
+    return [*SMALL, *flags, "--data-path", data, "--output_dir", output]
+
+
+def results(folder, name="results"):
+    """The results that a run, or an evaluation of it, has written."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def step_losses(folder):
+    """Loss of every step that the log tells, in order, with what was said of its place."""
+    text = (folder / "log.txt").read_text()
+    found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", text, re.MULTILINE)
+    return [place for place, _ in found], [float(loss) for _, loss in found]
+
+
+def assert_equal_runs(folder, reference, stopped=False):
+    """Evaluations are equal to the last image, losses and parameters to rounding.
+
+    The log of a run that was stopped need not tell the step after which it stopped.
+    """
+    one, two = results(reference), results(folder)
+    for selection in engine.SELECTIONS:
+        assert two[selection] == one[selection]
+    assert_equal_usage(two["prompt_usage"], one["prompt_usage"])
+    one, two = (
+        [json.loads(line) for line in (f / "log_stats.txt").read_text().splitlines()]
+        for f in (reference, folder)
+    )
+    for line, other in zip(one, two, strict=True):
+        assert other == {
+            name: pytest.approx(value, rel=1e-6) if "Loss" in name else value
+            for name, value in line.items()
+        }
+    for task in (1, 2):
+        one, two = (
+            checkpoints.load(checkpoints.task_path(f, task)).model for f in (reference, folder)
+        )
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
+    (places, losses), (same_places, same_losses) = map(step_losses, (reference, folder))
+    if stopped and len(same_places) == len(places) - 1:
+        pairs = enumerate(zip(places, same_places, strict=False))
+        lost = next((i for i, (place, same) in pairs if place != same), -1)
+        del places[lost], losses[lost]
+    assert same_places == places
+    np.testing.assert_allclose(same_losses, losses, atol=2e-4)  # the log has four decimals
+
+
+def assert_equal_usage(one, two):
+    """Prompts are chosen equally often, similarities are equal to rounding."""
+    for entry, other in zip(one, two, strict=True):
+        near = pytest.approx(other["mean_similarity"], rel=1e-5)
+        assert entry == {**other, "mean_similarity": near}
