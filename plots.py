@@ -7,130 +7,20 @@ Several runs are compared: those of one configuration are drawn together, as mea
 deviation over the seeds.
 
 Exit code: 0 something was drawn, 1 nothing was, 2 refused command line.
-
-matplotlib takes a while to import: only drawing needs it.
 """
-
-from __future__ import annotations
 
 import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from cli import options
-from reports import comparison_figures, figures, files, stored_runs
+from reports import comparison_figures, draw, stored_runs
 from reports.figure_style import NothingToDrawError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from reports.stored_runs import Group
-
-#: Pictures of one run.
-RUN_PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "overview": figures.overview,
-    "accuracy_matrix": figures.accuracy_matrix,
-    "average_accuracy": figures.run_accuracy,
-    "prompt_selection": figures.prompt_selection,
-    "key_similarity": figures.key_similarity,
-    "training_curves": figures.training_curves,
-}
-
-#: Pictures of several.
-COMPARISONS = ("average_accuracy", "accuracy_against")
-
-_FORMATS = ("png", "svg")
-_DPI = 150
-
-
-def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes a figure as PNG and as SVG; the same figure gives the same bytes.
-
-    Args:
-        figure: What to write.
-        folder: Where; it is made.
-        name: File name without an ending.
-
-    Returns:
-        The files.
-    """
-    import matplotlib
-
-    def write(file: Any) -> None:
-        with matplotlib.rc_context({"svg.hashsalt": name}):
-            figure.savefig(file, format=form, dpi=_DPI, metadata=metadata[form])
-
-    metadata: dict[str, dict[Any, Any]] = {"png": {}, "svg": {"Date": None}}
-    paths = []
-    for form in _FORMATS:
-        paths.append(folder / f"{name}.{form}")
-        files.write_whole(paths[-1], write)
-    return paths
-
-
-def draw_run(
-    results: dict[str, Any], folder: Path, only: Collection[str] | None = None
-) -> tuple[list[Path], list[str]]:
-    """Draws every picture that the results of a run have the data for.
-
-    Pictures of an earlier drawing are replaced, or removed where there is nothing to draw now.
-
-    Args:
-        results: Content of results.json.
-        folder: Where the pictures go.
-        only: Names of `RUN_PICTURES`; None: all.
-
-    Returns:
-        The files; and one line for each picture that is left out, with the reason.
-    """
-    paths, left_out = [], []
-    for name, draw in RUN_PICTURES.items():
-        if only is not None and name not in only:
-            continue
-        try:
-            paths += write_figure(draw(results), folder, name)
-        except NothingToDrawError as error:
-            left_out.append(f"{name}: {error}")
-            for form in _FORMATS:
-                (folder / f"{name}.{form}").unlink(missing_ok=True)
-    return paths, left_out
-
-
-def draw_comparison(
-    groups: Sequence[Group],
-    folder: Path,
-    against: str | None = None,
-    lines: str | None = None,
-    only: Collection[str] | None = None,
-) -> list[Path]:
-    """Draws several configurations together.
-
-    Args:
-        groups: Finished runs by configuration.
-        folder: Where the pictures go.
-        against: Setting on the x axis of `accuracy_against`; None: it is not drawn.
-        lines: Setting whose values get a line each in that picture.
-        only: Names of `COMPARISONS`; None: all.
-
-    Returns:
-        The files.
-
-    Raises:
-        NothingToDrawError: If the groups lack what a picture needs.
-    """
-    paths = []
-    if only is None or "average_accuracy" in only:
-        paths += write_figure(
-            comparison_figures.average_accuracy(groups), folder, "average_accuracy"
-        )
-    if against is not None:
-        figure = comparison_figures.accuracy_against(groups, against, lines)
-        paths += write_figure(figure, folder, "accuracy_against")
-    return paths
+from reports.stored_runs import Group
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
             paths += _redraw(folder, args.only)
     if is_comparison and groups:
         folder = args.output_dir or _common(args.paths) / "comparison"
-        compared = draw_comparison(groups, folder, args.against, args.lines, args.only)
+        compared = draw.draw_comparison(groups, folder, args.against, args.lines, args.only)
         _list(compared)
         paths += compared
     if not paths:
@@ -180,7 +70,7 @@ def _redraw(folder: Path, only: Collection[str] | None) -> list[Path]:
         results = stored_runs.load_results(folder)
     except stored_runs.ResultsError:
         return []
-    paths, left_out = draw_run(results, folder / "plots", only)
+    paths, left_out = draw.draw_run(results, folder / "plots", only)
     _list(paths)
     for line in left_out:
         print(f"{folder / 'plots'}: without {line}")
@@ -189,7 +79,7 @@ def _redraw(folder: Path, only: Collection[str] | None) -> list[Path]:
 
 def _list(paths: Sequence[Path]) -> None:
     """One line for each picture."""
-    for first, *others in zip(*[iter(paths)] * len(_FORMATS), strict=True):
+    for first, *others in zip(*[iter(paths)] * len(draw.FORMATS), strict=True):
         print(", ".join([str(first), *(path.suffix for path in others)]))
 
 
@@ -264,7 +154,7 @@ def _setting(text: str) -> str:
 
 def _names() -> list[str]:
     """Names of all pictures."""
-    return list(dict.fromkeys((*RUN_PICTURES, *COMPARISONS)))
+    return list(dict.fromkeys((*draw.RUN_PICTURES, *draw.COMPARISONS)))
 
 
 def _check(args: argparse.Namespace, folders: Sequence[Path], groups: Sequence[Group]) -> None:
@@ -298,8 +188,8 @@ def _check_output_dir(args: argparse.Namespace, folders: Sequence[Path]) -> list
     problems = []
     if len(folders) == 1:
         problems.append("there is one run, whose pictures go into its own plots/")
-    if args.only is not None and not set(args.only) & set(COMPARISONS):
-        problems.append(f"--only leaves it out: name {' or '.join(COMPARISONS)} there")
+    if args.only is not None and not set(args.only) & set(draw.COMPARISONS):
+        problems.append(f"--only leaves it out: name {' or '.join(draw.COMPARISONS)} there")
     return [f"--output_dir is where the comparison goes: {problem}" for problem in problems]
 
 

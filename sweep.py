@@ -32,7 +32,8 @@ from cli import options
 from cli.options import UsageError
 from launch import job_array, local_runs, sweep_plan
 from launch.sweep_plan import Run, Sweep, count_runs
-from reports import stored_runs
+from reports import comparison_figures, draw, stored_runs
+from reports.figure_style import NothingToDrawError
 from reports.stored_runs import Group, ResultsError
 
 
@@ -338,10 +339,6 @@ def _report(plan: Plan) -> None:
 
 def _draw(plan: Plan, groups: Sequence[Group]) -> None:
     """Draws the arms over the tasks, and against settings that have several values by now."""
-    import plots
-    from reports import comparison_figures
-    from reports.figure_style import NothingToDrawError
-
     folder = plan.folder / "comparison"
     axes = [
         name
@@ -354,7 +351,7 @@ def _draw(plan: Plan, groups: Sequence[Group]) -> None:
     except NothingToDrawError as error:
         print(f"accuracy_against is not drawn: {error}")
         axes = []
-    plots.draw_comparison(groups, folder, *axes)
+    draw.draw_comparison(groups, folder, *axes)
     print(f"Drawn in {folder}")
 
 

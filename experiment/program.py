@@ -12,7 +12,6 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-import plots
 import processes
 import summarize
 import utils
@@ -35,7 +34,7 @@ from experiment.checkpoints import Checkpoint, CheckpointError
 from experiment.signals import Preempted, StopSignals
 from experiment.validate import validate_args
 from processes import LostProcessError, Processes
-from reports import files, stored_runs
+from reports import draw, files, stored_runs
 from vision_transformer import WeightsError
 
 #: Errors whose message says all that people need.
@@ -138,7 +137,7 @@ def _tell_seeds(args: argparse.Namespace) -> None:
     logger.info("%s", summarize.text_table(groups))
     if args.plots and len(folders) > 1:
         folder = Path(args.output_dir) / "comparison"
-        plots.draw_comparison(groups, folder)
+        draw.draw_comparison(groups, folder)
         logger.info("Drawn together in %s", folder)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import engine
-import plots
 import utils
 from cli import options
 from continual_datasets.samplers import steps_per_epoch
@@ -23,7 +22,7 @@ from experiment.live_log import LiveLog
 from experiment.resume import RunState
 from experiment.signals import Preempted, StopSignals
 from processes import Processes, is_main_process, wait_for_all
-from reports import files, metrics
+from reports import draw, files, metrics
 from training.update import Updater
 
 logger = logging.getLogger(__name__)
@@ -343,7 +342,7 @@ def _finish(
 def _draw(content: dict[str, Any], output_dir: Path) -> None:
     """Draws the results; whatever goes wrong, the run is done and can be drawn again."""
     try:
-        _, left_out = plots.draw_run(content, output_dir / "plots")
+        _, left_out = draw.draw_run(content, output_dir / "plots")
     except (OSError, ValueError) as error:
         logger.warning("The pictures are not drawn (%s)", utils.reason(error))
         logger.warning("Draw them again: python plots.py %s", shlex.quote(str(output_dir)))

@@ -16,10 +16,9 @@ from timm.models import create_model
 
 import engine
 import main
-import plots
 from experiment import checkpoints, resume
 from helpers.tiny_flags import TINY
-from reports import metrics
+from reports import draw, metrics
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -50,7 +49,7 @@ def test_run_leaves_its_files(trained):
     output, _ = trained
     names = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
     assert {name for name in names if name.startswith("plots/")} == {
-        f"plots/{name}.{ending}" for name in plots.RUN_PICTURES for ending in ("png", "svg")
+        f"plots/{name}.{ending}" for name in draw.RUN_PICTURES for ending in ("png", "svg")
     }
     assert {name for name in names if not name.startswith("plots/")} == {
         "config.yaml",

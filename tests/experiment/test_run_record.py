@@ -10,12 +10,11 @@ from timm.layers import set_fused_attn
 
 import engine
 import main
-import plots
 from experiment import checkpoints, run_record, speed
 from helpers.tiny_flags import TINY
 from model import backbone
 from prompt import Prompt
-from reports import figures
+from reports import draw, figures
 from vision_transformer import PromptedVisionTransformer
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -211,7 +210,7 @@ RUNS = {
 def test_run_that_is_evaluated_now_and_then_evaluates_again(
     name, image_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(plots, "draw_run", lambda *_: ([], []))
+    monkeypatch.setattr(draw, "draw_run", lambda *_: ([], []))
     flags, evaluated = RUNS[name]
     argv = [*TINY, "--data-path", str(image_folder), *flags, "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0

@@ -6,9 +6,9 @@ import weakref
 import pytest
 
 import main
-import plots
 from experiment import checkpoints, resume, training_run
 from helpers.tiny_flags import TINY
+from reports import draw
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -89,7 +89,7 @@ def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch,
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(plots, "draw_run", fail)
+    monkeypatch.setattr(draw, "draw_run", fail)
     argv = [*command, "--plots", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     text = capsys.readouterr().out

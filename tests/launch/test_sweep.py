@@ -21,6 +21,7 @@ from cli import options
 from cli.options import UsageError
 from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from launch import job_array, local_runs, sweep_plan
+from reports import draw
 
 ROOT = Path(main.__file__).resolve().parent
 
@@ -350,10 +351,8 @@ def test_runs_are_told_and_summed_up(fake, call, tmp_path):
 
 
 def test_picture_shows_the_axes_of_the_sweep(fake, call, tmp_path, monkeypatch):
-    import plots
-
     drawn = []
-    monkeypatch.setattr(plots, "draw_comparison", lambda *words: drawn.append(words))
+    monkeypatch.setattr(draw, "draw_comparison", lambda *words: drawn.append(words))
     path = write_sweep(tmp_path, grid={"length": [1, 2], "top_k": [2, 3]}, against="top_k")
     _, text, _ = call(path, *BASE, "--plots", "true")
     (groups, folder, against, lines), *_ = drawn

@@ -4,13 +4,13 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import plots
+from cli.paths import ROOT
 from helpers.made_up_results import joint, long_run, make_results, old, without_pool
-from reports import comparison_figures, figures, stored_runs
+from reports import comparison_figures, draw, figures, stored_runs
 
 ROOT = Path(plots.__file__).resolve().parent
 
@@ -18,7 +18,7 @@ ROOT = Path(plots.__file__).resolve().parent
 @pytest.fixture
 def one_picture(monkeypatch):
     """Draws the overview alone, where what is drawn does not matter."""
-    monkeypatch.setattr(plots, "RUN_PICTURES", {"overview": figures.overview})
+    monkeypatch.setattr(draw, "RUN_PICTURES", {"overview": figures.overview})
 
 
 def store(folder, results=None, **config):
@@ -55,14 +55,14 @@ def run(*argv):
 def drawn(tmp_path_factory):
     """A folder with all pictures of a run, and what `draw_run` said."""
     folder = tmp_path_factory.mktemp("drawn") / "plots"
-    return folder, *plots.draw_run(make_results(), folder)
+    return folder, *draw.draw_run(make_results(), folder)
 
 
 def test_run_is_drawn_as_png_and_svg(drawn):
     folder, paths, left_out = drawn
     assert left_out == []
-    assert names_in(folder) == both(*plots.RUN_PICTURES)
-    assert sorted(path.name for path in paths) == both(*plots.RUN_PICTURES)
+    assert names_in(folder) == both(*draw.RUN_PICTURES)
+    assert sorted(path.name for path in paths) == both(*draw.RUN_PICTURES)
     for path in paths:
         begin = b"\x89PNG" if path.suffix == ".png" else b"<?xml"
         assert path.read_bytes().startswith(begin)
@@ -70,7 +70,7 @@ def test_run_is_drawn_as_png_and_svg(drawn):
 
 def test_pictures_drawn_again_are_equal(drawn, tmp_path):
     folder, *_ = drawn
-    plots.draw_run(make_results(), tmp_path)
+    draw.draw_run(make_results(), tmp_path)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
@@ -88,18 +88,18 @@ def test_pictures_drawn_again_are_equal(drawn, tmp_path):
 def test_pictures_without_data_are_left_out_with_the_reason(
     results, missing, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plots, "_FORMATS", ("svg",))
+    monkeypatch.setattr(draw, "FORMATS", ("svg",))
     for name in missing:
         (tmp_path / f"{name}.svg").write_text("of another run")
-    _, left_out = plots.draw_run(results, tmp_path)
+    _, left_out = draw.draw_run(results, tmp_path)
     assert [line.partition(": these results ")[0] for line in left_out] == missing
-    expected = set(plots.RUN_PICTURES) - set(missing)
+    expected = set(draw.RUN_PICTURES) - set(missing)
     assert names_in(tmp_path) == sorted(f"{name}.svg" for name in expected)
 
 
 def test_pictures_that_nobody_asked_for_stay(tmp_path):
     (tmp_path / "overview.png").write_text("earlier")
-    plots.draw_run(make_results(), tmp_path, only=["training_curves"])
+    draw.draw_run(make_results(), tmp_path, only=["training_curves"])
     assert names_in(tmp_path) == sorted([*both("training_curves"), "overview.png"])
 
 
