@@ -12,31 +12,19 @@ Exit code: 0 done, 1 no run could be used (or the file not written), 2 refused c
 
 import argparse
 import difflib
-import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cli.options import UsageError
-from reports import files, published, stored_runs
-from reports.metrics import METRIC_NAMES
+from reports import files, published, seed_tables, stored_runs
 from reports.published import Quoted
+from reports.seed_tables import ACCURACIES, DEFAULT_METRICS, METRICS, SELECTIONS
 from reports.statistics import Difference, differences
 from reports.stored_runs import Group, ResultsError
-from reports.tables import Column, Document, Number, Range, as_csv, rendered
-
-#: What may be asked for, with names for people.
-METRICS = {"accuracy": "accuracy", **METRIC_NAMES}
-
-#: `accuracy` is the average accuracy or, where there is one test set, the final one.
-_ACCURACIES = ("average_accuracy", "final_accuracy")
-_DEFAULT_METRICS = ("accuracy", "forgetting")
-
-#: Ways of choosing prompts, the honest one first; `both` are all of them.
-_SELECTIONS = {"instance": "instance-wise", "batch": "batch-wise"}
+from reports.tables import as_csv, rendered
 
 _FORMATS = ("text", "markdown", "csv", "latex")
 
@@ -63,19 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def text_table(groups: Sequence[Group]) -> str:
-    """The table that the program prints unless told otherwise.
-
-    Args:
-        groups: At least one; each becomes a row.
-
-    Returns:
-        Lines that fit the terminal, or else 80 columns, with a line break at the end.
-    """
-    rows = summarized(groups, list(_SELECTIONS), _DEFAULT_METRICS)
-    return rendered(_document(rows, list(_SELECTIONS), _DEFAULT_METRICS), "text")
-
-
 # The command line
 
 
@@ -94,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         nargs="*",
         metavar="NAME",
-        default=list(_DEFAULT_METRICS),
+        default=list(DEFAULT_METRICS),
         help=f"all, or some of {', '.join(METRICS)} (default: accuracy forgetting)",
     )
     add(
@@ -139,16 +114,16 @@ def _read(argv: list[str]) -> argparse.Namespace:
     flags = [flag for action in parser._actions for flag in action.option_strings]
     problems = [_unknown(token.split("=")[0], flags, "option") for token in unknown]
     problems += _wrong_choice("--format", args.format, _FORMATS)
-    problems += _wrong_choice("--selection", args.selection, ("both", *_SELECTIONS))
+    problems += _wrong_choice("--selection", args.selection, ("both", *SELECTIONS))
     problems += _wrong_compare(args)
     problems += _wrong_metrics(args)
     problems += _wrong_quoted(args)
     problems += _wrong_output(args.output)
     if problems:
         raise UsageError(problems)
-    args.selections = list(_SELECTIONS) if args.selection == "both" else [args.selection]
+    args.selections = list(SELECTIONS) if args.selection == "both" else [args.selection]
     if args.metrics == ["all"]:
-        args.metrics = [name for name in METRICS if name not in _ACCURACIES]
+        args.metrics = [name for name in METRICS if name not in ACCURACIES]
     args.metrics = list(dict.fromkeys(args.metrics))
     return args
 
@@ -225,47 +200,17 @@ def _tell(lines: Iterable[str]) -> None:
 # The table over seeds
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is told of one group.
-
-    Attributes:
-        label: That of the group.
-        seeds: Those of its runs.
-        numbers: Mean over the seeds by selection and metric; without what no run has.
-    """
-
-    label: str
-    seeds: tuple[int, ...]
-    numbers: dict[tuple[str, str], Number]
-
-
-def summarized(
-    groups: Sequence[Group], selections: Sequence[str], metrics: Sequence[str]
-) -> list[Row]:
-    """A row for each group."""
-    rows = []
-    for group in groups:
-        numbers = {
-            (selection, metric): Number(*stored_runs.mean_and_sd(values.values()))
-            for selection, metric in itertools.product(selections, metrics)
-            if (values := group.values(selection, metric))
-        }
-        rows.append(Row(group.label, tuple(group.seeds), numbers))
-    return rows
-
-
 def _summary(args: argparse.Namespace) -> str:
     groups = _groups(args.folders)
     if not groups:
         raise ResultsError("no run could be used")
-    _tell(_seeds_note(groups))
-    rows = summarized(groups, args.selections, args.metrics)
+    _tell(seed_tables.seeds_note(groups))
+    rows = seed_tables.summarized(groups, args.selections, args.metrics)
     known = _quoted(args.quoted, groups)
     if args.format == "csv":
-        return as_csv(_records(rows, known, args.selections, args.metrics))
-    document = _document(rows, args.selections, args.metrics)
-    return rendered([*document, *_quoted_document(known)], args.format)
+        return as_csv(seed_tables.table_records(rows, known, args.selections, args.metrics))
+    document = seed_tables.table_document(rows, args.selections, args.metrics)
+    return rendered([*document, *seed_tables.quoted_document(known)], args.format)
 
 
 def _groups(folders: Iterable[str]) -> list[Group]:
@@ -274,29 +219,6 @@ def _groups(folders: Iterable[str]) -> list[Group]:
     groups, repeated = stored_runs.group(runs)
     _tell(problems + repeated)
     return groups
-
-
-def _seeds_note(groups: Sequence[Group]) -> Iterator[str]:
-    """A line if not all groups have the same seeds."""
-    labels: dict[tuple[int, ...], list[str]] = {}
-    for group in groups:
-        labels.setdefault(tuple(group.seeds), []).append(group.label)
-    if len(labels) > 1:
-        told = [f"{_shown(seeds)}: {_some(names, ', ')}" for seeds, names in labels.items()]
-        yield (
-            "note: these were not run on the same seeds, which differ in difficulty: "
-            f"{_some(told, '; ')}"
-        )
-
-
-def _some(words: Sequence[str], between: str) -> str:
-    """All words, or the first two if there are more than three."""
-    more = f" and {len(words) - 2} more" if len(words) > 3 else ""
-    return between.join(words[:2] if more else words) + more
-
-
-def _shown(seeds: Iterable[int]) -> str:
-    return " ".join(map(str, seeds))
 
 
 def _quoted(names: list[str] | None, groups: Sequence[Group]) -> list[Quoted]:
@@ -313,35 +235,6 @@ def _quoted(names: list[str] | None, groups: Sequence[Group]) -> list[Quoted]:
     return sorted(known, key=lambda one: places[one.experiment])
 
 
-def _records(
-    rows: Sequence[Row], known: Sequence[Quoted], selections: Sequence[str], metrics: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The table for programs: one record for each row, selection and metric."""
-    empty = dict.fromkeys(
-        ("label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"), ""
-    )
-    records: list[dict[str, Any]] = []
-    for row, selection, metric in itertools.product(rows, selections, metrics):
-        own = {"label": row.label, "quoted": "no", "seeds": _shown(row.seeds), "n": len(row.seeds)}
-        number = row.numbers.get((selection, metric))
-        mean, sd = ("", "") if number is None else (number.mean, number.sd)
-        of_what = {"selection": selection, "metric": metric}
-        records.append({**empty, **own, **of_what, "mean": mean, "sd": sd})
-    for one in known:
-        label = f"{one.experiment}: {one.method}"
-        for metric, number in _published(one).items():
-            own = {"label": label, "quoted": "yes", "source": one.source, "metric": metric}
-            records.append({**empty, **own, "mean": number.mean, "sd": number.sd})
-    return records
-
-
-def _published(one: Quoted) -> dict[str, Number]:
-    numbers = {"accuracy": Number(one.accuracy, one.accuracy_sd)}
-    if one.forgetting is not None:
-        numbers["forgetting"] = Number(one.forgetting, one.forgetting_sd)
-    return numbers
-
-
 def _comparison(args: argparse.Namespace) -> str:
     a, b = _two_groups(args)
     found = differences(a, b, args.selections, args.metrics)
@@ -349,8 +242,8 @@ def _comparison(args: argparse.Namespace) -> str:
         raise ResultsError(f"A and B have no metric in common of {', '.join(args.metrics)}")
     _tell(_missing_note(found, args.metrics))
     if args.format == "csv":
-        return as_csv([_difference_record(a, b, one) for one in found])
-    return rendered(_difference_document(a, b, found), args.format)
+        return as_csv([seed_tables.difference_record(a, b, one) for one in found])
+    return rendered(seed_tables.difference_document(a, b, found), args.format)
 
 
 def _two_groups(args: argparse.Namespace) -> tuple[Group, Group]:
@@ -400,90 +293,6 @@ def _choice_of(labels: Iterable[str]) -> str:
 def _missing_note(found: Sequence[Difference], metrics: Sequence[str]) -> list[str]:
     missing = [name for name in metrics if name not in {one.metric for one in found}]
     return [f"note: not in both, left out: {', '.join(missing)}"] if missing else []
-
-
-def _difference_record(a: Group, b: Group, one: Difference) -> dict[str, Any]:
-    low, high = one.interval or (None, None)
-    return {
-        "a": a.label,
-        "b": b.label,
-        "selection": one.selection,
-        "metric": one.metric,
-        "method": "" if one.error is None else "paired" if one.paired else "welch",
-        "seeds_a": _shown(one.seeds[0]),
-        "seeds_b": _shown(one.seeds[1]),
-        "mean_a": one.means[0],
-        "mean_b": one.means[1],
-        "difference": one.value,
-        "standard_error": one.error,
-        "low": low,
-        "high": high,
-        "p": one.p,
-        "verdict": one.verdict,
-    }
-
-
-def _document(rows: Sequence[Row], selections: Sequence[str], metrics: Sequence[str]) -> Document:
-    table = [
-        Column("", [row.label for row in rows], is_text=True),
-        Column("n", [str(len(row.seeds)) for row in rows]),
-    ]
-    for selection, metric in itertools.product(selections, metrics):
-        cells = [row.numbers.get((selection, metric)) for row in rows]
-        table.append(Column(METRICS[metric], cells, _SELECTIONS[selection]))
-    return ["Mean ± sample standard deviation over n seeds, percent.", table]
-
-
-def _quoted_document(known: Sequence[Quoted]) -> Document:
-    document: Document = []
-    for experiment, group in itertools.groupby(known, key=lambda one: one.experiment):
-        ones = list(group)
-        numbers = [_published(one) for one in ones]
-        document += [
-            f"Quoted, not measured with this program: {experiment}, percent.",
-            [
-                Column("", [one.method for one in ones], is_text=True),
-                Column("accuracy", [own["accuracy"] for own in numbers]),
-                Column("forgetting", [own.get("forgetting") for own in numbers]),
-                Column("quoted from", [one.source for one in ones], is_text=True),
-            ],
-        ]
-    return document
-
-
-def _difference_document(a: Group, b: Group, found: Sequence[Difference]) -> Document:
-    document: Document = [
-        f"A: {a.label} (seeds {_shown(a.seeds)})",
-        f"B: {b.label} (seeds {_shown(b.seeds)})",
-        *dict.fromkeys(_method(one) for one in found),
-    ]
-    for selection, group in itertools.groupby(found, key=lambda one: one.selection):
-        ones = list(group)
-        ranges = [None if one.interval is None else Range(*one.interval) for one in ones]
-        errors = [None if one.error is None else Number(one.error) for one in ones]
-        document.append(
-            [
-                Column(_SELECTIONS[selection], [METRICS[o.metric] for o in ones], is_text=True),
-                Column("A", [Number(one.means[0]) for one in ones]),
-                Column("B", [Number(one.means[1]) for one in ones]),
-                Column("B - A", [Number(one.value) for one in ones]),
-                Column("standard error", errors),
-                Column("95 % interval", ranges),
-                Column("the interval", [one.verdict for one in ones], is_text=True),
-            ]
-        )
-    return document
-
-
-def _method(one: Difference) -> str:
-    """How a difference was computed and how sure it is, in a sentence."""
-    a, b = one.seeds
-    if one.error is None:
-        return "No uncertainty from one seed: the difference alone, too little to tell."
-    how = "standard error and confidence interval by Student's t, percentage points."
-    if one.paired:
-        return f"Paired over the seeds {_shown(a)} (n = {len(a)}); {how}"
-    return f"Not paired, by Welch (n = {len(a)} and {len(b)}: too few seeds in common); {how}"
 
 
 if __name__ == "__main__":

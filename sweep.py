@@ -32,7 +32,7 @@ from cli import options
 from cli.options import UsageError
 from launch import job_array, local_runs, sweep_plan
 from launch.sweep_plan import Run, Sweep, count_runs
-from reports import comparison_figures, draw, stored_runs
+from reports import comparison_figures, draw, seed_tables, stored_runs
 from reports.figure_style import NothingToDrawError
 from reports.stored_runs import Group, ResultsError
 
@@ -319,8 +319,6 @@ def _standing(plan: Plan, run: Run) -> str:
 
 def _report(plan: Plan) -> None:
     """Prints the table of what is finished, by arm, and draws it."""
-    import summarize
-
     runs = []
     for run in plan.runs:
         with suppress(ResultsError):
@@ -329,7 +327,7 @@ def _report(plan: Plan) -> None:
         return
     found, _ = stored_runs.group(runs)
     groups = [replace(group, label=group.runs[0].folder.parent.name) for group in found]
-    print(f"\n{summarize.text_table(groups)}")
+    print(f"\n{seed_tables.text_table(groups)}")
     if len(runs) < len(plan.runs):
         print(f"{len(plan.runs) - len(runs)} of {len(plan.runs)} runs are not finished.")
     if plan.plots:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import processes
-import summarize
 import utils
 from cli.options import UsageError
 from continual_dataloader import LostWorkerError
@@ -34,7 +33,7 @@ from experiment.checkpoints import Checkpoint, CheckpointError
 from experiment.signals import Preempted, StopSignals
 from experiment.validate import validate_args
 from processes import LostProcessError, Processes
-from reports import draw, files, stored_runs
+from reports import draw, files, seed_tables, stored_runs
 from vision_transformer import WeightsError
 
 #: Errors whose message says all that people need.
@@ -134,7 +133,7 @@ def _tell_seeds(args: argparse.Namespace) -> None:
     """Prints the table over the seeds, and draws them in one picture."""
     folders = [Path(build.for_seed(args, seed).output_dir) for seed in args.seeds]
     groups, _ = stored_runs.group(stored_runs.read(folder) for folder in folders)
-    logger.info("%s", summarize.text_table(groups))
+    logger.info("%s", seed_tables.text_table(groups))
     if args.plots and len(folders) > 1:
         folder = Path(args.output_dir) / "comparison"
         draw.draw_comparison(groups, folder)

@@ -8,18 +8,16 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import summarize
 from cli import options
+from cli.paths import ROOT
 from continual_datasets.readers import registry
 from helpers.results_files import content, write
-from reports import published, statistics, stored_runs
+from reports import published, seed_tables, statistics, stored_runs
 from reports.tables import Number
-
-ROOT = Path(summarize.__file__).resolve().parent
 
 #: Final average accuracies of three seeds. Mean 83; deviations -2, 0, 2; (4 + 4) / 2 = 2 ** 2.
 ACCURACIES = {42: 81.0, 43: 83.0, 44: 85.0}
@@ -90,7 +88,7 @@ def markdown_tables(text):
 
 
 def test_summary_is_mean_and_sample_standard_deviation(tmp_path):
-    (row,) = summarize.summarized(
+    (row,) = seed_tables.summarized(
         groups_of(write_runs(tmp_path, ACCURACIES)), ["instance", "batch"], ["accuracy"]
     )
     assert (row.label, row.seeds) == ("digits_l2p", (42, 43, 44))
@@ -101,7 +99,7 @@ def test_summary_is_mean_and_sample_standard_deviation(tmp_path):
 
 
 def test_summary_of_one_seed_has_no_spread(tmp_path):
-    (row,) = summarize.summarized(
+    (row,) = seed_tables.summarized(
         groups_of(write_runs(tmp_path, {1: 90.0})), ["batch"], ["accuracy"]
     )
     assert row.numbers == {("batch", "accuracy"): Number(91.0, None)}
@@ -109,7 +107,9 @@ def test_summary_of_one_seed_has_no_spread(tmp_path):
 
 def test_accuracy_is_the_final_one_where_there_is_one_test_set(tmp_path):
     metrics = ["accuracy", "final_accuracy", "forgetting"]
-    (row,) = summarize.summarized(groups_of(write_single(tmp_path, ACCURACIES)), ["batch"], metrics)
+    (row,) = seed_tables.summarized(
+        groups_of(write_single(tmp_path, ACCURACIES)), ["batch"], metrics
+    )
     assert row.numbers == {
         ("batch", "accuracy"): Number(83.0, 2.0),
         ("batch", "final_accuracy"): Number(83.0, 2.0),
@@ -242,7 +242,7 @@ def test_text_table_is_aligned(tmp_path, show):
 
 def test_text_table_of_groups_is_what_the_program_prints(tmp_path, show):
     write_runs(tmp_path, ACCURACIES)
-    assert show(tmp_path)[0] == summarize.text_table(groups_of(tmp_path))
+    assert show(tmp_path)[0] == seed_tables.text_table(groups_of(tmp_path))
 
 
 @pytest.mark.parametrize("metrics", [["accuracy"], ["all"], ["forgetting", "learning_accuracy"]])
@@ -770,7 +770,7 @@ def test_everything_wrong_is_told_at_once(refuse):
         "--compare takes two labels or folders: --compare A B shows B - A",
         "--quoted belongs to the table, which --compare does not show: leave one of them out",
         "forgeting is no metric: did you mean forgetting?",
-        f"zzz is no metric: choose from {', '.join(summarize.METRICS)}",
+        f"zzz is no metric: choose from {', '.join(seed_tables.METRICS)}",
         "--quoted: 'cifar' is no experiment of which numbers are quoted: choose from cifar100 "
         "(Split CIFAR-100), five_datasets (5-datasets), core50 (CORe50), cifar100_gaussian "
         "(Gaussian CIFAR-100), imagenet_r (Split ImageNet-R)",
@@ -821,7 +821,7 @@ def test_help_names_formats_and_metrics(capsys):
         summarize.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in (*summarize.METRICS, "markdown", "--compare A B"))
+    assert all(word in text for word in (*seed_tables.METRICS, "markdown", "--compare A B"))
 
 
 def test_program_as_a_person_types_it(pair):
