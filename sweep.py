@@ -27,10 +27,9 @@ from pathlib import Path
 
 import submitit
 
-import run_with_submitit
 from cli import options
 from cli.options import UsageError
-from launch import job_array, local_runs, sweep_plan
+from launch import job_array, local_runs, submitit_jobs, sweep_plan
 from launch.sweep_plan import Run, Sweep, count_runs
 from reports import comparison_figures, draw, seed_tables, stored_runs
 from reports.figure_style import NothingToDrawError
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(error.told_by("sweep.py"), end="", file=sys.stderr)
         return 2
-    except run_with_submitit.SUBMISSION_ERRORS as error:
+    except submitit_jobs.SUBMISSION_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -118,7 +117,7 @@ def make_plan(args: argparse.Namespace, base: list[str]) -> Plan:
         raise UsageError(problems)
     folder = Path(args.output_dir).expanduser().absolute()
     runs, left_out = sweep_plan.possible_runs(args, sweep, base, folder)
-    done = sweep_plan.finished(runs, run_with_submitit.num_processes(args) if args.submitit else 1)
+    done = sweep_plan.finished(runs, submitit_jobs.num_processes(args) if args.submitit else 1)
     return Plan(
         sweep=sweep,
         folder=folder,
@@ -235,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_parallel", "--max-parallel", type=int, help="jobs of the array that run at a time"
     )
     group.add_argument("--wait", action="store_true", help="wait for the jobs, then show the table")
-    names = run_with_submitit.add_job_options(group)
+    names = submitit_jobs.add_job_options(group)
     parser.set_defaults(job_options={name: parser.get_default(name) for name in names})
     return parser
 
@@ -257,7 +256,7 @@ def _own_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _job_problems(args: argparse.Namespace) -> list[str]:
-    problems = run_with_submitit.job_problems(args)
+    problems = submitit_jobs.job_problems(args)
     if args.jobs is not None:
         problems.append("--jobs is for runs of this machine: with --submitit give --max_parallel")
     is_local = (args.cluster or submitit.AutoExecutor.which()) == "local"

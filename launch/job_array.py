@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import submitit
 
-import run_with_submitit
+from cli.paths import ROOT
+from launch import submitit_jobs
 from launch.local_runs import last_lines
-from launch.sweep_plan import PROGRAM, Run, count_runs
+from launch.submitit_jobs import Trainer
+from launch.sweep_plan import Run, count_runs
 from reports import files
 from reports.stored_runs import ResultsError
-from run_with_submitit import Trainer
 
 #: Seconds between two looks at jobs.
 _LOOK_AT_JOBS = 5.0
@@ -28,7 +28,7 @@ def submit(
     """Hands runs to Slurm as one array of jobs, or starts all of them on this machine.
 
     Args:
-        args: The options of `run_with_submitit.add_job_options`, and `max_parallel`, the jobs that
+        args: The options of `submitit_jobs.add_job_options`, and `max_parallel`, the jobs that
             may run at a time; None: submitit's limit.
         folder: Folder of the sweep, which all nodes see.
         runs: At least one; all ask for the same.
@@ -37,14 +37,11 @@ def submit(
     Returns:
         The jobs by names of runs; their numbers are noted in the folder.
     """
-    trainers = [Trainer(list(run.argv), PROGRAM, str(run.folder)) for run in runs]
-    executor = run_with_submitit.make_executor(args, folder / "jobs", num_workers)
+    trainers = [Trainer(list(run.argv), ROOT, str(run.folder)) for run in runs]
+    executor = submitit_jobs.make_executor(args, folder / "jobs", num_workers)
     executor.update_parameters(slurm_array_parallelism=args.max_parallel)
-    cloudpickle.register_pickle_by_value(run_with_submitit)  # jobs may not find it by its name
-    try:
+    with submitit_jobs.pickled_by_value():
         found = executor.submit_array(trainers)
-    finally:
-        cloudpickle.unregister_pickle_by_value(run_with_submitit)
     jobs = {run.name: job for run, job in zip(runs, found, strict=True)}
     cluster = "local" if isinstance(found[0], submitit.LocalJob) else "slurm"
     notes = {

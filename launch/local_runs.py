@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cli.paths import ROOT
 from experiment import signals
-from launch.sweep_plan import PROGRAM, Run, count_runs
+from launch.sweep_plan import Run, count_runs
 from reports.stored_runs import ResultsError
 
 #: Signals that stop a sweep: of people, terminals and schedulers.
@@ -93,7 +94,7 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM / "main.py"), *run.argv],
+                [sys.executable, str(ROOT / "main.py"), *run.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -20,8 +20,6 @@ from cli.paths import ROOT
 from reports import stored_runs
 from reports.stored_runs import ResultsError
 
-PROGRAM = ROOT
-
 SWEEP_DIR = ROOT / "configs" / "sweeps"
 
 #: What a file of a sweep may say.

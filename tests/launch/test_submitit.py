@@ -1,9 +1,11 @@
 """run_with_submitit.py without Slurm: local jobs, and what it asks Slurm for."""
 
+import itertools
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,13 +17,16 @@ from submitit.core.utils import DelayedSubmission
 import main
 import run_with_submitit
 from cli import options
+from cli.paths import ROOT
+from conftest import LAUNCHER
 from experiment.signals import EXIT_CODE
 from helpers.commands import command
 from helpers.launcher_environment import LAUNCHER
 from helpers.process_runs import assert_equal_runs, shape
+from launch import submitit_jobs
+from launch.submitit_jobs import Trainer
 from run_with_submitit import Trainer
-
-ROOT = Path(main.__file__).resolve().parent
+from test_processes import alone, assert_equal_runs, pictures, shape  # noqa: F401
 
 #: A command line of main.py that runs on any machine.
 DIGITS = ["digits_l2p", "--device", "cpu"]
@@ -33,13 +38,14 @@ LOCAL = ["--cluster", "local", "--gpus_per_node", 0]
 def quick(monkeypatch):
     """Looks more often than every five seconds whether a job is done."""
     clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 50))
-    monkeypatch.setattr(run_with_submitit, "time", clock)
+    monkeypatch.setattr(submitit_jobs, "time", clock)
 
 
 @pytest.fixture
-def submit(monkeypatch, quick, no_launcher):
-    """Submits a command line from this process."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where jobs find what they unpickle
+def submit(monkeypatch, quick, no_launcher, tmp_path):
+    """Submits a command line from this process; its jobs do not find the program by themselves."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return lambda *argv: run_with_submitit.submit(*parse(*argv))
 
@@ -90,7 +96,7 @@ def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
         (refused, 2, "  - --device cuda: torch finds no CUDA device here"),
         (failed, 1, f"{broken}: "),
     ):
-        assert run_with_submitit.wait(job) == code
+        assert submitit_jobs.wait(job) == code
         headline, _, rest = capsys.readouterr().err.partition("\n")
         assert headline == f"error: job {job.job_id} failed (exit code {code})."
         assert told in rest
@@ -107,7 +113,7 @@ def test_preempted_local_job_is_requeued_and_goes_on(alone, pictures, tmp_path, 
     wait_until(lambda: log.exists() and "Train: " in log.read_text())
     for task in tasks_of(job):  # as submitit does when the time is over
         os.kill(task, signal.SIGUSR2)
-    assert run_with_submitit.wait(job) == 0
+    assert submitit_jobs.wait(job) == 0
     text = job.task(0).stdout()
     assert "SIGUSR2 stopped the run after task " in text
     assert "Requeued job" in text
@@ -204,7 +210,7 @@ def test_failing_task_tells_its_exit_code(task):
 def test_stopped_task_leaves_the_requeue_to_the_first(task, monkeypatch):
     """Which waits for the signal on which submitit requeues, as after SIGTERM ahead of it."""
     waited = []
-    monkeypatch.setattr(run_with_submitit, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(submitit_jobs, "time", SimpleNamespace(sleep=waited.append))
     with pytest.raises(SystemExit) as ended:
         task(Trainer(DIGITS, ROOT, None), rank=1, code=EXIT_CODE)
     assert ended.value.code == 0
@@ -292,7 +298,7 @@ def test_failed_process_ends_the_others_of_a_job(slurm):
 )
 def test_processes_and_cores_follow_gpus_and_workers(flags, expected):
     args, rest = parse("--shared_folder", "x", *flags)
-    found = run_with_submitit._resources(args, options.parse_args(rest)[0].num_workers)
+    found = submitit_jobs._resources(args, options.parse_args(rest)[0].num_workers)
     assert expected.items() <= found.items()
     assert None not in found.values()
     assert ("gpus_per_node" in found) == (flags[:2] != ["--gpus_per_node", 0])
@@ -309,6 +315,31 @@ def test_submitted_trainer_gets_the_rest_of_the_command_line(slurm, task, tmp_pa
     assert (trainer.argv, trainer.output_dir) == ([*DIGITS, *flags], "out")
     assert trainer.program == ROOT
     assert not trainer.requeued
+
+
+#: Loads a submitted trainer as a job does, and pickles what submitit starts when it is requeued.
+REQUEUE = """
+import sys
+from submitit.core.utils import DelayedSubmission
+
+trainer = DelayedSubmission.load(sys.argv[1]).function
+trainer.checkpoint().dump(sys.argv[2])
+print(trainer.requeued)
+"""
+
+
+def test_trainer_is_loaded_and_requeued_where_the_program_is_not_found(slurm, tmp_path):
+    slurm(*DIGITS)
+    paths = [tmp_path / "shared/4711/4711_submitted.pkl", tmp_path / "2.pkl", tmp_path / "3.pkl"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", REQUEUE, *places],
+            cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=60,
+        ).stdout
+        for places in itertools.pairwise(paths)
+    ]  # fmt: skip
+    assert told == ["False\n", "True\n"]
 
 
 def test_failing_sbatch_is_told(slurm, tmp_path, capsys):

@@ -12,18 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import submitit
 import yaml
 
-import main
-import run_with_submitit
 import sweep
 from cli import options
 from cli.options import UsageError
+from cli.paths import ROOT
 from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from launch import job_array, local_runs, sweep_plan
 from reports import draw
-
-ROOT = Path(main.__file__).resolve().parent
 
 #: A base that runs anywhere; its configuration names the data.
 BASE = [
@@ -74,7 +72,7 @@ def fake(tmp_path, monkeypatch):
     folder = tmp_path / "program"
     folder.mkdir()
     (folder / "main.py").write_text(FAKE)
-    monkeypatch.setattr(local_runs, "PROGRAM", folder)
+    monkeypatch.setattr(local_runs, "ROOT", folder)
     monkeypatch.setattr(local_runs, "_LOOK", 0.01)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
@@ -564,7 +562,7 @@ def slurm(fake, tmp_path, monkeypatch, no_launcher):
     say("sbatch", "Submitted batch job 4711")
     say("sacct", "JobID|State|NodeList", "4711_[0-3]|PENDING|None")
     say("squeue", code=1)
-    watcher = run_with_submitit.submitit.SlurmJob.watcher
+    watcher = submitit.SlurmJob.watcher
     yield SimpleNamespace(say=say, forget=watcher.clear)
     watcher.clear()
     watcher._registered.clear()
