@@ -15,6 +15,7 @@ import pytest
 import submitit
 import yaml
 
+import launch.sweep
 import sweep
 from cli import options
 from cli.options import UsageError
@@ -91,7 +92,7 @@ def call(tmp_path, capsys, no_launcher):
 
 def plan(*argv, to="/tmp/sweep"):
     args, base = sweep._parse([*map(str, argv), "--output_dir", str(to)])
-    return sweep.make_plan(args, base)
+    return launch.sweep.make_plan(args, base)
 
 
 def refusal(*argv, to="/tmp/sweep"):
@@ -525,7 +526,7 @@ def is_gone(pid):
 
 
 def test_second_sweep_in_a_folder_is_refused(fake, call, tmp_path):
-    with sweep._alone(tmp_path / "out"):
+    with launch.sweep._alone(tmp_path / "out"):
         code, _, error = call("--grid", "length=1", *BASE)
     assert code == 2
     assert "another sweep.py is at work there" in error
@@ -534,7 +535,7 @@ def test_second_sweep_in_a_folder_is_refused(fake, call, tmp_path):
 
 def test_run_whose_sweep_was_killed_keeps_the_folder(fake, call, tmp_path):
     (run,) = plan("--grid", "length=1", *BASE, "--lr", 16, to=tmp_path / "out").runs
-    with sweep._alone(tmp_path / "out") as lock:
+    with launch.sweep._alone(tmp_path / "out") as lock:
         child = local_runs.Child(run, tmp_path / "log.txt", {}, lock)
     try:
         assert "another sweep.py is at work there" in call("--grid", "length=1", *BASE)[2]
