@@ -9,7 +9,7 @@ import torch
 
 import benchmark
 import engine
-from benchmarks import measuring
+from benchmarks import measure, measuring
 from benchmarks import workload as benchmark_workload
 from benchmarks.baseline import TwoCopies
 from benchmarks.table import table
@@ -170,7 +170,7 @@ def test_flop_are_those_of_the_matrix_products(workload):
 
     embed, head, match = 2 * N * 3 * 64 * D, 2 * D * C, 2 * D * M
     linear, attention = blocks(1 + P + N, P)
-    assert benchmark.count_flop(workload, C) == {
+    assert measure.count_flop(workload, C) == {
         "query": sum(blocks(1 + N, 1)),
         "prompted forward": embed + match + linear + attention + head,
         "backward": match + linear + 2 * attention + 2 * head,
@@ -180,7 +180,7 @@ def test_flop_are_those_of_the_matrix_products(workload):
 
 def test_flop_of_vit_base_agree_with_torchprofile():
     args = read_workload([*TINY, "--model-kwargs", "depth=4", "--input-size", "128"])
-    flop = benchmark.count_flop(args, C)
+    flop = measure.count_flop(args, C)
     gmacs = speed.count_gmacs(plain_model(args, C), torch.zeros(1, 3, 128, 128))
     embed = 2 * 64 * 3 * 16**2 * 192
     assert flop["query"] + embed == pytest.approx(2e9 * gmacs["query"], rel=0.01)
@@ -247,7 +247,7 @@ def test_share_overruled_counts_images_that_a_later_evaluation_computes_twice(mo
 
 
 def test_only_later_evaluations_know_the_queries(workload, monkeypatch):
-    bench, known = benchmark.Bench(workload, repetitions=2, warm_up=1), []
+    bench, known = measure.Bench(workload, repetitions=2, warm_up=1), []
     evaluate = bench.ours.evaluate
 
     def watched():
@@ -255,7 +255,7 @@ def test_only_later_evaluations_know_the_queries(workload, monkeypatch):
         evaluate()
 
     monkeypatch.setattr(bench.ours, "evaluate", watched)
-    found = benchmark.measure_evaluation(bench)
+    found = measure.measure_evaluation(bench)
     assert known == 3 * [False, True]
     query = bench.flop["query"]
     assert found["first"]["flop"] - found["later"]["flop"] == pytest.approx(query)
@@ -276,14 +276,14 @@ def test_evaluation_begins_with_what_the_first_steps_learned(workload):
 
 def test_product_has_the_shape_that_is_told(workload):
     model = plain_model(workload, C)
-    shapes = benchmark.matrix_products(model, 4, torch.device("cpu"))
+    shapes = measure.matrix_products(model, 4, torch.device("cpu"))
     assert shapes["MLP"] == (4 * (1 + P + N), D, MLP)
     measuring.matrix_product(shapes["MLP"], torch.bfloat16, torch.device("cpu"), 2)()
 
 
 def test_checkpoint_of_vit_base_is_counted_without_building_it():
     learned = 122_980 + 25 * 768
-    assert benchmark._bytes_of_vit_base() == {
+    assert measure._bytes_of_vit_base() == {
         "ours": 4 * learned, "baseline": 4 * (85_798_656 + learned)
     }  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_checkpoint_of_vit_base_is_counted_without_building_it():
 def test_baseline_rounds_as_torch_does(workload):
     torch.set_float32_matmul_precision("high")
     try:
-        with benchmark._as_torch_is():
+        with measure._as_torch_is():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -313,8 +313,8 @@ def test_flags_and_configurations_win_over_the_workload():
 
 def test_baseline_stays_plain():
     workload = read_workload(["--amp", "bf16", "--compile", "--data_on_device", "true"])
-    assert benchmark.compute_dtype(workload.args) == torch.bfloat16
-    assert benchmark.compute_dtype(workload.plain) == torch.float32
+    assert benchmark_workload.compute_dtype(workload.args) == torch.bfloat16
+    assert benchmark_workload.compute_dtype(workload.plain) == torch.float32
     assert workload.args.compile
     assert not workload.plain.compile
     assert workload.args.data_on_device is not workload.plain.data_on_device is False
@@ -461,9 +461,9 @@ def test_table_leaves_out_what_was_not_measured(part):
 
 
 def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "_SQUARES", {"cpu": (64,)})
-    monkeypatch.setattr(benchmark, "_ENOUGH_FLOP", {"cpu": 1e6})
-    monkeypatch.setattr(benchmark, "_LONG_ENOUGH", 0.01)
+    monkeypatch.setattr(measure, "_SQUARES", {"cpu": (64,)})
+    monkeypatch.setattr(measure, "_ENOUGH_FLOP", {"cpu": 1e6})
+    monkeypatch.setattr(measure, "_LONG_ENOUGH", 0.01)
     path = tmp_path / "report.json"
     argv = [*TINY, "--only", "stages,step", "--repetitions", "2", "--json", str(path)]
     assert benchmark.main(argv) == 0
@@ -475,7 +475,7 @@ def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
     assert list(stages) == ["data", "query", "prompted forward", "backward", "update", "whole step"]
     assert all(len(stage["all"]) == 2 and stage["lowest"] > 0 for stage in stages.values())
     query = stages["query"]
-    assert query["flop"] == 16 * benchmark.count_flop(read_workload(TINY), C)["query"]
+    assert query["flop"] == 16 * measure.count_flop(read_workload(TINY), C)["query"]
     assert query["flop_per_second"] == pytest.approx(query["flop"] / query["median"])
     assert query["of_best"] == pytest.approx(query["flop_per_second"] / report["stages"]["best"])
     assert len(report["step"]["ours"]["all"]) == len(report["step"]["baseline"]["all"]) == 2
@@ -485,7 +485,7 @@ def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_everything_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "_SQUARES", {"cpu": (64,)})
+    monkeypatch.setattr(measure, "_SQUARES", {"cpu": (64,)})
     path = tmp_path / "report.json"
     argv = [*TINY, "--synthetic", "200,100", "--num_tasks", "2", "--repetitions", "1"]
     assert benchmark.main([*argv, "--warm_up", "0", "--json", str(path)]) == 0
