@@ -19,8 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from continual_datasets.images import ArraySource, DataError, ImageSource
-from continual_datasets.readers.downloads import fetch, unpack
-from continual_datasets.readers.storage import fetch_into, read_or_download
+from continual_datasets.readers.storage import fetch, fetch_into, read_or_download, unpack
 
 _DIGITS = [str(digit) for digit in range(10)]
 _MNIST_SIZE = (28, 28)

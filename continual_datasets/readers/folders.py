@@ -29,8 +29,12 @@ from continual_datasets.readers.class_folders import (
     gather,
     images_in,
 )
-from continual_datasets.readers.downloads import unpack
-from continual_datasets.readers.storage import Published, fetch_into, read_or_download
+from continual_datasets.readers.storage import (
+    Published,
+    fetch_into,
+    read_or_download,
+    unpack,
+)
 
 logger = logging.getLogger(__name__)
 

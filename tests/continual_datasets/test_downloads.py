@@ -10,10 +10,11 @@ from hashlib import md5, sha256
 from pathlib import Path
 
 import pytest
+from continual_datasets.readers.downloads import fetch, new_folder, one_at_a_time, unpack
 from filelock import FileLock
 
-from continual_datasets.readers import downloads
-from continual_datasets.readers.downloads import fetch, new_folder, one_at_a_time, unpack
+from continual_datasets.readers import storage
+from continual_datasets.readers.storage import fetch, new_folder, one_at_a_time, unpack
 from helpers.archives import write_tar, write_zip
 from helpers.forked_calls import finish, start
 from helpers.http_server import serve
@@ -69,7 +70,7 @@ def names(folder):
 
 
 def test_processes_that_start_together_download_once(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "_WAIT_UNTOLD", 0.1)
+    monkeypatch.setattr(storage, "_WAIT_UNTOLD", 0.1)
     server.pause()
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     data_path = tmp_path / "new" / "data"
@@ -137,7 +138,7 @@ def test_one_at_a_time_goes_on_in_a_folder_it_cannot_write(tmp_path, caplog):
 def test_one_at_a_time_passes_errors_on_and_ends_the_lock(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     lock = FileLock(tmp_path / ".l2p.lock")  # one that lives on does not end by itself
-    monkeypatch.setattr(downloads, "FileLock", lambda *_, **__: lock)
+    monkeypatch.setattr(storage, "FileLock", lambda *_, **__: lock)
     with pytest.raises(OSError, match="disk is full"), one_at_a_time(tmp_path):
         raise OSError("disk is full")
     monkeypatch.undo()
