@@ -11,13 +11,13 @@ import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
-from typing import NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from continual_datasets.pipeline import ToImages
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import (
     GlobalBatchSampler,
@@ -28,18 +28,6 @@ from continual_datasets.samplers import (
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
 from experiment.signals import outlive_stop_signals
-
-
-class ToImages(NamedTuple):
-    """What makes images (B, 3, S, S) of the first tensor of a batch, which is on the device.
-
-    Attributes:
-        train: For training batches.
-        test: For test batches.
-    """
-
-    train: Callable[[Tensor], Tensor]
-    test: Callable[[Tensor], Tensor]
 
 
 class LostWorkerError(RuntimeError):

@@ -13,11 +13,11 @@ Shapes: B images, S input size in pixels.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from continual_dataloader import ToImages
 from continual_datasets import device_transforms
 from continual_datasets.device_transforms import DeviceImages
 from continual_datasets.images import ImageSource
@@ -27,6 +27,18 @@ from continual_datasets.transforms import Transform, TransformOptions, build_tra
 _SHARE_OF_MEMORY = 0.25
 
 logger = logging.getLogger(__name__)
+
+
+class ToImages(NamedTuple):
+    """What makes images (B, 3, S, S) of the first tensor of a batch, which is on the device.
+
+    Attributes:
+        train: For training batches.
+        test: For test batches.
+    """
+
+    train: Callable[[Tensor], Tensor]
+    test: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from PIL import Image
 from torchvision import transforms
 
 import continual_dataloader
-from continual_dataloader import Loaders, ToImages
+from continual_dataloader import Loaders
 from continual_datasets import task_data
 from continual_datasets.class_order import check_split, class_order, read_class_order
 from continual_datasets.images import ArraySource, DataError, FolderSource
+from continual_datasets.pipeline import ToImages
 from continual_datasets.samplers import GlobalBatchSampler, LoaderOptions, TestSampler
 from continual_datasets.scenarios import Preparation, class_incremental
 from continual_datasets.stream import Task, TaskStream, TestSet

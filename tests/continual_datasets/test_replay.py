@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from continual_dataloader import Loaders, ToImages
+from continual_dataloader import Loaders
 from continual_datasets.images import ArraySource
+from continual_datasets.pipeline import ToImages
 from continual_datasets.replay import ReplayBuffer, even_shares
 from continual_datasets.samplers import GlobalBatchSampler, LoaderOptions, ReplaySampler
 from continual_datasets.scenarios import Preparation, class_incremental
