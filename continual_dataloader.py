@@ -8,6 +8,7 @@ Shapes: B images of a batch, S input size in pixels.
 """
 
 import atexit
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -27,7 +28,9 @@ from continual_datasets.samplers import (
 )
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
-from experiment.signals import outlive_stop_signals
+
+#: How long a DataLoader worker goes on after SIGTERM; schedulers rarely wait longer to kill.
+_WORKER_SECONDS = 30
 
 
 class LostWorkerError(RuntimeError):
@@ -183,6 +186,16 @@ class _Workers:
             if "DataLoader worker" not in str(error):
                 raise
             raise LostWorkerError(f"{error} Was memory short? Give fewer --num_workers") from error
+
+
+def outlive_stop_signals(_worker_id: int) -> None:
+    """Lets a DataLoader worker serve the last step when a scheduler signals every process of a job.
+
+    SIGTERM ends it after a while all the same: so does Python, when it clears up.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _dismiss(workers: "ref[_Workers]") -> None:

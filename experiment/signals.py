@@ -12,9 +12,6 @@ from typing import Any
 #: Exit code of a run that stopped so and can be continued ("temporary failure" of sysexits.h).
 EXIT_CODE = 75
 
-#: How long a DataLoader worker goes on after SIGTERM; schedulers rarely wait longer to kill.
-_WORKER_SECONDS = 30
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -84,14 +81,4 @@ class StopSignals:
 def ignore_stop_signals() -> None:
     """Keeps the exit code of a process that ends anyway."""
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def outlive_stop_signals(_worker_id: int) -> None:
-    """Lets a DataLoader worker serve the last step when a scheduler signals every process of a job.
-
-    SIGTERM ends it after a while all the same: so does Python, when it clears up.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

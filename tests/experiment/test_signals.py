@@ -9,11 +9,12 @@ from contextlib import suppress
 
 import pytest
 
+import continual_dataloader
 import engine
 import main
 import utils
 from continual_datasets import task_data
-from experiment import build, describe, program, resume, signals, training_run
+from experiment import build, describe, program, resume, training_run
 from experiment.signals import EXIT_CODE, Preempted, StopSignals
 from helpers.killed_commands import Child, exit_code, four_tasks, in_child
 from helpers.resumed_runs import (
@@ -334,8 +335,8 @@ def test_loader_workers_outlive_a_signal_to_all_processes(command, whole, tmp_pa
 
 def test_worker_ends_some_time_after_a_signal():
     def worker(bell):
-        signals._WORKER_SECONDS = 1
-        signals.outlive_stop_signals(0)
+        continual_dataloader._WORKER_SECONDS = 1
+        continual_dataloader.outlive_stop_signals(0)
         os.write(bell, b"!")
         for _ in range(500):
             time.sleep(0.01)
