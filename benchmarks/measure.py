@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
-from benchmarks import measuring
-from benchmarks.measuring import Clock, comparison, summary
+from benchmarks import clocks
+from benchmarks.clocks import Clock, comparison, summary
 from benchmarks.workload import (
     Ours,
     Workload,
@@ -80,7 +80,7 @@ class Bench:
         self.stream = plain_stream(workload)
         self.ours = Ours(workload)
         self.baseline = two_copies(workload, self.stream)
-        self.clock = partial(measuring.seconds, workload.device)
+        self.clock = partial(clocks.seconds, workload.device)
 
     @cached_property
     def batch(self) -> list[Tensor]:
@@ -112,7 +112,7 @@ class Bench:
 
     def take_turns(self, works: Works) -> dict[str, list[float]]:
         """What each gave, turn by turn, without those to warm up."""
-        return measuring.take_turns(works, self.repetitions, self.warm_up)
+        return clocks.take_turns(works, self.repetitions, self.warm_up)
 
     def steps_of_baseline(self, number: int) -> None:
         """Training steps of the baseline with that batch."""
@@ -244,7 +244,7 @@ def measure_products(bench: Bench) -> dict[str, Any]:
     for name, shape in matrix_products(model, bench.workload.args.batch_size, device).items():
         flop = 2 * math.prod(shape)
         times = max(1, round(_ENOUGH_FLOP[device.type] / flop))
-        work = bench.timed(measuring.matrix_product(shape, dtype, device, times))
+        work = bench.timed(clocks.matrix_product(shape, dtype, device, times))
         seconds = summary([s / times for s in bench.take_turns({"": work})[""]])
         found[name] = {"shape": list(shape), **seconds, **_rate(flop, seconds["median"])}
     return found
@@ -280,7 +280,7 @@ def count_flop(workload: Workload, num_classes: int) -> dict[str, float]:
     batch = torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long)
     step = partial(engine.train_step, model.train(), updater, batch, 0, None, 1, engine_options)
     with explicit_attention(model), FlopCounterMode(display=False) as counter:
-        return measuring.split_step(model, updater, step, counter.get_total_flops).stages()
+        return clocks.split_step(model, updater, step, counter.get_total_flops).stages()
 
 
 # Against the baseline

@@ -19,7 +19,7 @@ from timm.utils import random_seed
 from torch import Tensor
 
 import engine
-from benchmarks import measuring
+from benchmarks import clocks
 from benchmarks.baseline import TwoCopies
 from cli import options
 from continual_datasets.images import ArraySource
@@ -198,9 +198,9 @@ class Ours:
             self.model, self.updater, batch, 0, self.allowed, len(batch[0]), self.options
         )
 
-    def split_step(self, batch: Sequence[Tensor], clock: measuring.Clock) -> measuring.Marks:
+    def split_step(self, batch: Sequence[Tensor], clock: clocks.Clock) -> clocks.Marks:
         """The same, with a clock read between its stages."""
-        return measuring.split_step(self.model, self.updater, partial(self.step, batch), clock)
+        return clocks.split_step(self.model, self.updater, partial(self.step, batch), clock)
 
     def steps(self, batch: Sequence[Tensor], number: int) -> None:
         """Steps as an epoch has them: what they give is read from the device every so often."""

@@ -9,7 +9,7 @@ import torch
 
 import benchmark
 import engine
-from benchmarks import measure, measuring
+from benchmarks import clocks, measure
 from benchmarks import workload as benchmark_workload
 from benchmarks.baseline import TwoCopies
 from benchmarks.table import table
@@ -198,12 +198,12 @@ def test_turns_are_taken_and_the_first_left_out():
         return len(calls)
 
     works = {name: partial(work, name) for name in "ab"}
-    assert measuring.take_turns(works, repetitions=2, warm_up=1) == {"a": [3, 5], "b": [4, 6]}
+    assert clocks.take_turns(works, repetitions=2, warm_up=1) == {"a": [3, 5], "b": [4, 6]}
     assert "".join(calls) == "ababab"
 
 
 def test_ratio_is_one_of_medians():
-    found = measuring.comparison({"ours": [1.0, 9.0, 2.0], "baseline": [4.0, 3.0, 100.0]})
+    found = clocks.comparison({"ours": [1.0, 9.0, 2.0], "baseline": [4.0, 3.0, 100.0]})
     assert found["ours"] == {
         "median": 2.0, "lowest": 1.0, "highest": 9.0, "all": [1.0, 9.0, 2.0], "ratio": 2.0
     }  # fmt: skip
@@ -278,7 +278,7 @@ def test_product_has_the_shape_that_is_told(workload):
     model = plain_model(workload, C)
     shapes = measure.matrix_products(model, 4, torch.device("cpu"))
     assert shapes["MLP"] == (4 * (1 + P + N), D, MLP)
-    measuring.matrix_product(shapes["MLP"], torch.bfloat16, torch.device("cpu"), 2)()
+    clocks.matrix_product(shapes["MLP"], torch.bfloat16, torch.device("cpu"), 2)()
 
 
 def test_checkpoint_of_vit_base_is_counted_without_building_it():
