@@ -10,7 +10,6 @@ from hashlib import md5, sha256
 from pathlib import Path
 
 import pytest
-from continual_datasets.readers.downloads import fetch, new_folder, one_at_a_time, unpack
 from filelock import FileLock
 
 from continual_datasets.readers import storage

@@ -18,15 +18,12 @@ import main
 import run_with_submitit
 from cli import options
 from cli.paths import ROOT
-from conftest import LAUNCHER
 from experiment.signals import EXIT_CODE
 from helpers.commands import command
 from helpers.launcher_environment import LAUNCHER
 from helpers.process_runs import assert_equal_runs, shape
 from launch import submitit_jobs
 from launch.submitit_jobs import Trainer
-from run_with_submitit import Trainer
-from test_processes import alone, assert_equal_runs, pictures, shape  # noqa: F401
 
 #: A command line of main.py that runs on any machine.
 DIGITS = ["digits_l2p", "--device", "cpu"]

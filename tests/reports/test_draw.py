@@ -12,8 +12,6 @@ from cli.paths import ROOT
 from helpers.made_up_results import joint, long_run, make_results, old, without_pool
 from reports import comparison_figures, draw, figures, stored_runs
 
-ROOT = Path(plots.__file__).resolve().parent
-
 
 @pytest.fixture
 def one_picture(monkeypatch):
