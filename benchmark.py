@@ -1,23 +1,23 @@
-"""How fast the program is on this machine, and how much faster than two copies in single precision.
+"""Measures how fast the program is on this machine, and its speed-up over a baseline.
 
     python benchmark.py [--repetitions N] [--json FILE] [--only PARTS] [CONFIG ...] [--flags]
 
-All other arguments are those of main.py. What they leave open is a small workload that runs
+All other arguments are those of main.py. Without them, the workload is a small one that runs
 anywhere: ViT-Ti/16 with random weights, 224 pixels, 16 images a step, on the digits that ship with
-scikit-learn. The baseline (`benchmarks/baseline.py`) gets the same data and number of workers and
-stays as the original is: single precision, not compiled.
+scikit-learn. The baseline (`benchmarks/baseline.py`) computes with two copies of the ViT as the
+original does, in single precision and not compiled, on the same data with as many workers.
 
 | part | what is measured |
 |---|---|
 | `stages` | matrix products; loading, query, prompted pass, backward pass and update of a step |
 | `step` | a training step on images that are on the device already |
 | `evaluation` | all test sets of the last task, loading included |
-| `run` | training, evaluating and saving; what is imported, read and built before is left out |
-| `memory` | highest memory of a step and of an evaluation, each in its own process; checkpoints |
+| `run` | training, evaluating and saving, without imports, reading data and building the model |
+| `memory` | peak memory of a step and of an evaluation, each in its own process; checkpoints |
 
-The two ways take turns, repetition by repetition; a ratio is one of medians. Clocks are read when
-the device has finished. The FLOP of a stage are those of its matrix products, two for each
-multiply-accumulate, as torch counts them with attention spelled out; recomputed ones do not count.
+Program and baseline take turns; ratios are ratios of medians. The device is synchronised before a
+clock is read. The FLOP of a stage are those of its matrix products as torch counts them, two for
+each multiply-accumulate; those of attention count, recomputed ones do not.
 """
 
 import argparse
@@ -26,22 +26,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.measure import PARTS, measure, memory_here
+from benchmarks.measure import PARTS, BenchmarkOptions, measure, memory_here
 from benchmarks.table import table
 from benchmarks.workload import read_workload, standing_in
-from cli import options
+from cli.parser import UsageError
 from continual_datasets.images import DataError
 from experiment.signals import Preempted
+from model.weights import WeightsError
 from reports import files
-from vision_transformer import WeightsError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    own, flags = _parser().parse_known_args(argv)
+    options, flags = _parse(argv)
     try:
-        return _run(own, flags, argv)
+        return _run(options, flags, argv)
     except KeyboardInterrupt:
         print("benchmark.py: interrupted", file=sys.stderr)
         return 130
@@ -50,25 +50,31 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(own: argparse.Namespace, flags: list[str], argv: list[str]) -> int:
+def _run(options: BenchmarkOptions, flags: list[str], argv: list[str]) -> int:
     try:
-        workload = read_workload(flags, own.synthetic)
-    except options.UsageError as error:
-        print(error.told_by("benchmark.py"), end="", file=sys.stderr)
+        workload = read_workload(flags, options.synthetic)
+    except UsageError as error:
+        print(error.message("benchmark.py"), end="", file=sys.stderr)
         return 2
-    with standing_in(own.synthetic):
-        if own.memory_of:
-            print(json.dumps(memory_here(workload, *own.memory_of.split(","))))
+    with standing_in(options.synthetic):
+        if options.memory_of:
+            print(json.dumps(memory_here(workload, *options.memory_of.split(","))))
             return 0
         try:
-            report = measure(workload, own, argv)
+            report = measure(workload, options, argv)
         except (DataError, WeightsError) as error:
             print(f"benchmark.py: {error}", file=sys.stderr)
             return 1
     print(table(report))
-    if own.json:
-        files.write_json(own.json, report)
+    if options.json:
+        files.write_json(options.json, report)
     return 0
+
+
+def _parse(argv: list[str]) -> tuple[BenchmarkOptions, list[str]]:
+    """Options of this program, and the rest: arguments of main.py."""
+    args, flags = _parser().parse_known_args(argv)
+    return BenchmarkOptions(**vars(args)), flags
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TRAIN,TEST",
         help="so many random images of 100 classes instead of CIFAR-100, as 50000,10000",
     )
-    add("--memory-of", help=argparse.SUPPRESS)  # of the processes that this one starts
+    add("--memory-of", help=argparse.SUPPRESS)  # for the processes of `measure_memory`
     return parser
 
 

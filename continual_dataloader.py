@@ -1,8 +1,8 @@
 """The loaders of a run: one set of worker processes serves every task, epoch and evaluation.
 
-The workers hand over what the transforms made, mostly pixels of one byte; only on the device does
-it become what the model reads. Test images look the same in every evaluation: they are loaded once,
-as far as memory is given for that.
+The workers return the output of the transforms, mostly uint8 pixels, which become the input of the
+model on the device. Test images are the same in every evaluation, so they are cached in host memory
+as far as `--test_cache` allows.
 
 Shapes: B images of a batch, S input size in pixels.
 """
@@ -29,19 +29,19 @@ from continual_datasets.samplers import (
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
 
-#: How long a DataLoader worker goes on after SIGTERM; schedulers rarely wait longer to kill.
+#: Seconds that a DataLoader worker runs on after SIGTERM; schedulers rarely wait longer to kill.
 _WORKER_SECONDS = 30
 
 
 class LostWorkerError(RuntimeError):
-    """A worker is gone without a word of its own; a single line for people."""
+    """A DataLoader worker was killed; no traceback is available."""
 
 
 class Loaders:
     """The batches of every task and every test set of a run.
 
     The workers start when the first batch is asked for, and serve one pass at a time: when another
-    begins, the one before cannot go on.
+    begins, the one before ends.
 
     Args:
         stream: The tasks with their test sets.
@@ -60,8 +60,8 @@ class Loaders:
         buffer: ReplayBuffer | None = None,
     ) -> None:
         self._options, self._buffer = options, buffer
-        self._to_train = _Delivery(device, to_images.train)
-        self._to_test = _Delivery(device, to_images.test)
+        self._to_train = _ToDevice(device, to_images.train)
+        self._to_test = _ToDevice(device, to_images.test)
         self._workers = _Workers(RunData(stream), options, _most_batches(stream, options))
         self._cache = _TestCache(options.test_cache_bytes)
 
@@ -84,17 +84,17 @@ class Loaders:
 class TrainBatches:
     """Images (B, 3, S, S) and class ids (B,) of an epoch, on the device.
 
-    Where images are replayed, a third tensor tells which they are, bool (B,). B may be 0, see
+    Where images are replayed, a third tensor marks them, bool (B,). B may be 0, see
     `GlobalBatchSampler`.
 
     Attributes:
-        batch_sampler: Call its `set_epoch(epoch)` before each epoch; it also tells the
+        batch_sampler: Call its `set_epoch(epoch)` before each epoch; it also has the
             `global_batch_size(step)` by which a mean over all processes divides.
     """
 
     batch_sampler: GlobalBatchSampler
     _workers: "_Workers"
-    _deliver: "_Delivery"
+    _deliver: "_ToDevice"
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -116,7 +116,7 @@ class TestBatches:
     _sampler: TestSampler
     _workers: "_Workers"
     _cache: "_TestCache"
-    _deliver: "_Delivery"
+    _deliver: "_ToDevice"
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -125,7 +125,7 @@ class TestBatches:
         test_set = self._sampler.test_set
         batches = self._cache.get(test_set)
         if batches is None:
-            batches = self._cache.keeping(test_set, self._workers.load(self._sampler))
+            batches = self._cache.caching(test_set, self._workers.load(self._sampler))
         return map(self._deliver, batches)
 
 
@@ -140,8 +140,8 @@ def _which_replayed(keys: Sequence[Key]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Delivery:
-    """Brings batches to the device, the program not waiting for it, and makes images there."""
+class _ToDevice:
+    """Copies batches to the device, asynchronously, and makes images there."""
 
     device: torch.device
     to_images: Callable[[Tensor], Tensor]
@@ -162,10 +162,10 @@ class _Workers:
 
     def __init__(self, data: RunData, options: LoaderOptions, most_batches: int) -> None:
         num_workers = min(options.num_workers, most_batches)
-        self._agenda = _Agenda()
+        self._sampler = _PassSampler()
         self._loader = DataLoader(
             data,
-            batch_sampler=self._agenda,
+            batch_sampler=self._sampler,
             num_workers=num_workers,
             collate_fn=_Collate(data),
             pin_memory=options.pin_memory and torch.accelerator.is_available(),
@@ -177,11 +177,11 @@ class _Workers:
 
     def load(self, batches: Iterable[list[Key]]) -> Iterator[list[Tensor]]:
         """Begins a pass with the first batch asked for; what the one before left over is lost."""
-        self._agenda.batches = batches = iter(batches)
+        self._sampler.batches = batches = iter(batches)
         try:
             for tensors in self._loader:
                 yield tensors
-                assert self._agenda.batches is batches, "another pass over the data has begun"
+                assert self._sampler.batches is batches, "another pass over the data has begun"
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -199,13 +199,13 @@ def outlive_stop_signals(_worker_id: int) -> None:
 
 
 def _dismiss(workers: "ref[_Workers]") -> None:
-    """Ends processes that are left when the program ends: Python's way, SIGTERM, they outlive."""
+    """Ends the workers at exit, since they ignore the SIGTERM that Python would send."""
     if (found := workers()) is not None:
         del found._loader
 
 
-class _Agenda:
-    """The batches of the pass under way: a DataLoader keeps one batch sampler for life."""
+class _PassSampler:
+    """Batch sampler of the current pass over the data; a DataLoader has one for its lifetime."""
 
     def __init__(self) -> None:
         self.batches: Iterator[list[Key]] = iter(())
@@ -228,7 +228,7 @@ class _Collate:
 
 
 class _TestCache:
-    """Keeps the batches of whole test sets in host memory.
+    """Caches the batches of whole test sets in host memory.
 
     Args:
         num_bytes: How much all of them may take together.
@@ -236,15 +236,15 @@ class _TestCache:
 
     def __init__(self, num_bytes: int) -> None:
         self._free = num_bytes
-        self._kept: dict[int, list[list[Tensor]]] = {}
+        self._cached: dict[int, list[list[Tensor]]] = {}
         self._too_large: set[int] = set()
 
     def get(self, test_set: int) -> Iterable[list[Tensor]] | None:
-        """The batches of a test set, if they are kept."""
-        return self._kept.get(test_set)
+        """The batches of a test set, if they are cached."""
+        return self._cached.get(test_set)
 
-    def keeping(self, test_set: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """Hands the batches of a test set on, and keeps them at the end of it if there is room."""
+    def caching(self, test_set: int, batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """Yields the batches of a test set, and caches them at its end if there is room."""
         if test_set in self._too_large:
             yield from batches
             return
@@ -258,13 +258,13 @@ class _TestCache:
             else:
                 held.clear()
         if size <= self._free:
-            self._kept[test_set] = held
+            self._cached[test_set] = held
             self._free -= size
         else:
             self._too_large.add(test_set)
 
 
 def _in_own_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies what a worker shares, or what is page-locked: there is little of such memory."""
+    """Copies tensors in shared or page-locked memory, of which there is little."""
     scarce = [tensor.is_shared() or tensor.is_pinned() for tensor in tensors]
     return [t.clone() if is_scarce else t for t, is_scarce in zip(tensors, scarce, strict=True)]

@@ -3,22 +3,37 @@
     python main.py [CONFIG ...] [--flags]
     python -m torch.distributed.launch --nproc_per_node=N --use_env main.py [CONFIG ...] [--flags]
 
-Exit code: 0 done, 1 stopped by an error that is told, 2 refused command line, 75 stopped by a
-signal and ready to go on with `--resume auto`, 130 interrupted.
+Exit code: 0 done, 1 error (message on stderr), 2 rejected command line, 75 stopped by a signal,
+`--resume auto` resumes the run, 130 interrupted.
 
-torch and timm take seconds to import. `--help` and `--list` answer without them: only `program`
-and what it imports may need them.
+torch and timm take seconds to import, so they are imported where a run needs them: `--help` and
+`--list` answer without them.
 """
+
+from __future__ import annotations
 
 import atexit
 import functools
 import gc
+import logging
 import sys
-from types import ModuleType
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cli import options
+from cli import configurations
+from cli.parser import parse
+from cli.settings import Settings
 from experiment import signals as stop_signals
 from experiment.signals import StopSignals
+
+if TYPE_CHECKING:
+    from continual_datasets.scenarios import TaskClasses
+    from experiment.build import Experiment
+    from experiment.session import Session
+    from utils import Processes
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,41 +46,147 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     signals = StopSignals()
-    signals.defer()  # an import that is cut short cannot be made up for
+    signals.defer()  # an interrupted import leaves half-initialised modules
     with signals:
-        code = _main(sys.argv[1:] if argv is None else argv, signals)
-    if code == stop_signals.EXIT_CODE:
+        try:
+            settings, problems = parse(sys.argv[1:] if argv is None else argv)
+            if settings.run.list:
+                print(configurations.list_text())
+                return 0
+            session = _import_session()(signals)
+        except KeyboardInterrupt:
+            print("interrupted before anything ran", file=sys.stderr)
+            return 130
+        with session:  # reports what ends the run, and decides the exit code
+            settings = session.begin(settings, problems)
+            if settings.run.eval:
+                session.code = evaluate(settings, session)
+            elif settings.run.seeds is None:
+                train(settings, session)
+            else:
+                train_seeds(settings, session)
+    if session.code == stop_signals.EXIT_CODE:
         signals.hand_on()
-    return code
+    return session.code
 
 
-def _main(argv: list[str], signals: StopSignals) -> int:
-    try:
-        args, problems = options.parse_args(argv)
-        if args.list:
-            print(options.list_configs())
-            return 0
-        program = _import_program()
-    except KeyboardInterrupt:
-        print("interrupted before anything ran", file=sys.stderr)
-        return 130
-    return program.run(args, problems, signals)
+def train(settings: Settings, session: Session) -> None:
+    """Trains on all tasks, evaluating after each; or only measures, or tries out one step."""
+    from engine import train_and_evaluate
+    from experiment import dry_run, resume, speed
+    from experiment.training_run import recorded
+
+    start = time.monotonic()
+    saved = resume.find(settings, session.processes)  # None: the run starts at its first task
+    batch = saved.global_batch(settings, session.processes.world_size) if saved else None
+    experiment = assemble(settings, session.processes, global_batch=batch)
+    state = resume.restore(experiment, saved)
+    if settings.run.seeds and saved and saved.is_complete(experiment.stream.num_tasks):
+        logger.info("This seed is complete already")
+        return
+    if settings.run.dry_run:
+        dry_run.try_out(experiment, saved)
+        return
+    if settings.run.speed_test or settings.run.speed_test_only:
+        speed.speed_test(experiment)
+    if settings.run.speed_test_only:
+        return
+    seconds_to_load = time.monotonic() - start
+    with recorded(experiment, session.signals, saved, seconds_to_load) as run:
+        train_and_evaluate(experiment.model, experiment.stream.tasks, state, run)
+
+
+def train_seeds(settings: Settings, session: Session) -> None:
+    """Trains once for each of `--seeds`, each in a folder of its own; then compares them."""
+    import utils
+    from reports import draw, seed_tables, stored_runs
+
+    seeds = settings.run.seeds or ()
+    runs = [settings.for_seed(seed) for seed in seeds]
+    for number, run in enumerate(runs, start=1):
+        utils.setup_logging()  # ends the log file of the seed before
+        logger.info("Seed %d (%d of %d)", run.run.seed, number, len(runs))
+        train(run, session)
+        gc.collect()  # the model of a run is in cycles, and may be large
+        if settings.run.dry_run or settings.run.speed_test_only:
+            return  # another seed would give the same
+    utils.setup_logging()
+    if session.processes.rank > 0:
+        return
+    groups, _ = stored_runs.group(stored_runs.read(Path(run.run.output_dir)) for run in runs)
+    logger.info("%s", seed_tables.text_table(groups))
+    if settings.output.plots and len(runs) > 1:
+        folder = Path(settings.run.output_dir) / "comparison"
+        draw.draw_comparison(groups, folder)
+        logger.info("Comparison of the seeds: %s", folder)
+
+
+def evaluate(settings: Settings, session: Session) -> int:
+    """Evaluates the checkpoints of a run; returns the exit code."""
+    from experiment import evaluate_checkpoints
+
+    first = evaluate_checkpoints.first_checkpoint(settings)
+    experiment = assemble(
+        settings,
+        session.processes,
+        task_classes=first.class_order,
+        weights_follow=evaluate_checkpoints.has_whole_model(settings, first),
+    )
+    return evaluate_checkpoints.evaluate_and_report(experiment)
+
+
+def assemble(
+    settings: Settings,
+    processes: Processes,
+    *,
+    global_batch: int | None = None,
+    task_classes: TaskClasses | None = None,
+    weights_follow: bool = False,
+) -> Experiment:
+    """Turns data into a stream of tasks, and puts prompts and head around a timm ViT.
+
+    Args:
+        settings: Validated settings.
+        processes: This process among all of the run.
+        global_batch: Images of all processes in a training step; None: `--batch-size` of each.
+        task_classes: Class ids of each task; None: as the settings say.
+        weights_follow: Whether all weights come from a checkpoint later, so that the pretrained
+            ones are not needed.
+
+    Raises:
+        DataError: If the data are missing or damaged.
+        WeightsError: If weights are missing, damaged or do not fit.
+    """
+    from timm.utils import random_seed
+
+    from experiment import build, precision
+    from model.backbone import identify
+
+    batch = global_batch or settings.optimizer.batch_size * processes.world_size
+    random_seed(settings.run.seed)
+    stream = build.build_stream(settings, batch, processes.device, task_classes)
+    vit = build.build_backbone(settings, pretrained=not weights_follow)
+    identity = identify(vit, settings.model.model, settings.model.weight_source)
+    model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
+    sizes = build.loader_options(settings, processes, batch).full_batches
+    precision.apply(settings.precision, model, sizes, weights_follow)
+    return build.build_experiment(settings, processes, batch, stream, model, identity)
 
 
 @functools.cache
-def _import_program() -> ModuleType:
+def _import_session() -> type[Session]:
     """Imports what runs a command line, without the garbage collector: a quarter of the time.
 
     What is imported stays to the end, so the collector need not look through it later, either.
     """
     gc.disable()
     try:
-        from experiment import program
+        from experiment.session import Session
     finally:
         gc.enable()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else extension modules report leaks
-    return program
+    return Session
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""The prompt pool of L2P: keys, matching, vote, gathered prompts, pull term.
+"""The prompt pool of L2P: keys, matching, vote, selected prompts, pull term.
 
 An image's query (one feature vector of the frozen transformer) is compared with the keys of the
-pool; the K best prompts are put in front of the image's own tokens. Everything here works on query
+pool; the K best prompts are inserted before the image's own tokens. Everything here works on query
 vectors, so this file knows neither images nor transformers.
 
-Shapes: B images, D width, M pool size, L prompt length, K prompts chosen (top-k), P = K*L prompt
+A selection rule (`--diversify`) is a subclass of `Prompt`, registered under its name; it overrides
+`match`, `select` or `serve`.
+
+Shapes: B images, D width, M pool size, L prompt length, K prompts selected (top-k), P = K*L prompt
 tokens, V images in a vote group.
 
 Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, section 4.1,
 equations 2-5.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -18,29 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Distributions that prompts and keys can start from.
-#: `uniform` U(-1, 1) and `zero` as l2p-pytorch; `official` U[0, 0.01) as the JAX release.
-INITIALIZERS = ("uniform", "zero", "official")
-
-#: Who wins where ids have equally many votes: the lowest id (the official release; the same on
-#: every device), or whichever `torch.topk` names (l2p-pytorch; needed to repeat its runs exactly).
-VOTE_TIES = ("lowest", "topk")
-
-#: How training spreads its choice over the pool: not at all; each task on prompts of its own (the
-#: official release's stand-in); or by a penalty on prompts that served earlier tasks (the paper).
-DIVERSIFY = ("none", "mask", "frequency")
+from cli.settings import PromptSettings
 
 
 class Selection(NamedTuple):
-    """What the pool answers to a batch of queries.
+    """Result of matching a batch of queries with the pool.
 
     Attributes:
-        tokens: Chosen prompts one behind the other, (B, P, D).
+        tokens: Selected prompts, concatenated, (B, P, D).
         prompt_idx: Ids of the prompts that serve each image, (B, K).
-        own_prompt_idx: Ids that each image would choose alone, best first, (B, K); while training
-            with the frequency penalty, under that penalty.
+        own_prompt_idx: Ids that each image selects on its own, best first, (B, K); in training
+            as the selection rule says.
         similarity: Cosine similarity of queries and keys, (B, M), in [-1, 1].
-        reduce_sim: Pull term: similarity to the chosen keys, summed over K, mean over images, ().
+        reduce_sim: Pull term: similarity to the selected keys, summed over K, mean over images, ().
     """
 
     tokens: Tensor
@@ -51,60 +45,36 @@ class Selection(NamedTuple):
 
 
 class Prompt(nn.Module):
-    """A pool of M prompts of L tokens, each found by its key.
+    """A pool of M prompts of L tokens, each with a key. Every image selects its K nearest keys.
 
     Args:
-        size: M, the number of prompts.
-        length: L, the tokens of one prompt.
-        top_k: K, the prompts that serve an image.
+        settings: Size, initial values, vote; see there.
         embed_dim: D, the width of the transformer.
-        learnable_key: Whether keys are parameters of their own; otherwise the key of a prompt is
-            the mean of its tokens, computed anew (with gradient) in every forward pass.
-        prompt_init: Distribution of the prompts' first values, one of `INITIALIZERS`.
-        key_init: The same for the keys.
-        batchwise: Whether a vote group shares the prompts that most of its images choose.
-        diversify: One of `DIVERSIFY`, in training only. With `mask`, task t trains exactly the
-            prompts [t*K, (t+1)*K); `frequency` needs `begin_task` and `count_served` to be called.
-        vote_ties: Who wins a tied vote, one of `VOTE_TIES`.
 
     Raises:
-        ValueError: If `top_k` exceeds `size`, or an initialiser or a rule is unknown.
+        ValueError: If `top_k` exceeds `size`, or an initialiser is unknown.
     """
 
-    served_before: Tensor
-    served_now: Tensor
-
-    def __init__(
-        self,
-        *,
-        size: int,
-        length: int,
-        top_k: int,
-        embed_dim: int,
-        learnable_key: bool = True,
-        prompt_init: str = "uniform",
-        key_init: str = "uniform",
-        batchwise: bool = True,
-        diversify: str = "none",
-        vote_ties: str = "lowest",
-    ) -> None:
+    def __init__(self, settings: PromptSettings, embed_dim: int) -> None:
         super().__init__()
+        size, length, top_k = settings.size, settings.length, settings.top_k
         if not 1 <= top_k <= size:
             raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
-        if vote_ties not in VOTE_TIES:
-            raise ValueError(f"vote ties {vote_ties!r} is not one of {', '.join(VOTE_TIES)}")
-        if diversify not in DIVERSIFY:
-            raise ValueError(f"diversify {diversify!r} is not one of {', '.join(DIVERSIFY)}")
         self.size, self.length, self.top_k = size, length, top_k
-        self.batchwise, self.diversify, self.vote_ties = batchwise, diversify, vote_ties
-        self.prompt = nn.Parameter(_initial((size, length, embed_dim), prompt_init))  # (M, L, D)
+        self.batchwise, self.vote_ties = settings.batchwise_prompt, settings.vote_ties
+        self.prompt = nn.Parameter(
+            _initial((size, length, embed_dim), settings.initializer)
+        )  # (M, L, D)
         self.prompt_key: nn.Parameter | None = None
-        if learnable_key:
-            self.prompt_key = nn.Parameter(_initial((size, embed_dim), key_init))  # (M, D)
-        if diversify == "frequency":
-            # How often each prompt served a training image, in earlier tasks and in this one.
-            self.register_buffer("served_before", torch.zeros(size, dtype=torch.int64))  # (M,)
-            self.register_buffer("served_now", torch.zeros(size, dtype=torch.int64))  # (M,)
+        if settings.prompt_key:  # else a key is the mean of its prompt's tokens, with gradient
+            self.prompt_key = nn.Parameter(
+                _initial((size, embed_dim), settings.prompt_key_init)
+            )  # (M, D)
+
+    @classmethod
+    def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
+        """What is wrong with the settings of a pool for so many tasks, a line each."""
+        return iter(())
 
     @property
     def num_tokens(self) -> int:
@@ -114,11 +84,11 @@ class Prompt(nn.Module):
     def forward(
         self, query: Tensor, *, task_id: int | None = None, vote_group_size: int | None = None
     ) -> Selection:
-        """Chooses prompts for a batch of queries.
+        """Selects prompts for a batch of queries.
 
         Args:
             query: Query features, (B, D).
-            task_id: Task being trained, for the prompt mask; ignored in evaluation mode.
+            task_id: Task being trained; rules ignore it in evaluation mode.
             vote_group_size: V, consecutive images that vote together; None: the whole batch.
 
         Returns:
@@ -126,9 +96,9 @@ class Prompt(nn.Module):
             through `reduce_sim` alone.
         """
         with _without_autocast(query):
-            similarity = l2_normalize(query) @ l2_normalize(self._keys()).t()  # (B, M)
-        own_idx = self._choose(similarity)  # (B, K)
-        idx = self._serve(own_idx, task_id, vote_group_size)
+            similarity = self.match(query)  # (B, M)
+        own_idx = self.select(similarity)  # (B, K)
+        idx = self.serve(own_idx, task_id, vote_group_size)  # (B, K)
         return Selection(
             tokens=self.prompt[idx].flatten(1, 2),  # (B, P, D)
             prompt_idx=idx,
@@ -137,8 +107,38 @@ class Prompt(nn.Module):
             reduce_sim=similarity.gather(1, idx).sum() / len(query),
         )
 
+    def match(self, query: Tensor) -> Tensor:
+        """Cosine similarity of queries (B, D) to every key, (B, M)."""
+        return l2_normalize(query) @ l2_normalize(self._keys()).t()
+
+    def select(self, similarity: Tensor) -> Tensor:
+        """Ids that each image selects on its own, best first, (B, K).
+
+        Args:
+            similarity: Cosine similarity to every key, (B, M).
+        """
+        return top_k_lowest_id(similarity, self.top_k)
+
+    def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
+        """Ids that serve each image, best first, (B, K): its own, or those of its vote group.
+
+        Args:
+            own_idx: What `select` gave, (B, K).
+            task_id: Task being trained.
+            vote_group_size: V; None: the whole batch.
+        """
+        if self.batchwise and vote_group_size != 1:
+            return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
+        return own_idx
+
+    def begin_task(self) -> None:
+        """Called before the first step of every task; for rules with a memory."""
+
+    def count_served(self, counts: Tensor) -> None:
+        """Called after every training step: how often each prompt served an image, (M,)."""
+
     def task_slots(self, task_id: int) -> slice:
-        """Ids of the prompts that the mask gives to a task.
+        """Ids of the K prompts that belong to a task where tasks have prompts of their own.
 
         Raises:
             ValueError: If the pool is too small for that task.
@@ -170,36 +170,91 @@ class Prompt(nn.Module):
             self.prompt_key[new] = self.prompt_key[old].clone()
         return True
 
-    def begin_task(self) -> None:
-        """Lets what served the task before count in the frequency penalty from now on."""
-        if self.diversify == "frequency":
-            self.served_before += self.served_now
-            self.served_now.zero_()
-
-    def count_served(self, counts: Tensor) -> None:
-        """Counts how often each prompt served an image of a training step, (M,)."""
-        if self.diversify == "frequency":
-            self.served_now += counts.to(self.served_now.dtype)
-
-    def _choose(self, similarity: Tensor) -> Tensor:
-        """Ids that each image chooses alone, best first, (B, K)."""
-        if not self.training or self.diversify != "frequency":
-            return top_k_lowest_id(similarity, self.top_k)
-        frequency = self.served_before / self.served_before.sum().clamp(min=1)  # (M,)
-        return top_k_penalized(similarity, frequency, self.top_k)
-
     def _keys(self) -> Tensor:
         return self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
 
-    def _serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
-        """Ids that serve each image: masked, voted, or its own choice, best first, (B, K)."""
-        if self.training and self.diversify == "mask" and task_id is not None:
-            slots = self.task_slots(task_id)
-            masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
-            return masked.expand(len(own_idx), -1)
-        if self.batchwise and vote_group_size != 1:
-            return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
-        return own_idx
+
+#: Selection rules by the name that `--diversify` gives them.
+SELECTION_RULES: dict[str, type[Prompt]] = {"none": Prompt}
+
+
+def selection_rule(name: str) -> Callable[[type[Prompt]], type[Prompt]]:
+    """Registers a selection rule under the name that `--diversify` gives it."""
+
+    def register(rule: type[Prompt]) -> type[Prompt]:
+        SELECTION_RULES[name] = rule
+        return rule
+
+    return register
+
+
+def find_selection_rule(name: str) -> type[Prompt]:
+    """The selection rule of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in SELECTION_RULES:
+        known = ", ".join(SELECTION_RULES)
+        raise ValueError(f"--diversify {name} is unknown: choose one of {known}")
+    return SELECTION_RULES[name]
+
+
+@selection_rule("mask")
+class MaskedPrompt(Prompt):
+    """Task t trains exactly the prompts [t*K, (t+1)*K): the official release's stand-in."""
+
+    @classmethod
+    def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
+        """Whether the pool has prompts for all tasks."""
+        needed = num_tasks * settings.top_k
+        if settings.size < needed:
+            yield (
+                f"--diversify {settings.diversify} gives each of {num_tasks} tasks its own "
+                f"{settings.top_k} prompts: --size {settings.size} is too small, use at least "
+                f"{needed}, or lower --top_k"
+            )
+
+    def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
+        """The task's own prompts in training, (B, K)."""
+        if not self.training or task_id is None:
+            return super().serve(own_idx, task_id, vote_group_size)
+        slots = self.task_slots(task_id)
+        masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
+        return masked.expand(len(own_idx), -1)
+
+
+@selection_rule("frequency")
+class FrequencyPenalizedPrompt(Prompt):
+    """In training, prompts that served earlier tasks often count as farther away.
+
+    Source: equation 4 of the paper.
+    """
+
+    served_before: Tensor
+    served_now: Tensor
+
+    def __init__(self, settings: PromptSettings, embed_dim: int) -> None:
+        super().__init__(settings, embed_dim)
+        # How often each prompt served a training image, in earlier tasks and in this one.
+        self.register_buffer("served_before", torch.zeros(self.size, dtype=torch.int64))  # (M,)
+        self.register_buffer("served_now", torch.zeros(self.size, dtype=torch.int64))  # (M,)
+
+    def select(self, similarity: Tensor) -> Tensor:
+        """Ids of the nearest keys, in training under the penalty, (B, K)."""
+        if not self.training:
+            return super().select(similarity)
+        frequency = self.served_before / self.served_before.sum().clamp(min=1)  # (M,)
+        return top_k_penalized(similarity, frequency, self.top_k)
+
+    def begin_task(self) -> None:
+        """Lets what served the task before count in the penalty from now on."""
+        self.served_before += self.served_now
+        self.served_now.zero_()
+
+    def count_served(self, counts: Tensor) -> None:
+        """Adds up how often each prompt served an image, (M,)."""
+        self.served_now += counts.to(self.served_now.dtype)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -257,10 +312,10 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
     """Replaces each image's choice by the most frequent ids of its vote group.
 
     Args:
-        own_idx: Ids chosen by each image, (B, K).
+        own_idx: Ids selected by each image, (B, K).
         size: M, the size of the pool.
         group_size: V; images 0..V-1 form the first group, the last group may be smaller.
-        ties: Who wins a tied vote, one of `VOTE_TIES`.
+        ties: Who wins a tied vote: `lowest` (id), or `topk`, whichever `torch.topk` names.
 
     Returns:
         Ids that serve each image, most votes first, (B, K).
@@ -291,4 +346,4 @@ def _initial(shape: tuple[int, ...], initializer: str) -> Tensor:
         return torch.empty(shape).uniform_(0, 0.01)
     if initializer == "zero":
         return torch.zeros(shape)
-    raise ValueError(f"initialiser {initializer!r} is not one of {', '.join(INITIALIZERS)}")
+    raise ValueError(f"initialiser {initializer!r} is not one of uniform, zero, official")

@@ -4,10 +4,10 @@
     python summarize.py [OUTPUT_DIR ...] --compare A B [--flags]
 
 OUTPUT_DIR is a run or a folder with runs somewhere below it. Runs that differ in nothing but the
-seed make one row: mean and sample standard deviation over the seeds. What cannot be used is named
-on standard error. Nothing here needs torch.
+seed make one row: mean and sample standard deviation over the seeds. Runs that cannot be used are
+reported on standard error. Nothing here needs torch.
 
-Exit code: 0 done, 1 no run could be used (or the file not written), 2 refused command line.
+Exit code: 0 done, 1 no run could be used (or the file not written), 2 command line rejected.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli.options import UsageError
+from cli.parser import UsageError
 from reports import files, published, seed_tables, stored_runs
 from reports.published import Quoted
 from reports.seed_tables import ACCURACIES, DEFAULT_METRICS, METRICS, SELECTIONS
@@ -27,6 +27,42 @@ from reports.stored_runs import Group, ResultsError
 from reports.tables import as_csv, rendered
 
 _FORMATS = ("text", "markdown", "csv", "latex")
+
+
+@dataclass(frozen=True)
+class SummaryOptions:
+    """Options of this program.
+
+    Attributes:
+        folders: Folders of runs, or folders with runs somewhere below them.
+        format: One of `_FORMATS`.
+        metrics: Names of `METRICS`, or `all` alone.
+        selection: One of `SELECTIONS`, or both.
+        quoted: Experiments whose published numbers are shown; empty: those of the runs; None: no
+            such numbers are shown.
+        compare: Labels or folders of A and B; None: there is a table instead.
+        output: File to write; empty: standard output; None: `--output` without a file.
+    """
+
+    folders: Sequence[str]
+    format: str
+    metrics: Sequence[str]
+    selection: str
+    quoted: Sequence[str] | None
+    compare: Sequence[str] | None
+    output: str | None
+
+    @property
+    def selections(self) -> list[str]:
+        """The ways of choosing prompts that are shown."""
+        return list(SELECTIONS) if self.selection == "both" else [self.selection]
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics that are shown, each once."""
+        if list(self.metrics) == ["all"]:
+            return [name for name in METRICS if name not in ACCURACIES]
+        return list(dict.fromkeys(self.metrics))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = _read(sys.argv[1:] if argv is None else argv)
-        text = _comparison(args) if args.compare else _summary(args)
-        _deliver(text, args.output)
+        options = _read(sys.argv[1:] if argv is None else argv)
+        text = _summary(options) if options.compare is None else _comparison(options)
+        _write(text, options.output)
     except UsageError as error:
-        print(error.told_by("summarize.py"), end="", file=sys.stderr)
+        print(error.message("summarize.py"), end="", file=sys.stderr)
         return 2
     except (ResultsError, OSError) as error:
         print(f"summarize.py: {error}", file=sys.stderr)
@@ -64,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("folders", nargs="*", metavar="OUTPUT_DIR", help="runs, or folders with runs below them")
-    add("--format", nargs="?", default="text", help=f"{', '.join(_FORMATS)} (default: text)")
+    add(
+        "--format",
+        nargs="?",
+        const="",
+        default="text",
+        help=f"{', '.join(_FORMATS)} (default: text)",
+    )
     add(
         "--metrics",
         nargs="*",
@@ -75,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--selection",
         nargs="?",
+        const="",
         default="both",
         help="how test images choose prompts: instance (alone), batch (in vote groups, as "
         "published) or both (default: both)",
@@ -97,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(argv: list[str]) -> argparse.Namespace:
-    """The command line with names checked and resolved.
+def _read(argv: list[str]) -> SummaryOptions:
+    """Reads a command line, and checks its names.
 
     Raises:
         UsageError: With all that is wrong.
@@ -108,24 +151,21 @@ def _read(argv: list[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_intermixed_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError([str(error).removeprefix("argument ")]) from error
-    if args.compare is not None:
-        args.compare, behind = args.compare[:2], args.compare[2:]
-        args.folders += behind
+    options = SummaryOptions(**vars(args))
+    if options.compare is not None:  # folders may follow A and B
+        folders = [*options.folders, *options.compare[2:]]
+        options = replace(options, compare=options.compare[:2], folders=folders)
     flags = [flag for action in parser._actions for flag in action.option_strings]
     problems = [_unknown(token.split("=")[0], flags, "option") for token in unknown]
-    problems += _wrong_choice("--format", args.format, _FORMATS)
-    problems += _wrong_choice("--selection", args.selection, ("both", *SELECTIONS))
-    problems += _wrong_compare(args)
-    problems += _wrong_metrics(args)
-    problems += _wrong_quoted(args)
-    problems += _wrong_output(args.output)
+    problems += _wrong_choice("--format", options.format, _FORMATS)
+    problems += _wrong_choice("--selection", options.selection, ("both", *SELECTIONS))
+    problems += _wrong_compare(options)
+    problems += _wrong_metrics(options.metrics)
+    problems += _wrong_quoted(options.quoted or [])
+    problems += _wrong_output(options.output)
     if problems:
         raise UsageError(problems)
-    args.selections = list(SELECTIONS) if args.selection == "both" else [args.selection]
-    if args.metrics == ["all"]:
-        args.metrics = [name for name in METRICS if name not in ACCURACIES]
-    args.metrics = list(dict.fromkeys(args.metrics))
-    return args
+    return options
 
 
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
@@ -138,36 +178,36 @@ def _folder_hint(name: str) -> str:
     return f" (folders with runs go first: {name} ...)" if Path(name).is_dir() else ""
 
 
-def _wrong_choice(flag: str, value: str | None, allowed: Sequence[str]) -> Iterator[str]:
+def _wrong_choice(flag: str, value: str, allowed: Sequence[str]) -> Iterator[str]:
     if value not in allowed:
-        given = flag if value is None else f"{flag} {value}"
+        given = f"{flag} {value}" if value else flag
         yield f"{given}: choose one of {', '.join(allowed)}"
 
 
-def _wrong_compare(args: argparse.Namespace) -> Iterator[str]:
-    if args.compare is None:
-        if not args.folders:
+def _wrong_compare(options: SummaryOptions) -> Iterator[str]:
+    if options.compare is None:
+        if not options.folders:
             yield "there is nothing to summarize: name at least one OUTPUT_DIR"
         return
-    if len(args.compare) < 2:
+    if len(options.compare) < 2:
         yield "--compare takes two labels or folders: --compare A B shows B - A"
-    if args.quoted is not None:
+    if options.quoted is not None:
         yield "--quoted belongs to the table, which --compare does not show: leave one of them out"
 
 
-def _wrong_metrics(args: argparse.Namespace) -> Iterator[str]:
-    if not args.metrics:
+def _wrong_metrics(names: Sequence[str]) -> Iterator[str]:
+    if not names:
         yield "--metrics takes at least one name: all, or some of " + ", ".join(METRICS)
-    if args.metrics != ["all"]:
-        for name in args.metrics:
+    if list(names) != ["all"]:
+        for name in names:
             if name == "all":
                 yield "--metrics all stands alone: leave the other names out"
             elif name not in METRICS:
                 yield _unknown(name, METRICS, "metric")
 
 
-def _wrong_quoted(args: argparse.Namespace) -> Iterator[str]:
-    for name in args.quoted or []:
+def _wrong_quoted(names: Sequence[str]) -> Iterator[str]:
+    for name in names:
         try:
             published.experiment_named(name)
         except ValueError as error:
@@ -181,18 +221,19 @@ def _wrong_output(path: str | None) -> Iterator[str]:
         yield f"--output {path} is a folder: name a file"
 
 
-def _deliver(text: str, path: str) -> None:
-    """Writes the text to a file, or to standard output, whose reader may have gone."""
+def _write(text: str, path: str | None) -> None:
+    """Writes the text to a file, or to standard output; a closed pipe is no error."""
     if path:
         files.write_text(Path(path), text)
         return
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
+        # Else Python would report the pipe once more when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _tell(lines: Iterable[str]) -> None:
+def _print_notes(lines: Iterable[str]) -> None:
     for line in lines:
         print(line, file=sys.stderr)
 
@@ -200,62 +241,73 @@ def _tell(lines: Iterable[str]) -> None:
 # The table over seeds
 
 
-def _summary(args: argparse.Namespace) -> str:
-    groups = _groups(args.folders)
+def _summary(options: SummaryOptions) -> str:
+    groups = _groups(options.folders)
     if not groups:
         raise ResultsError("no run could be used")
-    _tell(seed_tables.seeds_note(groups))
-    rows = seed_tables.summarized(groups, args.selections, args.metrics)
-    known = _quoted(args.quoted, groups)
-    if args.format == "csv":
-        return as_csv(seed_tables.table_records(rows, known, args.selections, args.metrics))
-    document = seed_tables.table_document(rows, args.selections, args.metrics)
-    return rendered([*document, *seed_tables.quoted_document(known)], args.format)
+    _print_notes(seed_tables.seeds_note(groups))
+    selections, metrics = options.selections, options.metric_names
+    rows = seed_tables.summarized(groups, selections, metrics)
+    known = _quoted(options.quoted, groups)
+    if options.format == "csv":
+        return as_csv(seed_tables.table_records(rows, known, selections, metrics))
+    document = seed_tables.table_document(rows, selections, metrics)
+    return rendered([*document, *seed_tables.quoted_document(known)], options.format)
 
 
 def _groups(folders: Iterable[str]) -> list[Group]:
-    """Groups of the runs in some folders; what is left out is told."""
+    """Groups of the runs in some folders; what is left out is reported."""
     runs, problems = stored_runs.read_all([Path(folder) for folder in folders])
     groups, repeated = stored_runs.group(runs)
-    _tell(problems + repeated)
+    _print_notes(problems + repeated)
     return groups
 
 
-def _quoted(names: list[str] | None, groups: Sequence[Group]) -> list[Quoted]:
-    """What was published about the named experiments; without names, about those of the groups."""
+def _quoted(names: Sequence[str] | None, groups: Sequence[Group]) -> list[Quoted]:
+    """Published numbers of the named experiments.
+
+    Args:
+        names: Names of experiments; empty: those of the groups; None: no numbers.
+        groups: Groups of the table.
+    """
     if names is None:
         return []
     wanted = {published.experiment_named(name) for name in names} or {
         published.experiment_of(group.settings) for group in groups
     } - {None}
     if not wanted:
-        _tell(["note: no published numbers are known for the experiments of these runs"])
+        _print_notes(["note: no published numbers are known for the experiments of these runs"])
     places = {experiment: place for place, experiment in enumerate(published.EXPERIMENTS)}
     known = [one for one in published.load() if one.experiment in wanted]
     return sorted(known, key=lambda one: places[one.experiment])
 
 
-def _comparison(args: argparse.Namespace) -> str:
-    a, b = _two_groups(args)
-    found = differences(a, b, args.selections, args.metrics)
+def _comparison(options: SummaryOptions) -> str:
+    a, b = _two_groups(options.compare or [], _groups(options.folders))
+    metrics = options.metric_names
+    found = differences(a, b, options.selections, metrics)
     if not found:
-        raise ResultsError(f"A and B have no metric in common of {', '.join(args.metrics)}")
-    _tell(_missing_note(found, args.metrics))
-    if args.format == "csv":
+        raise ResultsError(f"A and B have no metric in common of {', '.join(metrics)}")
+    _print_notes(_missing_note(found, metrics))
+    if options.format == "csv":
         return as_csv([seed_tables.difference_record(a, b, one) for one in found])
-    return rendered(seed_tables.difference_document(a, b, found), args.format)
+    return rendered(seed_tables.difference_document(a, b, found), options.format)
 
 
-def _two_groups(args: argparse.Namespace) -> tuple[Group, Group]:
+def _two_groups(names: Sequence[str], known: Sequence[Group]) -> tuple[Group, Group]:
     """A and B of `--compare`.
+
+    Args:
+        names: Label or folder of each.
+        known: The groups that labels may name.
 
     Raises:
         UsageError: If they are not two different sets of runs.
         ResultsError: If a folder has no run that could be used.
     """
-    groups = {group.label: group for group in _groups(args.folders)}
+    groups = {group.label: group for group in known}
     problems: list[str] = []
-    found = [_one_group(name, groups, problems) for name in args.compare]
+    found = [_one_group(name, groups, problems) for name in names]
     if problems:
         labels = [_choice_of(groups)] if None in found else []
         raise UsageError(f"--compare: {problem}" for problem in [*problems, *labels])
@@ -266,7 +318,7 @@ def _two_groups(args: argparse.Namespace) -> tuple[Group, Group]:
 
 
 def _one_group(name: str, groups: dict[str, Group], problems: list[str]) -> Group | None:
-    """The group of a label, or the only one of a folder; else None, and the reason is noted."""
+    """The group of a label, or the only one of a folder; else None, and a problem is added."""
     if name in groups:
         return groups[name]
     if not Path(name).is_dir():

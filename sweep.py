@@ -1,16 +1,16 @@
-"""Trains a sweep: several arms of settings, each with several seeds.
+"""Trains a sweep: several arms (sets of settings), each with several seeds.
 
     sweep.py SWEEP [CONFIG ...] [--flags of main.py] --output_dir DIR [--seeds 42 43 44]
     sweep.py --grid length=1,5,10 top_k=1,5 [CONFIG ...] [--flags of main.py] --output_dir DIR
 
-A SWEEP is a file of configs/sweeps/ (named without its ending) or a path to a .yaml file: it names
-arms, or a grid of values, which overlay the configurations and flags. Each run is main.py in folder
-DIR/ARM/seedSEED. What is finished is not run again, what was stopped goes on: the same command
-leads to the same end, however often it is stopped. Runs take place here, one or several at a time,
-or with --submitit as an array of jobs.
+A SWEEP is a file of configs/sweeps/ (named without its ending) or a path to a .yaml file. It has
+named arms, or a grid of values, whose settings come on top of the configurations and flags. Each
+run is main.py with the folder DIR/ARM/seedSEED. The same command given again skips finished runs
+and resumes stopped ones, so a sweep may be stopped at any time. Runs take place on this machine,
+one or several at a time, or with --submitit as an array of jobs.
 
-Exit code: 0 done or submitted, 1 a run failed, 2 refused command line, 75 stopped by a signal and
-ready to go on, 130 interrupted, and ready, too.
+Exit code: 0 done or submitted, 1 a run failed, 2 command line rejected, 75 stopped by a signal,
+130 interrupted. After 75 and 130, the same command resumes the sweep.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import itertools
 import re
 import sys
 
-from cli.options import UsageError
-from launch import submitit_jobs, sweep_plan
-from launch.sweep import execute, make_plan
+from cli.parser import UsageError
+from launch import sweep_plan
+from launch.submitit_jobs import SUBMISSION_ERRORS, add_job_options, take_job_options
+from launch.sweep import SweepOptions, execute, make_plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,43 +33,49 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args, base = _parse(sys.argv[1:] if argv is None else argv)
-    if args.list:
+    options, base = _parse(sys.argv[1:] if argv is None else argv)
+    if options.list:
         print(sweep_plan.list_sweeps())
         return 0
     try:
-        return execute(args, make_plan(args, base))
+        return execute(options, make_plan(options, base))
     except UsageError as error:
-        print(error.told_by("sweep.py"), end="", file=sys.stderr)
+        print(error.message("sweep.py"), end="", file=sys.stderr)
         return 2
-    except submitit_jobs.SUBMISSION_ERRORS as error:
+    except SUBMISSION_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: the same command looks again; jobs go on", file=sys.stderr)
+        print("interrupted: jobs continue; the same command shows their state", file=sys.stderr)
         return 130
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options of this program, and the rest: the sweep and arguments of main.py."""
+def _parse(argv: list[str]) -> tuple[SweepOptions, list[str]]:
+    """Options of this program, and the rest: the sweep, and arguments of main.py."""
     argv = _repeat(argv, "--grid", re.compile(r"[A-Za-z][\w-]*=.*"))
     argv = _repeat(argv, "--seeds", re.compile(r"\d+"))
-    return _parser().parse_known_args(argv)
+    args, base = _parser().parse_known_args(argv)
+    values = vars(args)
+    return SweepOptions(job=take_job_options(values), **values), base
 
 
 def _repeat(argv: list[str], flag: str, value: re.Pattern[str]) -> list[str]:
-    """Writes `--flag a b` as `--flag=a --flag=b`, which ends where no more values come."""
-    words: list[str] = []
-    taking = False
-    for word, following in itertools.pairwise([*argv, ""]):
-        taking = value.fullmatch(word) is not None if taking else False
-        if taking:
-            words.append(f"{flag}={word}")
-        elif word == flag and value.fullmatch(following):
-            taking = True
+    """Rewrites `--flag a b rest` as `--flag=a --flag=b rest`.
+
+    The values of the flag end at the first argument that does not look like one. (With
+    `nargs="+"`, argparse would take the sweep and configurations behind them for values.)
+    """
+    rewritten: list[str] = []
+    is_value = False
+    for argument, following in itertools.pairwise([*argv, ""]):
+        is_value = is_value and value.fullmatch(argument) is not None
+        if is_value:
+            rewritten.append(f"{flag}={argument}")
+        elif argument == flag and value.fullmatch(following):
+            is_value = True
         else:
-            words.append(word)
-    return words
+            rewritten.append(argument)
+    return rewritten
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="sweep.py",
         usage="sweep.py SWEEP|--grid NAME=VALUE,... [CONFIG ...] [flags of main.py] [options]",
         description="Trains several arms of settings, each with several seeds.",
-        epilog="What is no option of sweep.py goes to main.py. The same command goes on with what "
-        "was stopped, and shows a table and a picture of what is done.",
+        epilog="What is no option of sweep.py goes to main.py. The same command resumes what "
+        "was stopped, and shows a table and a figure of what is done.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -87,7 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE,...",
         help="settings and their values, all of which are combined; in place of SWEEP",
     )
-    add("--output_dir", "--output-dir", metavar="DIR", help="each run goes to DIR/ARM/seedSEED")
+    add(
+        *("--output_dir", "--output-dir"),
+        default="",
+        metavar="DIR",
+        help="each run goes to DIR/ARM/seedSEED",
+    )
     add(
         "--seeds", type=int, action="append", metavar="SEED", help="seeds of each arm (default: 42)"
     )
@@ -104,8 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_parallel", "--max-parallel", type=int, help="jobs of the array that run at a time"
     )
     group.add_argument("--wait", action="store_true", help="wait for the jobs, then show the table")
-    names = submitit_jobs.add_job_options(group)
-    parser.set_defaults(job_options={name: parser.get_default(name) for name in names})
+    add_job_options(group)
     return parser
 
 

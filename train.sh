@@ -17,8 +17,8 @@
 # All arguments go to main.py: configurations and flags, see python main.py --help. Under Slurm there
 # are as many processes as sbatch is given tasks (--ntasks-per-node), or else GPUs.
 #
-# Two minutes before its time is over a job saves its state and puts itself back into the queue; when
-# it starts again, for this or another reason, it goes on from there.
+# Two minutes before its time limit a job saves its state and puts itself back into the queue; when
+# it starts again, for this or another reason, it resumes from there.
 set -euo pipefail
 
 # Slurm runs a copy of this file from a folder of its own, but in the folder that sbatch was called in.

@@ -1,75 +1,86 @@
-"""A frozen timm vision transformer that reads prompt tokens beside its image tokens.
+"""A frozen timm vision transformer with prompt tokens beside its image tokens.
 
 One unmodified timm ViT serves twice. Without prompts it gives the query, the class token after the
 final norm. With the prompts that the query selected it gives the features that the head classifies.
-The image is embedded once for both passes, and each pass computes its last block for the tokens
-alone that are read (`encoder.py`).
+The image is embedded once for both passes, and each pass computes its last block only for the
+tokens used downstream (`model/encoder.py`).
 
-Shapes: B images, S pixels a side, C classes, D width, N patches, P prompt tokens, K prompts chosen,
-M pool size. Order of the tokens: class, prompts, (registers,) patches.
+Shapes: B images, S pixels a side, C classes, D width, N patches, P prompt tokens, K prompts
+selected, M pool size, R tokens that the head pools. Order of the tokens: class, prompts,
+(registers,) patches.
 
 Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022; token order, positions
 of the prompts and head types as in l2p-pytorch.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from model.encoder import encode
+from cli.settings import ModelSettings
+from model.encoder import Pass, encode
+from model.weights import copy_state
 from prompt import Prompt
 
-HEAD_TYPES = ("prompt", "token", "gap", "token+prompt")
-GLOBAL_POOLS = ("token", "avg")
-EMBEDDING_KEYS = ("cls", "mean", "max", "mean_max")
-HEAD_INITIALIZERS = ("trunc_normal", "zero")
-PROMPT_POSITIONS = ("class", "none")
 
-#: What the original freezes: everything of the backbone.
-DEFAULT_FREEZE = ("blocks", "patch_embed", "cls_token", "norm", "pos_embed")
+@dataclass(frozen=True)
+class Pooling:
+    """Output tokens whose mean is the input of the head.
 
-#: Tokens at block 0, (B, T, D), to what somebody reads behind the last block.
-Pass = Callable[[Tensor], Tensor]
+    Attributes:
+        tokens: Number P of prompt tokens to the tokens that are pooled.
+        needs_prompts: Whether there must be prompt tokens.
+    """
+
+    tokens: Callable[[int], slice]
+    needs_prompts: bool = False
+
+
+#: What the head can pool, by the name that `--head_type` gives it.
+POOLINGS: dict[str, Pooling] = {
+    "token": Pooling(lambda num_prompts: slice(0, 1)),
+    "prompt": Pooling(lambda num_prompts: slice(1, 1 + num_prompts), needs_prompts=True),
+    "token+prompt": Pooling(lambda num_prompts: slice(0, 1 + num_prompts), needs_prompts=True),
+    "gap": Pooling(lambda num_prompts: slice(None)),
+}
 
 #: Prefix tokens that count as class tokens when something is frozen by name.
-_CLASS_TOKEN_KIN = ("reg_token", "dist_token")
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be read or do not fit the model."""
+_CLASS_TOKENS = ("reg_token", "dist_token")
 
 
 class PromptedVisionTransformer(nn.Module):
-    """A timm ViT, a prompt pool and a linear head.
+    """A timm ViT, a prompt pool and a head.
 
     Args:
         backbone: A timm ViT with a class token, built with `num_classes=0`.
         num_classes: C, the outputs of the head.
         prompt: The pool; None leaves prompts out (plain fine-tuning of what is not frozen).
-        head_type: What the head reads: mean of the prompt tokens, the class token, the mean of all
-            tokens (`gap`), or the mean of class and prompt tokens.
-        global_pool: `token` applies the backbone's final norm before that mean, `avg` leaves it out
-            and normalises the mean instead (timm's `fc_norm`, a trainable copy of the final norm).
-        embedding_key: What is compared with the keys: the class token after the final norm, or
-            mean, maximum, or maximum + 2 * mean of the embedded patches (before positions).
-        head_init: `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official release).
-        prompt_position: Position rows that are added to prompt tokens: copies of the class token's
-            (`class`: l2p-pytorch, first official release) or `none` (later official release).
-            Where the prompts stand among the tokens is of no consequence: attention does not see
-            the order of tokens.
-        freeze: Prefixes of public parameter names that do not train.
+        settings: What counts of the model's settings: `head_type`, a key of `POOLINGS`;
+            `global_pool`, where `token` applies the backbone's final norm before the mean, `avg`
+            leaves it out and normalises the mean instead (timm's `fc_norm`, a trainable copy of the
+            final norm); `head_init`, `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official
+            release); `prompt_position`, the position embeddings added to prompt tokens: copies of
+            the class token's (`class`: l2p-pytorch, first official release) or `none` (later
+            official release); `freeze`, prefixes of public parameter names that do not train.
+        embedding_key: What is compared with the keys: `cls`, the class token after the final norm,
+            or `mean`, `max`, or `mean_max` (maximum + 2 * mean) of the embedded patches (before
+            positions).
 
     Attributes:
-        amp_dtype: What matrix products of the backbone are computed in; None: as the weights are.
-            Selection, head and whatever follows stay in single precision.
-        recompute: Whether the backward pass computes activations again instead of keeping them.
+        head: Pooled features (B, D) to logits (B, C); may be replaced by any such module. One with
+            a method `observe` is shown features and targets, see `observe`.
+        amp_dtype: Type of the backbone's matrix products; None: that of the weights. Selection,
+            head and whatever follows stay in single precision.
+        recompute: Whether the backward pass computes activations again to save memory.
         run_query: Tokens at block 0 to queries (B, D); may be replaced by a faster equal.
-        run_prompted: Tokens at block 0 to those that the head reads, (B, R, D); likewise.
+        run_prompted: Tokens at block 0 to those that the head pools, (B, R, D); likewise.
 
     Raises:
         ValueError: If head type and pool contradict, the ViT has no class token, or a prefix of
@@ -81,39 +92,33 @@ class PromptedVisionTransformer(nn.Module):
         backbone: VisionTransformer,
         num_classes: int,
         prompt: Prompt | None = None,
-        *,
-        head_type: str = "prompt",
-        global_pool: str = "token",
+        settings: ModelSettings | None = None,
         embedding_key: str = "cls",
-        head_init: str = "trunc_normal",
-        prompt_position: str = "class",
-        freeze: Iterable[str] = DEFAULT_FREEZE,
     ) -> None:
         super().__init__()
-        _check_head(head_type, prompt)
+        settings = settings or ModelSettings()
+        self.pooling = find_pooling(settings.head_type, has_prompts=prompt is not None)
         if backbone.cls_token is None:
             raise ValueError("the vision transformer has no class token, which L2P needs")
-        self.head_type, self.embedding_key = head_type, embedding_key
+        self.num_classes, self.embedding_key = num_classes, embedding_key
         self.backbone = backbone
         self.prompt = prompt
         self.pos_embed_prompt: nn.Parameter | None = None
-        if prompt is not None and prompt_position == "class":
+        if prompt is not None and settings.prompt_position == "class":
             self.pos_embed_prompt = nn.Parameter(
-                _class_position(backbone).repeat(1, prompt.num_tokens, 1)  # (1, P, D)
-            )
-        self.fc_norm = copy.deepcopy(backbone.norm) if global_pool == "avg" else None
-        self.head = nn.Linear(backbone.embed_dim, num_classes)
-        if head_init == "zero":
-            nn.init.zeros_(self.head.weight)
-        else:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        self._freeze(tuple(freeze))
+                _class_position(backbone).repeat(1, prompt.num_tokens, 1)
+            )  # (1, P, D)
+        self.fc_norm = copy.deepcopy(backbone.norm) if settings.global_pool == "avg" else None
+        self.head = _linear_head(backbone.embed_dim, num_classes, settings.head_init)
+        # Tensors that the weights of the backbone give; a checkpoint leaves them out while frozen.
+        self._pretrained = {f"backbone.{name}" for name in backbone.state_dict()}
+        self._pretrained.add("pos_embed_prompt")
+        self._freeze(settings.freeze)
         self.query_backbone = self._query_copy()
         self.amp_dtype: torch.dtype | None = None
         self.recompute = False
-        self.run_query: Pass = self._encode_query
-        self.run_prompted: Pass = self._encode_prompted
+        self.run_query: Pass = self.encode_query
+        self.run_prompted: Pass = self.encode_prompted
 
     def forward(
         self,
@@ -142,8 +147,8 @@ class PromptedVisionTransformer(nn.Module):
             query = self._query(patches, tokens)
         elif query is None:
             query = self.query(images)
-        chosen = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
-        prompts = chosen.tokens  # (B, P, D)
+        selected = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
+        prompts = selected.tokens  # (B, P, D)
         if self.pos_embed_prompt is not None:
             prompts = prompts + self.pos_embed_prompt
         prompts = self.backbone.norm_pre(self.backbone.pos_drop(prompts))
@@ -151,16 +156,30 @@ class PromptedVisionTransformer(nn.Module):
         return {
             **self._classify(tokens),
             "query": query,
-            "similarity": chosen.similarity,
-            "prompt_idx": chosen.prompt_idx,
-            "own_prompt_idx": chosen.own_prompt_idx,
-            "reduce_sim": chosen.reduce_sim,
+            "similarity": selected.similarity,
+            "prompt_idx": selected.prompt_idx,
+            "own_prompt_idx": selected.own_prompt_idx,
+            "reduce_sim": selected.reduce_sim,
         }
 
     def query(self, images: Tensor) -> Tensor:
         """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
         with torch.no_grad():
             return self._query(*self._embed(self._query_vit(), images))
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, targets: Tensor) -> None:
+        """Shows a training batch to a head that learns without gradients, if it is one.
+
+        Called after every step in every process, so that the head may sum over processes; after a
+        loss that is not finite the features are zeros.
+
+        Args:
+            features: Pooled features of this process's images, (B, D); B may be 0.
+            targets: Class ids, (B,).
+        """
+        if callable(observe := getattr(self.head, "observe", None)):
+            observe(features, targets)
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Sets the mode; the copy that gives the query always stays in evaluation mode."""
@@ -170,14 +189,14 @@ class PromptedVisionTransformer(nn.Module):
         return self
 
     @property
+    def width(self) -> int:
+        """D, the width of the transformer."""
+        return self.backbone.embed_dim
+
+    @property
     def num_prompt_tokens(self) -> int:
         """P, the prompt tokens of each image; 0 without a pool."""
         return 0 if self.prompt is None else self.prompt.num_tokens
-
-    @property
-    def num_classes(self) -> int:
-        """C, the outputs of the head."""
-        return self.head.out_features
 
     @property
     def backbone_trains(self) -> bool:
@@ -204,8 +223,20 @@ class PromptedVisionTransformer(nn.Module):
             if not name.startswith("query_backbone."):
                 yield name.removeprefix("backbone."), parameter
 
+    def query_tensors(self) -> Iterator[Tensor]:
+        """Every tensor that queries are computed from; extend it where more takes part."""
+        vit = self._query_vit()
+        return itertools.chain(vit.parameters(), vit.buffers())
+
+    def query_version(self) -> tuple[tuple[int, int], ...]:
+        """A value that changes whenever one of `query_tensors` does; for caches of queries."""
+        return tuple((id(tensor), tensor._version) for tensor in self.query_tensors())
+
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: all but the frozen part of the backbone, on the CPU."""
+        """All tensors but the frozen ones that came with the backbone, by public name, on the CPU.
+
+        So it holds the parameters and buffers of whatever module is added to the model.
+        """
         return {name: value.detach().cpu().clone() for name, value in self._learned()}
 
     def load_trained_state(self, state: dict[str, Tensor], source: str) -> None:
@@ -257,29 +288,23 @@ class PromptedVisionTransformer(nn.Module):
         pooled = pre_logits if self.fc_norm is None else self.fc_norm(pre_logits)
         return {"logits": self.head(pooled), "pre_logits": pre_logits}
 
-    def _encode_prompted(self, tokens: Tensor) -> Tensor:
-        """The tokens that the head reads, behind all blocks, (B, R, D)."""
+    def encode_prompted(self, tokens: Tensor) -> Tensor:
+        """The tokens that the head pools, after all blocks, (B, R, D)."""
         with self._autocast(tokens):
-            x = encode(self.backbone, tokens, self._read, recompute=self.recompute)
+            x = encode(self.backbone, tokens, self.pooled, recompute=self.recompute)
         return x if self.fc_norm is not None else self.backbone.norm(x)
 
-    def _encode_query(self, tokens: Tensor) -> Tensor:
-        """The class token behind all blocks and the final norm, (B, D)."""
+    def encode_query(self, tokens: Tensor) -> Tensor:
+        """The class token after all blocks and the final norm, (B, D)."""
         vit = self._query_vit()
         with self._autocast(tokens):
             x = encode(vit, tokens, slice(0, 1))  # (B, 1, D)
         return vit.norm(x)[:, 0]
 
     @property
-    def _read(self) -> slice:
-        """The tokens that the head reads."""
-        prompts = self.num_prompt_tokens
-        return {
-            "token": slice(0, 1),
-            "prompt": slice(1, 1 + prompts),
-            "token+prompt": slice(0, 1 + prompts),
-            "gap": slice(None),
-        }[self.head_type]
+    def pooled(self) -> slice:
+        """The output tokens that the head pools."""
+        return self.pooling.tokens(self.num_prompt_tokens)
 
     @torch.no_grad()
     def _query(self, patches: Tensor, tokens: Tensor) -> Tensor:
@@ -320,57 +345,40 @@ class PromptedVisionTransformer(nn.Module):
         return copy.deepcopy(self.backbone).requires_grad_(False).eval()
 
     def _learned(self) -> Iterator[tuple[str, Tensor]]:
-        """All but the frozen part of the backbone, by public name."""
-        for name, parameter in self.public_parameters():
-            if parameter.requires_grad or not self._is_backbone(name):
-                yield name, parameter
-        if self.prompt is not None:
-            yield from self.prompt.named_buffers(prefix="prompt")
-
-    def _is_backbone(self, public_name: str) -> bool:
-        own = ("prompt.", "head.", "fc_norm.")
-        return not public_name.startswith(own)
+        """All but the frozen tensors that came with the backbone, by public name."""
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            is_frozen = name in self._pretrained and not tensor.requires_grad
+            if not is_frozen and not name.startswith("query_backbone."):
+                yield name.removeprefix("backbone."), tensor
 
 
-def copy_state(
-    tensors: dict[str, Tensor],
-    state: dict[str, Tensor],
-    source: str,
-) -> None:
-    """Copies tensors into others of the same names and shapes, all or none.
-
-    Args:
-        tensors: Where to.
-        state: Where from.
-        source: File name for messages.
+def find_pooling(head_type: str, has_prompts: bool) -> Pooling:
+    """What the head pools.
 
     Raises:
-        WeightsError: Naming the file and every missing, unknown or misshapen tensor.
+        ValueError: If there is no such head type, or it needs prompt tokens and there are none.
     """
-    problems = [f"{name} is missing" for name in tensors if name not in state]
-    for name, value in state.items():
-        if name not in tensors:
-            problems.append(f"{name} has no place in this model")
-        elif not isinstance(value, Tensor):
-            problems.append(f"{name} is no tensor")
-        elif tensors[name].shape != value.shape:
-            want, got = tuple(tensors[name].shape), tuple(value.shape)
-            problems.append(f"{name} is {got}, expected {want}")
-        elif not value.isfinite().all():
-            problems.append(f"{name} holds values that are no finite numbers")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise WeightsError(f"{source} does not fit the model: {shown}")
-    with torch.no_grad():
-        for name, value in state.items():
-            tensors[name].copy_(value)
+    if head_type not in POOLINGS:
+        known = ", ".join(POOLINGS)
+        raise ValueError(f"--head_type {head_type} is unknown: choose one of {known}")
+    pooling = POOLINGS[head_type]
+    if pooling.needs_prompts and not has_prompts:
+        others = " or ".join(name for name, one in POOLINGS.items() if not one.needs_prompts)
+        raise ValueError(
+            f"--head_type {head_type} pools prompt tokens, but --prompt_pool is off: use "
+            f"--head_type {others}"
+        )
+    return pooling
 
 
-def _check_head(head_type: str, prompt: Prompt | None) -> None:
-    if head_type not in HEAD_TYPES:
-        raise ValueError(f"head type {head_type!r} is not one of {', '.join(HEAD_TYPES)}")
-    if "prompt" in head_type and prompt is None:
-        raise ValueError(f"head type {head_type!r} reads prompt tokens, but there is no pool")
+def _linear_head(width: int, num_classes: int, initializer: str) -> nn.Linear:
+    head = nn.Linear(width, num_classes)
+    if initializer == "zero":
+        nn.init.zeros_(head.weight)
+    else:
+        nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _class_position(vit: VisionTransformer) -> Tensor:
@@ -387,4 +395,4 @@ def _is_random(vit: VisionTransformer) -> bool:
 
 
 def _matches(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or (prefix == "cls_token" and name in _CLASS_TOKEN_KIN)
+    return name.startswith(prefix) or (prefix == "cls_token" and name in _CLASS_TOKENS)

@@ -1,1 +1,0 @@
-"""What the programs that measure have in common."""

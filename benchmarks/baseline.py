@@ -1,18 +1,17 @@
-"""L2P trained the way l2p-pytorch trains it, on today's timm: what `benchmark.py` measures against.
+"""The baseline of `benchmark.py`: L2P computed as l2p-pytorch computes it, on today's timm.
 
-The mathematics are those of the program, which a test compares number by number. What it takes to
-get there is the original's:
+It gives the same numbers as the program, which a test checks. Its computations are the original's:
 
 - two complete vision transformers in single precision; each embeds every image and computes every
   token of its last block;
-- the query of every image anew, in each step and in each evaluation;
-- in each step a class mask made on the host, a check of the loss, and loss and accuracies read from
-  the device;
-- worker processes started for every epoch and every evaluation, which hand over floats;
-- after every task the whole model on the disk.
+- the query of every image is computed again in each step and in each evaluation;
+- each step builds a class mask on the host, checks the loss, and reads loss and accuracies from the
+  device;
+- worker processes are started for every epoch and every evaluation, and send floats;
+- after every task, the whole model is saved.
 
-Where today's libraries made it faster than it was, it stays so: attention is timm's fused one, and
-the vote is the program's own.
+Two parts are faster than in the original: attention is timm's fused one, and the vote is the
+program's own.
 
 Shapes: B images, C classes, D width, N patches, P prompt tokens.
 """
@@ -33,19 +32,19 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from cli.settings import TransformSettings
 from continual_datasets.images import ImageSource
 from continual_datasets.samplers import LoaderOptions
 from continual_datasets.stream import Task, TaskStream, TestSet
-from continual_datasets.transforms import TransformOptions
-from engine import EngineOptions
+from training.state import EngineOptions
 from vision_transformer import PromptedVisionTransformer
 
 
 class PromptedCopy(nn.Module):
-    """The copy that reads prompts: all tokens through all blocks.
+    """The ViT with prompts: all tokens pass all blocks.
 
     Args:
-        model: Whose backbone, pool and head it takes over.
+        model: Its backbone, pool and head become parts of this module.
     """
 
     def __init__(self, model: PromptedVisionTransformer) -> None:
@@ -77,18 +76,18 @@ class PromptedCopy(nn.Module):
 
 
 class TwoCopies:
-    """Both copies, and how they learn and are evaluated.
+    """The two copies of the ViT, their training and their evaluation.
 
     Args:
-        model: Whose parts are taken over; nobody else may use it afterwards.
+        model: Its parts are used here and trained; it must not be used elsewhere.
         lr: Learning rate of Adam.
-        options: Of these, what the original has too.
+        options: Options of the engine; those that the original lacks are ignored.
         loading: Batch size and workers.
-        looks: Crops and flips.
+        augmentation: Input size, crops and flips.
 
     Attributes:
-        original: The untouched copy, which gives the query.
-        model: The copy that reads prompts.
+        original: The frozen copy, which computes the query.
+        model: The copy with prompts.
     """
 
     def __init__(
@@ -97,15 +96,16 @@ class TwoCopies:
         lr: float,
         options: EngineOptions,
         loading: LoaderOptions,
-        looks: TransformOptions,
+        augmentation: TransformSettings,
     ) -> None:
         self.original = copy.deepcopy(model.backbone).requires_grad_(False).eval()
         self.model = PromptedCopy(model)
-        self.lr, self.options, self.loading, self.looks = lr, options, loading, looks
+        self.lr, self.options = lr, options
+        self.loading, self.augmentation = loading, augmentation
         self.renew_optimizer()
 
     def renew_optimizer(self) -> None:
-        """Begins with a fresh optimizer, as every task does."""
+        """Makes a new optimizer, as the original does for every task."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, self.lr)
 
@@ -166,19 +166,19 @@ class TwoCopies:
 
     def train_loader(self, stream: TaskStream, task: Task) -> DataLoader:
         """Batches of a task in random order."""
-        pictures = _Pictures(stream.train, task.data.indices, self._train_transform)
-        return self._loader(pictures, shuffle=True, drop_last=self.loading.drop_last)
+        images = _Images(stream.train, task.data.indices, self._train_transform)
+        return self._loader(images, shuffle=True, drop_last=self.loading.drop_last)
 
     def test_loader(self, test_set: TestSet) -> DataLoader:
         """Batches of a test set in order."""
         data: Any = test_set.data
-        return self._loader(_Pictures(data.source, data.indices, self._test_transform))
+        return self._loader(_Images(data.source, data.indices, self._test_transform))
 
     def _loader(
-        self, pictures: "_Pictures", shuffle: bool = False, drop_last: bool = False
+        self, images: "_Images", shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader:
         return DataLoader(
-            pictures,
+            images,
             self.loading.batch_size,
             shuffle=shuffle,
             num_workers=self.loading.num_workers,
@@ -196,14 +196,14 @@ class TwoCopies:
 
     @cached_property
     def _train_transform(self) -> transforms.Compose:
-        looks = self.looks
-        crop = transforms.RandomResizedCrop(looks.input_size, looks.scale, looks.ratio)
-        flip = transforms.RandomHorizontalFlip(looks.hflip)
+        given = self.augmentation
+        crop = transforms.RandomResizedCrop(given.input_size, given.scale, given.ratio)
+        flip = transforms.RandomHorizontalFlip(given.hflip)
         return transforms.Compose([crop, flip, transforms.ToTensor()])
 
     @cached_property
     def _test_transform(self) -> transforms.Compose:
-        size, bicubic = self.looks.input_size, InterpolationMode.BICUBIC
+        size, bicubic = self.augmentation.input_size, InterpolationMode.BICUBIC
         if size <= 32:
             return transforms.Compose(
                 [transforms.Resize((size, size), bicubic), transforms.ToTensor()]
@@ -212,8 +212,8 @@ class TwoCopies:
         return transforms.Compose([resize, transforms.CenterCrop(size), transforms.ToTensor()])
 
 
-class _Pictures(Dataset):
-    """Part of a source, as floats in [0, 1]."""
+class _Images(Dataset):
+    """Some images of a source, as floats in [0, 1]."""
 
     def __init__(
         self, source: ImageSource, indices: NDArray, transform: transforms.Compose

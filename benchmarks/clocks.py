@@ -1,7 +1,7 @@
-"""How things are measured: in turns, with the device finished, stage by stage.
+"""Measuring: in turns, with the device synchronised, stage by stage.
 
-A step is split where its query pass and its backward pass begin and end. What is read there may be
-the time, the FLOP so far, or the highest memory so far.
+A step is split into stages where its query pass and its backward pass begin and end. A clock that
+is read there may be the time, the FLOP so far, or the peak memory so far.
 """
 
 import statistics
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.update import Updater
+from training.update import OptimizerStep
 from vision_transformer import PromptedVisionTransformer
 
-#: Anything that grows: seconds, FLOP, the highest memory.
+#: Reads a quantity that only grows: seconds, FLOP, peak memory.
 Clock = Callable[[], float]
 
 
 def seconds(device: torch.device) -> float:
-    """The time, in seconds, when the device has finished."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -30,12 +30,12 @@ def seconds(device: torch.device) -> float:
 def take_turns(
     works: Mapping[str, Callable[[], float]], repetitions: int, warm_up: int
 ) -> dict[str, list[float]]:
-    """Calls each work in turn, again and again; what the first turns gave is left out."""
-    given: dict[str, list[float]] = {name: [] for name in works}
+    """Calls all functions in turn, several times; results of the first turns are left out."""
+    values: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(warm_up + repetitions):
         for name, work in works.items():
-            given[name].append(work())
-    return {name: values[warm_up:] for name, values in given.items()}
+            values[name].append(work())
+    return {name: measured[warm_up:] for name, measured in values.items()}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def comparison(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Summaries, and of each way how many times as fast as the `baseline` it is, by medians."""
+    """Summaries by name, with the `ratio` of the median of `baseline` to the median of each."""
     found = {name: summary(values) for name, values in times.items()}
     for way in found.values():
         way["ratio"] = found["baseline"]["median"] / way["median"]
@@ -57,7 +57,7 @@ def comparison(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 class Marks(NamedTuple):
-    """What a clock showed during a training step."""
+    """Readings of a clock during a training step."""
 
     start: float
     query_begins: float
@@ -67,7 +67,7 @@ class Marks(NamedTuple):
     end: float
 
     def stages(self) -> dict[str, float]:
-        """What each stage took; the prompted pass is all of the forward pass but the query."""
+        """Differences by stage; the prompted forward pass is the forward pass without the query."""
         query = self.query_ends - self.query_begins
         return {
             "query": query,
@@ -77,47 +77,57 @@ class Marks(NamedTuple):
         }
 
     def at_ends(self) -> dict[str, float]:
-        """What the clock showed when each stage ended."""
+        """Readings at the end of each stage."""
         ends = (self.query_ends, self.backward_begins, self.backward_ends, self.end)
         return dict(zip(self.stages(), ends, strict=True))
 
 
 def split_step(
-    model: PromptedVisionTransformer, updater: Updater, step: Callable[[], object], clock: Clock
+    model: PromptedVisionTransformer,
+    update: OptimizerStep,
+    step: Callable[[], object],
+    clock: Clock,
 ) -> Marks:
-    """Runs a training step and reads a clock where a stage of it ends and another begins.
+    """Runs a training step and reads a clock between its stages.
 
     Args:
         model: The model.
-        updater: Its updater.
-        step: The step with both.
-        clock: What is read.
+        update: Its optimizer step.
+        step: The training step, which uses both.
+        clock: The clock.
     """
-    seen: list[float] = []
+    readings: list[float] = []
 
     def marked(work: Callable[..., Any], *inputs: Tensor) -> Any:
-        seen.append(clock())
-        given = work(*inputs)
-        seen.append(clock())
-        return given
+        readings.append(clock())
+        result = work(*inputs)
+        readings.append(clock())
+        return result
 
     run_query = model.run_query
     model.run_query = partial(marked, run_query)
-    updater.backward = partial(marked, updater.backward)  # type: ignore[method-assign]
+    update.backward = partial(marked, update.backward)  # type: ignore[method-assign]
     try:
-        seen.append(clock())
+        readings.append(clock())
         step()
-        seen.append(clock())
+        readings.append(clock())
     finally:
         model.run_query = run_query
-        del updater.backward  # the method is found again
-    return Marks(*seen)
+        del update.backward  # uncovers the method of the class
+    return Marks(*readings)
 
 
 def matrix_product(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, times: int
 ) -> Callable[[], None]:
-    """A product (n, k) x (k, m) of random matrices, so many times; (n, k, m) is its shape."""
+    """A function that multiplies random matrices (n, k) x (k, m) several times.
+
+    Args:
+        shape: n, k and m.
+        dtype: Data type of the matrices.
+        device: Where they are.
+        times: Number of products.
+    """
     n, k, m = shape
     one, other = (torch.rand(s, device=device).to(dtype) for s in ((n, k), (k, m)))
     out = torch.empty(n, m, dtype=dtype, device=device)

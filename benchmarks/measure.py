@@ -1,6 +1,8 @@
-"""What `benchmark.py` measures, part by part: our program and the baseline, turn by turn."""
+"""The measurements of `benchmark.py`, part by part: the program and the baseline in turns.
 
-import argparse
+Names: `ours` is the program, a `way` is the program or the baseline.
+"""
+
 import json
 import logging
 import math
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import islice
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+import main
 from benchmarks import clocks
 from benchmarks.clocks import Clock, comparison, summary
 from benchmarks.workload import (
@@ -34,45 +38,74 @@ from benchmarks.workload import (
     plain_stream,
     two_copies,
 )
-from cli import options
 from cli.paths import ROOT
-from experiment import build, training_run
+from cli.settings import Settings
+from experiment import build
 from experiment.run_record import versions
 from experiment.signals import StopSignals
 from experiment.speed import explicit_attention, peak_megabytes
+from experiment.training_run import recorded, save_checkpoint
 from model.backbone import without_memory
+from training.state import QueryCache, TrainState
+from training.update import OptimizerStep
 from vision_transformer import PromptedVisionTransformer
 
 PARTS = ("stages", "step", "evaluation", "run", "memory")
 
-#: Of a repetition of training steps, seconds; of matrix products of each shape, operations.
-_LONG_ENOUGH, _ENOUGH_FLOP = 0.5, {"cpu": 2e10, "cuda": 2e13}
+#: Least seconds of a turn of training steps.
+_TURN_SECONDS = 0.5
+#: FLOP of a turn of matrix products of one shape, by type of device.
+_TURN_FLOP = {"cpu": 2e10, "cuda": 2e13}
+#: Sizes of large square matrices, by type of device.
 _SQUARES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-_BATCHES = 20  # that loading is timed on, at most
+#: Most batches on which loading is timed.
+_BATCHES = 20
 
+#: What takes turns, by name; each returns what is measured.
 Works = dict[str, Callable[[], float]]
 
 
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of benchmark.py.
+
+    Attributes:
+        repetitions: Measured turns.
+        warm_up: Turns before that, left out.
+        json: File of the report; None: it is printed only.
+        only: The parts to measure, of `PARTS`.
+        synthetic: Numbers of random training and test images; None: the data are real.
+        memory_of: `WAY,WORK` in a process that measures its own memory (see `memory_here`).
+    """
+
+    repetitions: int
+    warm_up: int
+    json: Path | None
+    only: tuple[str, ...]
+    synthetic: tuple[int, int] | None
+    memory_of: str | None
+
+
 @contextmanager
-def _as_torch_is() -> Iterator[None]:
-    """Undoes `--tf32` in its body: the baseline rounds as torch does when nobody says otherwise."""
-    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+def _torch_defaults() -> Iterator[None]:
+    """While its body runs, undoes `--tf32`: the baseline computes with torch's own defaults."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(kept[0])
-        torch.backends.cudnn.allow_tf32 = kept[1]
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Bench:
-    """Both ways, ready to take turns.
+    """The program and the baseline, ready to be measured in turns.
 
     Args:
-        workload: What is measured.
+        workload: The workload.
         repetitions: Measured turns.
-        warm_up: Turns before that.
+        warm_up: Turns before that, left out.
     """
 
     def __init__(self, workload: Workload, repetitions: int, warm_up: int) -> None:
@@ -84,14 +117,14 @@ class Bench:
 
     @cached_property
     def batch(self) -> list[Tensor]:
-        """A training batch; a few steps with it have compiled whatever is to be."""
+        """A training batch; some steps with it were run before, so that all code is compiled."""
         (batch,) = islice(self.ours.batches(), 1)
         with quiet():
             self.ours.steps(batch, 3)
         return batch
 
     def timed(self, work: Callable[[], object]) -> Callable[[], float]:
-        """Work that tells how many seconds it took."""
+        """A function that does the work and returns its seconds."""
 
         def timed() -> float:
             start = self.clock()
@@ -101,30 +134,30 @@ class Bench:
 
         return timed
 
-    def plainly(self, work: Callable[[], object]) -> Callable[[], float]:
-        """The same for the baseline."""
+    def timed_baseline(self, work: Callable[[], object]) -> Callable[[], float]:
+        """The same for work of the baseline."""
 
-        def plainly() -> float:
-            with _as_torch_is():
+        def timed() -> float:
+            with _torch_defaults():
                 return self.timed(work)()
 
-        return plainly
+        return timed
 
     def take_turns(self, works: Works) -> dict[str, list[float]]:
-        """What each gave, turn by turn, without those to warm up."""
+        """Results of each function by turn, without those of the warm-up."""
         return clocks.take_turns(works, self.repetitions, self.warm_up)
 
     def steps_of_baseline(self, number: int) -> None:
-        """Training steps of the baseline with that batch."""
+        """Training steps of the baseline with `batch`."""
         images, targets = self.batch
         for _ in range(number):
             self.baseline.train_step(images, targets, self.stream.tasks[0].classes)
 
     @cached_property
     def steps_a_turn(self) -> int:
-        """So many steps take long enough to be timed."""
-        one = self.plainly(partial(self.steps_of_baseline, 1))
-        return math.ceil(_LONG_ENOUGH / min(one(), one()))
+        """Number of steps that take long enough to be timed."""
+        one = self.timed_baseline(partial(self.steps_of_baseline, 1))
+        return math.ceil(_TURN_SECONDS / min(one(), one()))
 
     @cached_property
     def flop(self) -> dict[str, float]:
@@ -134,37 +167,40 @@ class Bench:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps progress and log lines from the terminal, and closes log files opened meanwhile."""
+    """While its body runs, prints nothing; closes the log files that the body has opened."""
     root = logging.getLogger()
-    handlers = root.handlers[:]
+    before = root.handlers[:]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
+    for handler in [handler for handler in root.handlers if handler not in before]:
         root.removeHandler(handler)
         handler.close()
 
 
-# What is measured
+# The report
 
 
-def measure(workload: Workload, own: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Measures the parts that are asked for; returns plain values, all numbers of the table.
+def measure(workload: Workload, options: BenchmarkOptions, argv: list[str]) -> dict[str, Any]:
+    """Measures the parts of `--only`.
 
     Args:
-        workload: What is measured.
-        own: Options of benchmark.py: `repetitions`, `warm_up` and `only`, the parts.
+        workload: The workload.
+        options: Options of benchmark.py.
         argv: Its whole command line.
+
+    Returns:
+        The report, of plain values; it has all numbers of the table.
     """
-    bench = Bench(workload, own.repetitions, own.warm_up)
+    bench = Bench(workload, options.repetitions, options.warm_up)
     report: dict[str, Any] = {
         "date": datetime.now().isoformat(timespec="seconds"),
         "command": ["benchmark.py", *argv],
         "machine": machine(workload.device),
         "versions": versions(),
         "workload": {**describe(workload), **bench.ours.run.record.numerics},
-        "settings": build.resolved(workload.args),
-        "repetitions": own.repetitions,
-        "warm_up": own.warm_up,
+        "settings": workload.settings.stored(),
+        "repetitions": options.repetitions,
+        "warm_up": options.warm_up,
     }
     parts = {
         "stages": measure_stages,
@@ -172,7 +208,7 @@ def measure(workload: Workload, own: argparse.Namespace, argv: list[str]) -> dic
         "evaluation": measure_evaluation,
         "run": measure_run,
     }
-    for name in own.only:
+    for name in options.only:
         print(f"measuring: {name} ...", file=sys.stderr, flush=True)
         if name == "memory":
             report[name] = measure_memory(argv)
@@ -183,7 +219,7 @@ def measure(workload: Workload, own: argparse.Namespace, argv: list[str]) -> dic
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What computes."""
+    """Processor, threads and GPU."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     cpu = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
     usable = getattr(os, "sched_getaffinity", None)
@@ -203,7 +239,7 @@ def _lines(path: str) -> list[str]:
 
 
 def measure_stages(bench: Bench) -> dict[str, Any]:
-    """Rates of matrix products, and where the time of a training step goes."""
+    """Rates of matrix products, and the time of each stage of a training step."""
     products = measure_products(bench)
     best = max(product["flop_per_second"] for product in products.values())
     loading: list[float] = []
@@ -239,11 +275,13 @@ def _rate(flop: float, seconds: float) -> dict[str, float]:
 def measure_products(bench: Bench) -> dict[str, Any]:
     """Rates of large square matrix products and of the model's own."""
     model, device = bench.ours.model, bench.workload.device
-    dtype = compute_dtype(bench.workload.args)
+    dtype = compute_dtype(bench.workload.settings)
     found = {}
-    for name, shape in matrix_products(model, bench.workload.args.batch_size, device).items():
+    for name, shape in matrix_products(
+        model, bench.workload.settings.optimizer.batch_size, device
+    ).items():
         flop = 2 * math.prod(shape)
-        times = max(1, round(_ENOUGH_FLOP[device.type] / flop))
+        times = max(1, round(_TURN_FLOP[device.type] / flop))
         work = bench.timed(clocks.matrix_product(shape, dtype, device, times))
         seconds = summary([s / times for s in bench.take_turns({"": work})[""]])
         found[name] = {"shape": list(shape), **seconds, **_rate(flop, seconds["median"])}
@@ -251,7 +289,7 @@ def measure_products(bench: Bench) -> dict[str, Any]:
 
 
 def _loading(bench: Bench) -> float:
-    """Seconds that a training batch takes to come, when nothing else is done."""
+    """Seconds to load a training batch, when nothing else is computed."""
     start = bench.clock()
     number = sum(1 for _ in islice(bench.ours.batches(), _BATCHES))
     return (bench.clock() - start) / number
@@ -260,7 +298,7 @@ def _loading(bench: Bench) -> float:
 def matrix_products(
     model: PromptedVisionTransformer, batch_size: int, device: torch.device
 ) -> dict[str, tuple[int, int, int]]:
-    """Shapes of products (n, k) x (k, m), as (n, k, m): large ones, and those of the MLP."""
+    """Shapes (n, k, m) of products (n, k) x (k, m): large squares, and the model's MLP."""
     vit: Any = model.backbone
     tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens + model.num_prompt_tokens
     width = vit.embed_dim
@@ -275,24 +313,25 @@ def count_flop(workload: Workload, num_classes: int) -> dict[str, float]:
     model = plain_model(workload, num_classes)
     engine_options = build.engine_options(workload.plain, device, (0,))
     make_optimizer = partial(torch.optim.SGD, model.parameters())
-    updater = engine.make_updater(model, make_optimizer, engine_options)
-    size = workload.args.input_size
+    update = OptimizerStep(model.parameters(), make_optimizer, device, engine_options.clip_grad)
+    size = workload.settings.transforms.input_size
     batch = torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long)
-    step = partial(engine.train_step, model.train(), updater, batch, 0, None, 1, engine_options)
+    target = engine.StepTarget(task_id=0, allowed=None, global_size=1)
+    step = partial(engine.train_step, model.train(), update, batch, target, engine_options)
     with explicit_attention(model), FlopCounterMode(display=False) as counter:
-        return clocks.split_step(model, updater, step, counter.get_total_flops).stages()
+        return clocks.split_step(model, update, step, counter.get_total_flops).stages()
 
 
 # Against the baseline
 
 
 def measure_step(bench: Bench) -> dict[str, Any]:
-    """A training step of both on the same images, which are on the device."""
+    """Seconds of a training step of both, on the same images, which are on the device."""
     number = bench.steps_a_turn
     times = bench.take_turns(
         {
             "ours": bench.timed(partial(bench.ours.steps, bench.batch, number)),
-            "baseline": bench.plainly(partial(bench.steps_of_baseline, number)),
+            "baseline": bench.timed_baseline(partial(bench.steps_of_baseline, number)),
         }
     )
     each = {name: [s / number for s in seconds] for name, seconds in times.items()}
@@ -300,13 +339,13 @@ def measure_step(bench: Bench) -> dict[str, Any]:
 
 
 def measure_evaluation(bench: Bench) -> dict[str, Any]:
-    """Seconds per test image, with and without known queries, against the baseline."""
+    """Seconds per test image: first (queries are computed) and later (cached) evaluation."""
     test_sets = bench.stream.tasks[-1].test_sets
     number = sum(len(part.data) for part in test_sets)
     bench.ours.learn()
 
     def first() -> None:
-        bench.ours.queries.clear()
+        bench.ours.loop.queries = QueryCache()
         bench.ours.evaluate()
 
     def baseline() -> None:
@@ -317,7 +356,7 @@ def measure_evaluation(bench: Bench) -> dict[str, Any]:
         {
             "first": bench.timed(first),
             "later": bench.timed(bench.ours.evaluate),
-            "baseline": bench.plainly(baseline),
+            "baseline": bench.timed_baseline(baseline),
         }
     )
     each = {name: [s / number for s in seconds] for name, seconds in times.items()}
@@ -330,11 +369,11 @@ def measure_evaluation(bench: Bench) -> dict[str, Any]:
 
 
 def measure_run(bench: Bench) -> dict[str, Any]:
-    """Training on all tasks, evaluating and saving after each."""
+    """Seconds of training on all tasks, evaluating and saving after each."""
     times = bench.take_turns(
         {"ours": partial(_run_ours, bench), "baseline": partial(_run_baseline, bench)}
     )
-    tasks, epochs = bench.stream.tasks, bench.workload.args.epochs
+    tasks, epochs = bench.stream.tasks, bench.workload.settings.optimizer.epochs
     return {
         **comparison(times),
         "training_images": epochs * sum(len(task.data) for task in tasks),
@@ -343,26 +382,31 @@ def measure_run(bench: Bench) -> dict[str, Any]:
 
 
 def _run_ours(bench: Bench) -> float:
-    """Seconds of `training_run.run`, results and picture included."""
-    torch.compiler.reset()  # what earlier runs compiled does not serve this one
+    """Seconds of training and evaluation, results and figures included."""
+    torch.compiler.reset()  # this run compiles its own code, as every run does
     with tempfile.TemporaryDirectory() as folder, StopSignals() as signals:
-        args = argparse.Namespace(**{**vars(bench.workload.args), "output_dir": folder})
-        processes = bench.workload.processes
-        prepared = training_run.prepare(args, processes)
-        return bench.timed(partial(training_run.run, args, processes, signals, *prepared))()
+        settings = bench.workload.settings.replace(output_dir=folder)
+        experiment = main.assemble(settings, bench.workload.processes)
+
+        def train() -> None:
+            with recorded(experiment, signals, None) as run:
+                state = TrainState()
+                engine.train_and_evaluate(experiment.model, experiment.stream.tasks, state, run)
+
+        return bench.timed(train)()
 
 
 def _run_baseline(bench: Bench) -> float:
     baseline = two_copies(bench.workload, bench.stream)
     with tempfile.TemporaryDirectory() as folder:
-        return bench.plainly(partial(baseline.run, bench.stream, Path(folder)))()
+        return bench.timed_baseline(partial(baseline.run, bench.stream, Path(folder)))()
 
 
 # Memory and files
 
 
 def measure_memory(argv: list[str]) -> dict[str, Any]:
-    """Highest memory in 2^20 bytes of both, each in a process of its own."""
+    """Peak memory of both in MiB, each in a process of its own."""
     found: dict[str, Any] = {}
     for work in ("step", "evaluation"):
         found[work] = {}
@@ -380,12 +424,13 @@ def measure_memory(argv: list[str]) -> dict[str, Any]:
 
 
 def memory_here(workload: Workload, way: str, work: str) -> dict[str, float]:
-    """Highest memory of this process before the model is built, and in the end.
+    """Peak memory of this process in MiB, before the model is built and at the end.
 
     Args:
-        workload: What is measured.
+        workload: The workload.
         way: `ours` or `baseline`.
-        work: `step` or `evaluation`; of our first step also the level that each stage leaves.
+        work: `step` or `evaluation`. With `ours` and `step`, the peak after each stage of the first
+            step is measured, too.
     """
     level = partial(peak_megabytes, workload.device)
     found = {"before": level()}
@@ -422,22 +467,22 @@ def _work_of_baseline(workload: Workload, work: str) -> None:
 
 
 def measure_checkpoints(bench: Bench) -> dict[str, Any]:
-    """Bytes of a checkpoint of both: the files, and the tensors of ViT-B/16 with 100 classes."""
+    """Bytes of a checkpoint of both: files of the workload, and tensors of a ViT-B/16."""
     with tempfile.TemporaryDirectory() as name:
         ours, baseline = Path(name, "ours.pth"), Path(name, "baseline.pth")
-        training_run.save_checkpoint(bench.ours.run, ours, 0)
+        save_checkpoint(bench.ours.run, ours, 0)
         bench.baseline.save(baseline)
         files = {"ours": ours.stat().st_size, "baseline": baseline.stat().st_size}
     return {"workload": _with_ratio(files), "vit_base": _with_ratio(_bytes_of_vit_base())}
 
 
 def _bytes_of_vit_base() -> dict[str, int]:
-    args, _ = options.parse_args([])
+    settings = Settings()
     with without_memory():
-        model = build.build_model(args, build.build_backbone(args), num_classes=100)
-    all_of_it = sum(p.numel() for _, p in model.public_parameters())
+        model = build.build_model(settings, build.build_backbone(settings), num_classes=100)
+    whole = sum(p.numel() for _, p in model.public_parameters())
     frozen = sum(p.numel() for p in model.backbone.parameters())
-    return {"ours": 4 * (all_of_it - frozen), "baseline": 4 * all_of_it}
+    return {"ours": 4 * (whole - frozen), "baseline": 4 * whole}
 
 
 def _with_ratio(sizes: dict[str, int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What saving costs a run: seconds spent on states, checkpoints and results, of all its seconds.
+"""The share of its time that a run spends on saving states, checkpoints and results.
 
     python benchmarks/saving.py [CONFIG ...] [--flags of main.py]
 
@@ -12,28 +12,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine
 import main
 from experiment import training_run
 
 
 def measure(argv: list[str]) -> None:
-    """Runs main.py and prints the seconds in all, of saving, and their ratio."""
+    """Runs main.py and prints its seconds, those of saving, and their ratio."""
     seconds: list[float] = []
     total = 0.0
 
-    def timed(name: str) -> None:
-        plain = getattr(training_run.Keeper, name)
+    def time_method(name: str) -> None:
+        method = getattr(training_run.Checkpointer, name)
 
-        def watched(*args: object, **kwargs: object) -> None:
+        def timed(*args: object, **kwargs: object) -> None:
             start = time.perf_counter()
-            plain(*args, **kwargs)
+            method(*args, **kwargs)
             seconds.append(time.perf_counter() - start)
 
-        setattr(training_run.Keeper, name, watched)
+        setattr(training_run.Checkpointer, name, timed)
 
     for name in ("at_boundary", "at_task_end"):
-        timed(name)
-    train = training_run._train
+        time_method(name)
+    train = engine.train_and_evaluate
 
     def whole(*args: object) -> None:
         nonlocal total
@@ -41,12 +42,12 @@ def measure(argv: list[str]) -> None:
         train(*args)  # type: ignore[arg-type]
         total = time.perf_counter() - start
 
-    training_run._train = whole  # type: ignore[assignment]
+    engine.train_and_evaluate = whole  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(dir=".") as folder:
         code = main.main([*argv, "--output_dir", folder])
     if code != 0:
         sys.exit(code)
-    saves = [s for s in seconds if s > 1e-4]
+    saves = [s for s in seconds if s > 1e-4]  # the others wrote nothing
     print(f"\ntraining and evaluation {total:.2f} s, of which saving {sum(seconds):.3f} s")
     print(f"{len(saves)} files or states, at most {1000 * max(saves):.1f} ms each")
     print(f"share of saving: {100 * sum(seconds) / total:.2f} %")

@@ -1,4 +1,4 @@
-"""The report of `benchmark.py` as text, 100 columns wide; every number of it is in the report."""
+"""The report of `benchmark.py` as a table of text, 100 columns wide."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,12 @@ _COMPARED = f"{'':31s}{'ours':>9s}  {'(lowest - highest)':21s}{'two copies':>11s
     f"  {'':17s}{'ratio':>7s}"
 )
 
-#: What a run may trade for speed or memory, beside the data type.
+#: Settings of speed and memory that the table names if they are on.
 _EXTRAS = ("tf32", "compile", "grad_checkpointing", "data_on_device")
 
 
 def table(report: dict[str, Any]) -> str:
-    """What people read of a report."""
+    """The report as text; all its numbers are in the report."""
     blocks = [_head(report)]
     if "stages" in report:
         blocks += [_products(report["stages"]), _stages(report)]
@@ -33,7 +33,7 @@ def _head(report: dict[str, Any]) -> str:
             f"{w['model']} (weights: {w['weights']}), {w['input_size']} pixels, "
             f"{w['dtype']}{extras}",
             f"{w['data']}, {w['tasks']} tasks, epochs: {w['epochs']}; {w['batch_size']} images a "
-            f"step, votes of {w['vote_group_size']}, {w['workers']} workers",
+            f"step, vote group of {w['vote_group_size']}, {w['workers']} workers",
             f"{m['gpu']}; {processor}" if m["gpu"] else processor,
             f"{libraries}; {report['date']}",
             f"medians of {report['repetitions']} turns, after {report['warm_up']} to warm up",

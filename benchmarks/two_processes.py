@@ -1,9 +1,9 @@
-"""How much faster two processes on two cores are than one process held to one core.
+"""The speed-up of two processes on two cores over one process on one core.
 
     python benchmarks/two_processes.py [--repetitions N] [CONFIG ...] [--flags of main.py]
 
-Both run main.py with the same 16 images a step, one thread a process, turn by turn. Seconds are
-those of training and evaluation in results.json (start-up left out).
+Both run main.py with the same 16 images a step and one thread a process, in turns. Seconds are
+those of training and evaluation in results.json (without start-up).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: A ViT-Ti/16 on digits of 160 pixels: little but arithmetic, as in real runs.
+#: A ViT-Ti/16 on digits of 160 pixels: as in real runs, nearly all time is spent in the model.
 WORKLOAD = [
     "--dataset", "digits", "--num_tasks", "2", "--classes_per_task", "1", "--epochs", "1",
     "--model", "vit_tiny_patch16_224", "--pretrained", "false", "--input-size", "160",
@@ -26,7 +26,7 @@ SHAPE = ["--device", "cpu", "--num_workers", "0", "--vote_group_size", "8", "--l
 
 
 def seconds(processes: int, flags: list[str]) -> float:
-    """Time of one run: training and evaluation of all tasks."""
+    """Seconds of training and evaluation in one run."""
     cores = sorted(os.sched_getaffinity(0))[:processes]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def seconds(processes: int, flags: list[str]) -> float:
 
 
 def compare(repetitions: int, flags: list[str]) -> None:
-    """Prints the median time of each and their ratio."""
+    """Prints the medians of both and their ratio."""
     times: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repetitions):
         for processes in times:

@@ -1,11 +1,10 @@
-"""What `benchmark.py` measures: a workload, and the two ways of computing it.
+"""The workload of `benchmark.py`, and the program and the baseline that compute it.
 
-A workload is a command line of main.py. What that leaves open is small enough to run anywhere.
+A workload is a command line of main.py; its defaults are small enough to run anywhere.
 
 Shapes: B images of a batch, S input size in pixels.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,35 +18,42 @@ from timm.utils import random_seed
 from torch import Tensor
 
 import engine
+import main
 from benchmarks import clocks
 from benchmarks.baseline import TwoCopies
-from cli import options
+from cli.parser import parse, shown
+from cli.settings import Settings
 from continual_datasets.images import ArraySource
 from continual_datasets.readers import registry
+from continual_datasets.scenarios import find_scenario
 from continual_datasets.stream import TaskStream
-from experiment import assemble, build
+from experiment import build
 from experiment.precision import AMP_DTYPES
-from experiment.validate import validate_args
-from processes import Processes, find_launch, init_processes
-from training import evaluation
+from experiment.validate import validate
+from training.evaluation import evaluate
+from training.losses import class_mask
+from training.state import Run
+from utils import Processes, find_launch, init_processes
 from vision_transformer import PromptedVisionTransformer
 
-#: What the flags leave open.
+#: Defaults of a workload.
 WORKLOAD = ["--model", "vit_tiny_patch16_224", "--pretrained", "false", "--epochs", "1"]
-#: The same of the data: two digits, one after the other; or what stands in for Split CIFAR-100.
+#: Defaults of the data: two digits, one after the other.
 DIGITS = ["--dataset", "digits", "--num_tasks", "2", "--classes_per_task", "1"]
+#: The same with --synthetic: random images in place of Split CIFAR-100.
 RANDOM = ["--dataset", "CIFAR100", "--num_tasks", "10", "--data-path", "."]
 
-#: Steps that bring keys near the queries: what the vote overrules depends on it.
+#: Training steps before an evaluation is measured. They move keys towards queries, and the share of
+#: images whose own prompts the vote overrules depends on that.
 _FIRST_STEPS = 20
 
-#: Flags that make the program differ from the baseline in how it computes, not in what.
+#: Flags of the baseline, which switch off what changes only how fast the program computes.
 _PLAIN = [
     "--amp=none", "--tf32=false", "--compile=false", "--grad_checkpointing=false",
     "--data_on_device=false",
 ]  # fmt: skip
 
-#: Settings that the baseline knows one value of, main.py's default.
+#: Settings of which the baseline supports the default only.
 _FIXED = (
     "prompt_pool", "prompt_key", "batchwise_prompt", "pull_constraint", "diversify", "head_type",
     "global_pool", "embedding_key", "freeze", "drop", "drop_path", "scenario", "task_inc",
@@ -60,17 +66,17 @@ _FIXED = (
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """A workload.
 
     Attributes:
-        args: Settings of the program.
-        plain: The same in single precision, not compiled, with images from workers.
-        synthetic: Training and test images that are random; None: the data are real.
+        settings: Settings of the program.
+        plain: Settings of the baseline: single precision, not compiled, images from workers.
+        synthetic: Numbers of random training and test images; None: the data are real.
         device: Where to compute.
     """
 
-    args: argparse.Namespace
-    plain: argparse.Namespace
+    settings: Settings
+    plain: Settings
     synthetic: tuple[int, int] | None
     device: torch.device
 
@@ -82,76 +88,77 @@ class Workload:
     @property
     def lr(self) -> float:
         """The learning rate."""
-        return build.learning_rate(self.args, self.args.batch_size)
+        optimizer = self.settings.optimizer
+        return optimizer.learning_rate(optimizer.batch_size)
 
 
 def read_workload(flags: list[str], synthetic: tuple[int, int] | None = None) -> Workload:
-    """What is to be measured, given main.py's flags.
+    """Reads a workload from flags of main.py.
 
     Raises:
-        options.UsageError: With everything that is wrong with them, or that the baseline does not
-            know.
+        UsageError: With everything that is wrong with them, or that the baseline does not support.
     """
-    args, problems = _settings(flags, synthetic)
-    known = options.defaults()
+    settings, problems = _settings(flags, synthetic)
+    usual = Settings()
     plain, _ = _settings([*flags, *_PLAIN], synthetic)
-    if synthetic is not None and args.dataset != "CIFAR100":
-        problems.append(f"--dataset {args.dataset}: --synthetic stands in for CIFAR100 alone")
+    dataset = settings.data.dataset
+    if synthetic is not None and dataset != "CIFAR100":
+        problems.append(f"--dataset {dataset}: --synthetic stands in for CIFAR100 alone")
     problems += [
-        f"--{name} {options.shown(getattr(args, name))}: the baseline knows "
-        f"{options.shown(known[name])} only"
+        f"--{name} {shown(settings[name])}: the baseline supports {shown(usual[name])} only"
         for name in _FIXED
-        if getattr(args, name) != known[name]
+        if settings[name] != usual[name]
     ]
     if find_launch() is not None:
         problems.append("a launcher started this: the baseline is a single process")
-    validate_args(args, problems)
-    return Workload(args, plain, synthetic, init_processes(args.device).device)
+    validate(settings, problems)
+    return Workload(settings, plain, synthetic, init_processes(settings.run.device).device)
 
 
-def _settings(
-    flags: list[str], synthetic: tuple[int, int] | None
-) -> tuple[argparse.Namespace, list[str]]:
-    """Settings, and what is wrong with them; the workload gives what the flags leave open."""
-    args, problems = options.parse_args(flags)
-    data = RANDOM if synthetic else [] if "dataset" in args.explicit else DIGITS
-    usual, _ = options.parse_args([*WORKLOAD, *data])
-    missing = {name: getattr(usual, name) for name in usual.explicit - args.explicit}
-    explicit = args.explicit | usual.explicit
-    changed = {**missing, "output_dir": "", "explicit": explicit}
-    return argparse.Namespace(**{**vars(args), **changed}), problems
+def _settings(flags: list[str], synthetic: tuple[int, int] | None) -> tuple[Settings, list[str]]:
+    """Settings of flags and defaults of the workload; and what is wrong with the flags."""
+    settings, problems = parse(flags)
+    given = settings.given
+    data = RANDOM if synthetic else [] if "dataset" in given.explicit else DIGITS
+    usual, _ = parse([*WORKLOAD, *data])
+    missing = {name: usual[name] for name in usual.given.explicit - given.explicit}
+    given = dataclasses.replace(given, explicit=given.explicit | usual.given.explicit)
+    return settings.replace(given, **missing, output_dir=""), problems
 
 
 def describe(workload: Workload) -> dict[str, Any]:
-    """The workload in a few words."""
-    args = workload.args
+    """The workload in the report."""
+    settings = workload.settings
+    batch_size = settings.optimizer.batch_size
+    loading = build.loader_options(settings, workload.processes, batch_size)
     images = "{} and {} random images".format(*workload.synthetic) if workload.synthetic else None
     return {
-        "model": args.model,
-        "weights": build.backbone_source(args),
-        "input_size": args.input_size,
-        "batch_size": args.batch_size,
-        "vote_group_size": build.vote_group_size(args),
-        "dtype": str(compute_dtype(args)).removeprefix("torch."),
-        "data": images or args.dataset,
-        "tasks": build.num_tasks(args),
-        "epochs": args.epochs,
-        "workers": build.loader_options(args, workload.processes, args.batch_size).num_workers,
+        "model": settings.model.model,
+        "weights": settings.model.weight_source,
+        "input_size": settings.transforms.input_size,
+        "batch_size": batch_size,
+        "vote_group_size": settings.vote_group_size,
+        "dtype": str(compute_dtype(settings)).removeprefix("torch."),
+        "data": images or settings.data.dataset,
+        "tasks": find_scenario(settings).num_tasks(),
+        "epochs": settings.optimizer.epochs,
+        "workers": loading.num_workers,
     }
 
 
-def compute_dtype(args: argparse.Namespace) -> torch.dtype:
-    """What the backbone's matrix products are computed in."""
-    return torch.float32 if args.amp is None else AMP_DTYPES[args.amp]
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """Data type of the backbone's matrix products."""
+    amp = settings.precision.amp
+    return torch.float32 if amp is None else AMP_DTYPES[amp]
 
 
 @contextmanager
 def standing_in(synthetic: tuple[int, int] | None) -> Iterator[None]:
-    """Lets random images be CIFAR-100."""
+    """While its body runs, replaces CIFAR-100 by random images; None: nothing is replaced."""
     if synthetic is None:
         yield
         return
-    train, test = (_random_pictures(number, seed) for seed, number in enumerate(synthetic))
+    train, test = (_random_images(number, seed) for seed, number in enumerate(synthetic))
     real = registry.SOURCES["CIFAR100"]
     registry.SOURCES["CIFAR100"] = dataclasses.replace(real, load=lambda _: (train, test))
     try:
@@ -160,29 +167,34 @@ def standing_in(synthetic: tuple[int, int] | None) -> Iterator[None]:
         registry.SOURCES["CIFAR100"] = real
 
 
-def _random_pictures(number: int, seed: int) -> ArraySource:
+def _random_images(number: int, seed: int) -> ArraySource:
     images = np.random.default_rng(seed).integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
     names = [f"class {i}" for i in range(100)]
     return ArraySource(images, np.arange(number) % 100, names)
 
 
 class Ours:
-    """The program: a run, ready to compute parts of it.
+    """The program: an assembled run whose parts are computed one by one.
 
     Args:
-        workload: What is measured.
+        workload: The workload.
     """
 
     def __init__(self, workload: Workload) -> None:
-        args = workload.args
-        self.run = assemble.assemble(args, workload.processes)
+        self.run = main.assemble(workload.settings, workload.processes)
         self.model, self.options = self.run.model, self.run.options
-        make_optimizer = partial(build.make_optimizer, args, self.model, workload.lr)
-        self.updater = engine.make_updater(self.model, make_optimizer, self.options)
+        self.loop = Run(
+            options=self.options,
+            train_loader=self.run.train_loader,
+            test_loader=self.run.test_loader,
+            make_optimizer=self.run.make_optimizer,
+            make_scheduler=self.run.make_scheduler,
+            matrices=self.run.record.matrices,
+        )
+        self.update = engine.make_update(self.model, self.loop)
         task = self.run.stream.tasks[0]
-        mask = evaluation.class_mask(task.classes, self.model.num_classes, workload.device)
+        mask = class_mask(task.classes, self.model.num_classes, workload.device)
         self.allowed = mask if self.options.train_mask else None
-        self.queries = evaluation.QueryCache()
         self._first_state = self.model.trained_state()
 
     def batches(self) -> Iterator[list[Tensor]]:
@@ -194,16 +206,15 @@ class Ours:
     def step(self, batch: Sequence[Tensor]) -> Tensor:
         """One training step; does not wait for the device."""
         self.model.train()
-        return engine.train_step(
-            self.model, self.updater, batch, 0, self.allowed, len(batch[0]), self.options
-        )
+        target = engine.StepTarget(0, self.allowed, len(batch[0]))
+        return engine.train_step(self.model, self.update, batch, target, self.options)
 
     def split_step(self, batch: Sequence[Tensor], clock: clocks.Clock) -> clocks.Marks:
         """The same, with a clock read between its stages."""
-        return clocks.split_step(self.model, self.updater, partial(self.step, batch), clock)
+        return clocks.split_step(self.model, self.update, partial(self.step, batch), clock)
 
     def steps(self, batch: Sequence[Tensor], number: int) -> None:
-        """Steps as an epoch has them: what they give is read from the device every so often."""
+        """Training steps with the reads of an epoch: results leave the device now and then."""
         unread = []
         for at in range(number):
             unread.append(self.step(batch))
@@ -212,26 +223,24 @@ class Ours:
                 unread.clear()
 
     def learn(self) -> None:
-        """Brings the model to where the first steps of the run lead, the same every time."""
+        """Resets the model and trains the first steps of the run, the same every time."""
         self.model.load_trained_state(self._first_state, "the first state")
-        self.updater.renew()
+        self.update.renew()
         for batch in islice(self.batches(), _FIRST_STEPS):
             self.step(batch)
 
     def evaluate(self) -> None:
-        """All test sets of the last task; queries that are known are not computed."""
+        """Evaluates all test sets of the last task; cached queries are not computed again."""
         for part in self.run.stream.tasks[-1].test_sets:
-            evaluation.evaluate(
-                self.model, self.run.test_loader(part), part, self.options, queries=self.queries
-            )
+            evaluate(self.model, self.run.test_loader(part), part, self.loop)
 
     def share_overruled(self) -> float:
-        """Of all test images, the share whose own prompts the vote overruled."""
+        """Share of the test images whose own prompts the vote overruled."""
         assert self.model.prompt is not None
         self.model.eval()
         overruled = []
         for part in self.run.stream.tasks[-1].test_sets:
-            queries = self.queries.of(part)
+            queries = self.loop.queries.of(part, self.model.query_version())
             assert queries is not None, "evaluate first"
             with torch.inference_mode():
                 chosen = self.model.prompt(queries, vote_group_size=self.options.vote_group_size)
@@ -241,14 +250,14 @@ class Ours:
 
 
 def plain_stream(workload: Workload) -> TaskStream:
-    """The tasks, with images that come from workers."""
-    stream, _ = assemble.build_stream(workload.plain, workload.args.batch_size, workload.device)
-    return stream
+    """The tasks, with images that workers load."""
+    batch_size = workload.settings.optimizer.batch_size
+    return build.build_stream(workload.plain, batch_size, workload.device)
 
 
 def plain_model(workload: Workload, num_classes: int) -> PromptedVisionTransformer:
     """The program's model in single precision, not compiled, on the CPU."""
-    random_seed(workload.args.seed)
+    random_seed(workload.settings.run.seed)
     vit = build.build_backbone(workload.plain, pretrained=True)
     return build.build_model(workload.plain, vit, num_classes)
 
@@ -260,6 +269,8 @@ def two_copies(workload: Workload, stream: TaskStream) -> TwoCopies:
         model,
         workload.lr,
         build.engine_options(workload.plain, workload.device, stream.classes),
-        build.loader_options(workload.plain, workload.processes, workload.args.batch_size),
-        build.transform_options(workload.plain),
+        build.loader_options(
+            workload.plain, workload.processes, workload.settings.optimizer.batch_size
+        ),
+        workload.plain.transforms,
     )

@@ -1,4 +1,4 @@
-"""Images that fit in memory, kept on the device: crops, flips and resizing for a whole batch there.
+"""Image transforms on the device: crops, flips and resizing of a whole batch of cached images.
 
 What a training image looks like is still drawn where it always was, image by image from the global
 generators in the loader's workers; but a worker hands on no pixels, only six numbers, the draw.
@@ -6,8 +6,8 @@ The pixels made of it on the device are, level for level, those that Pillow make
 
 | who | does |
 |---|---|
-| `DeviceImages` | holds the pictures of all sources and makes a batch of pixels from its draws |
-| `PlacedSource` | stands for a source, tells of each image where it lies on the device |
+| `DeviceImages` | holds the images of all sources, makes a batch of pixels from crop parameters |
+| `PlacedSource` | replaces a source; an item is the index of an image on the device |
 | `build_draw` | makes an image's draw of its place, as `build_transform` makes its pixels |
 
 Shapes: B images of a batch, n images, C colour channels, H height, W width in pixels (of the
@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import RandomResizedCrop
 
+from cli.settings import TransformSettings
 from continual_datasets.images import ImageSource
-from continual_datasets.transforms import LARGEST_UNCROPPED, TransformOptions
+from continual_datasets.transforms import LARGEST_UNCROPPED
 
 #: Reach of the filter in pixels, where nothing is shrunk.
 _REACH = {"bilinear": 1, "bicubic": 2}
@@ -44,7 +45,7 @@ _FIRST_PASS_VARIES = int(PIL.__version__.split(".")[0]) >= 13
 _COPIED_TOGETHER = 256
 
 
-def why_not_on_device(options: TransformOptions) -> str | None:
+def why_not_on_device(options: TransformSettings) -> str | None:
     """Name the options that only the transforms of the workers know; None if there are none."""
     flags = list(_flags_of_workers(options))
     if not flags:
@@ -52,7 +53,7 @@ def why_not_on_device(options: TransformOptions) -> str | None:
     return f"{', '.join(flags)} {'needs' if len(flags) == 1 else 'need'} the loader's workers"
 
 
-def _flags_of_workers(options: TransformOptions) -> Iterator[str]:
+def _flags_of_workers(options: TransformSettings) -> Iterator[str]:
     if options.aa:
         yield f"--aa {options.aa}"
     if options.color_jitter:
@@ -63,15 +64,15 @@ def _flags_of_workers(options: TransformOptions) -> Iterator[str]:
         yield f"--train_resize {options.train_resize}"
     if options.train_jpeg is not None:
         yield f"--train_jpeg {options.train_jpeg}"
-    if options.interpolation not in _REACH:
-        yield f"--train-interpolation {options.interpolation}"
+    if options.train_interpolation not in _REACH:
+        yield f"--train-interpolation {options.train_interpolation}"
 
 
 # In the workers: places and draws
 
 
 class Place(NamedTuple):
-    """Where an image lies on the device.
+    """Index and size of an image on the device.
 
     Attributes:
         row: Its number among all images there.
@@ -85,9 +86,9 @@ class Place(NamedTuple):
 
 
 class PlacedSource:
-    """A source whose pictures lie on the device: items are (`Place`, class id).
+    """A source whose images are on the device: items are (`Place`, class id).
 
-    Holds no picture, so it costs nothing to send to a worker.
+    Holds no pixels, so it costs nothing to send to a worker.
 
     Args:
         source: The source; its `arrays()` are on the device.
@@ -96,7 +97,7 @@ class PlacedSource:
 
     def __init__(self, source: ImageSource, first_row: int) -> None:
         arrays = source.arrays()
-        assert arrays is not None, "pictures in files cannot be placed"
+        assert arrays is not None, "images in files cannot be on the device"
         self.classes = source.classes
         self.targets = source.targets
         self.by_class = source.by_class
@@ -108,7 +109,7 @@ class PlacedSource:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:  # a Place where others have a picture
+    def __getitem__(self, index: int) -> tuple[Any, int]:  # a Place instead of an image
         at = range(len(self))[index]  # from the end if negative; an IndexError beyond
         height, width = self._sizes[bisect_right(self._ends, at)]
         return Place(self.first_row + at, height, width), int(self.targets[at])
@@ -122,13 +123,13 @@ class PlacedSource:
         return None
 
 
-def build_draw(train: bool, options: TransformOptions) -> Callable[[Any], Tensor]:
+def build_draw(train: bool, options: TransformSettings) -> Callable[[Any], Tensor]:
     """Build the way from the place of an image to its draw.
 
     Args:
         train: Whether to draw a crop and a flip from torch's global generator, the very same as
             `build_transform` in the same state of it. Otherwise the draw is the whole image.
-        options: See `TransformOptions`.
+        options: See `TransformSettings`.
 
     Returns:
         Function from a `Place` to an int64 tensor (6,).
@@ -151,7 +152,7 @@ def _draw_crop(place: Place, scale: list[float], ratio: list[float], hflip: floa
 
 @lru_cache
 def _no_pixels(height: int, width: int) -> Tensor:
-    """A picture that has a size and nothing else."""
+    """An image that has a size and no pixels."""
     return torch.empty((1, height, width), device="meta")
 
 
@@ -161,7 +162,7 @@ def _no_pixels(height: int, width: int) -> Tensor:
 def place(
     sources: Sequence[ImageSource], device: torch.device
 ) -> tuple[DeviceImages, list[ImageSource]]:
-    """Put the pictures of sources on the device, and stand-ins in their places."""
+    """Copies the images of sources to the device; returns them, and the sources to use instead."""
     arrays = [source.arrays() or [] for source in sources]
     ends = accumulate(map(len, sources))
     placed: list[ImageSource] = [
@@ -171,12 +172,12 @@ def place(
 
 
 def num_bytes(arrays: Sequence[NDArray[np.uint8]]) -> int:
-    """Memory that `DeviceImages` takes of these pictures."""
+    """Bytes that `DeviceImages` takes for these images."""
     return sum(map(len, arrays)) * int(np.prod(_common_shape(arrays)))
 
 
 def _common_shape(arrays: Sequence[NDArray[np.uint8]]) -> tuple[int, int, int]:
-    """C, H and W that all pictures fit in; one channel if all are grey."""
+    """C, H and W that all images fit in; one channel if all are grey."""
     channels = 3 if any(array.ndim == 4 for array in arrays) else 1
     return channels, max(a.shape[1] for a in arrays), max(a.shape[2] for a in arrays)
 
@@ -188,7 +189,7 @@ class DeviceImages:
 
     Args:
         arrays: Grey values (n_i, H_i, W_i) or colours (n_i, H_i, W_i, 3), uint8.
-        device: Where they are to lie.
+        device: Where to store them.
 
     Attributes:
         pixels: All of them in order, (n, C, H, W) uint8; smaller ones fill the upper left.
@@ -211,7 +212,7 @@ class DeviceImages:
             rows = slice(first + at, first + at + len(part))
             self.pixels[rows, :, :height, :width] = images
 
-    def train_pixels(self, draws: Tensor, options: TransformOptions) -> Tensor:
+    def train_pixels(self, draws: Tensor, options: TransformSettings) -> Tensor:
         """Crop, resize and flip, as `build_transform(train=True, ...)` does.
 
         Args:
@@ -227,14 +228,14 @@ class DeviceImages:
         size = torch.full_like(rows, options.input_size)  # (B, 1)
         vertical = _Axis(top, height, size, down.expand_as(across))
         horizontal = _Axis(left, width, size, across)
-        return self._resample(rows[:, 0], vertical, horizontal, options.interpolation)
+        return self._resample(rows[:, 0], vertical, horizontal, options.train_interpolation)
 
-    def test_pixels(self, draws: Tensor, options: TransformOptions) -> Tensor:
+    def test_pixels(self, draws: Tensor, options: TransformSettings) -> Tensor:
         """Resize and cut the centre out, as `build_transform(train=False, ...)` does.
 
         Args:
             draws: From `build_draw(train=False, ...)`, (B, 6), on the device.
-            options: See `TransformOptions`.
+            options: See `TransformSettings`.
 
         Returns:
             Pixels (B, 3, S, S), uint8.

@@ -1,6 +1,6 @@
-"""Labelled pictures as they come: RGB images and class ids; no transforms, no tasks.
+"""Labelled images of a data set: RGB images and class ids; no transforms, no tasks.
 
-A source is all that the rest of the program knows of a data set. Pictures that fit in memory are an
+A source is all that the rest of the program knows of a data set. Images that fit in memory are an
 `ArraySource`; all others are files, opened when they are asked for. Whatever is wrong with the data
 ends as `DataError`, a single line naming the folder or the file.
 
@@ -38,7 +38,7 @@ class DataError(ValueError):
 
 
 class ImageSource(Protocol):
-    """Labelled pictures as they come: what every reader returns.
+    """Labelled images: what every reader returns.
 
     Attributes:
         classes: Name of every class, indexed by class id.
@@ -53,7 +53,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def digest(self) -> str:
-        """What tells the images from others without opening them: labels, and names of files."""
+        """Identifies the images without opening them: a digest of labels and file names."""
 
     def arrays(self) -> list[NDArray[np.uint8]] | None:
         """All images in order, grey (n_i, H, W) or colour (n_i, H, W, 3); None if not in memory."""
@@ -62,7 +62,7 @@ class ImageSource(Protocol):
 
 
 class ArraySource:
-    """Pictures that fit in memory.
+    """Images that fit in memory.
 
     Args:
         images: Grey values (n, H, W) or colours (n, H, W, 3), uint8.

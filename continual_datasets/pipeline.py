@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cli.settings import TransformSettings
 from continual_datasets import device_transforms
 from continual_datasets.device_transforms import DeviceImages
 from continual_datasets.images import ImageSource
-from continual_datasets.transforms import Transform, TransformOptions, build_transform, to_input
+from continual_datasets.transforms import Transform, build_transform, to_input
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
 _SHARE_OF_MEMORY = 0.25
@@ -49,7 +50,7 @@ class ImagePipeline:
         train_transform: What the workers make of a training image.
         test_transform: The same of a test image.
         to_images: What the device makes of batches of these, (B, 3, S, S).
-        on_device: Whether the images lie on the device.
+        on_device: Whether the images are stored on the device.
     """
 
     train_transform: Transform
@@ -60,14 +61,14 @@ class ImagePipeline:
 
 def build_pipeline(
     on_device: bool | str,
-    options: TransformOptions,
+    options: TransformSettings,
     sources: Sequence[ImageSource],
     device: torch.device,
 ) -> tuple[ImagePipeline, list[ImageSource]]:
     """Chooses the way and prepares it.
 
     Args:
-        on_device: Whether the images shall lie on the device, which they can; `auto`: on a GPU, if
+        on_device: Whether to store the images on the device, where possible; `auto`: on a GPU, if
             they can.
         options: What happens to an image.
         sources: All images of the run.
@@ -80,7 +81,7 @@ def build_pipeline(
     reason = _why_not(on_device, options, sources, device)
     assert on_device is not True or reason is None, reason
     if on_device == "auto" and device.type == "cuda" and reason is not None:
-        logger.info("Images are not kept on %s: %s", device, reason)
+        logger.info("Images are not stored on %s: %s", device, reason)
     if reason is not None:
         build, to_images = build_transform, ToImages(finish, finish)
         placed = list(sources)
@@ -93,7 +94,7 @@ def build_pipeline(
 
 
 def _made_on_device(
-    images: DeviceImages, options: TransformOptions, finish: Callable[[Tensor], Tensor]
+    images: DeviceImages, options: TransformSettings, finish: Callable[[Tensor], Tensor]
 ) -> ToImages:
     def train(draws: Tensor) -> Tensor:
         return finish(images.train_pixels(draws, options))
@@ -106,7 +107,7 @@ def _made_on_device(
 
 def _why_not(
     on_device: bool | str,
-    options: TransformOptions,
+    options: TransformSettings,
     sources: Sequence[ImageSource],
     device: torch.device,
 ) -> str | None:

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, not on what was drawn before.
 
 Whatever a run draws is a pure function of its seed and of a place in the run (task, epoch, image or
-step), so neither the number of processes and workers nor a stop in between has a say in it.
+step), independent of world size, worker count and interruptions.
 """
 
 from enum import IntEnum
@@ -29,7 +29,7 @@ def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list
     Args:
         seed: Seed of the run.
         stream: What they are for.
-        place: Numbers that tell the place in the run.
+        place: Numbers that identify the place in the run (task, epoch, ...).
         num_words: How many.
     """
     sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(int(stream), *place))

@@ -10,7 +10,7 @@ which images came nor on what was drawn before: it is the same in every process 
 
 Shapes: n training images of the run, m images in the buffer, C classes.
 
-Source: Wang et al., CVPR 2022, section 5 (L2P-R; the paper tells the sizes, not the recipe).
+Source: Wang et al., CVPR 2022, section 5 (L2P-R; the paper gives the sizes, not the recipe).
 """
 
 from bisect import bisect_right

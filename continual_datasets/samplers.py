@@ -33,7 +33,7 @@ class LoaderOptions:
         drop_last: Whether the images that do not fill a last training step are left out.
         replayed_per_group: R, replayed images that join each vote group once the buffer has any.
         eval_batch_size: Test images of one process in a batch; None: `batch_size`.
-        test_cache_bytes: Host memory for test images that are kept between evaluations; 0: none
+        test_cache_bytes: Host memory for test images that are cached between evaluations; 0: none
             are.
     """
 

@@ -1,300 +1,378 @@
-"""The scenarios: each turns data into a stream of tasks.
+"""The scenarios: which tasks the settings describe, what they contradict, and the stream of tasks.
 
-| scenario | a task is | it is tested on |
-|---|---|---|
-| class-incremental | a portion of the classes | its classes; each task so far |
-| several data sets | a data set, with labels of its own | it; each data set so far |
-| domain-incremental | the same classes in another domain | one common set, or each domain so far |
-| gaussian (task-free) | a few steps on classes that come and go | one common set, now and then |
-| joint | all of it at once | all test sets |
+A scenario is one class, registered under the name that `--scenario` gives it. How images are split
+into tasks is in `task_splits.py`.
 
-Labels are never remapped, but those of several data sets stand one behind the other.
-
-Shapes: C classes, T tasks, n images.
-
-Source: Wang et al., CVPR 2022, section 5.1; the official release for the Gaussian schedule.
+Source: Wang et al., CVPR 2022, section 5.1.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+from cli.parser import shown
+from cli.settings import Settings, find_flag
+from continual_datasets import class_order as orders
+from continual_datasets import task_splits
+from continual_datasets.class_order import check_split
+from continual_datasets.images import ImageSource
+from continual_datasets.readers import registry
+from continual_datasets.readers.class_folders import DomainList
+from continual_datasets.stream import TaskStream
+from continual_datasets.task_splits import Transforms
 
-from continual_datasets.images import ConcatSource, DataError, ImageSource
-from continual_datasets.random_streams import Stream, generator
-from continual_datasets.stream import Task, TaskStream, TestSet, task_name
-from continual_datasets.task_data import TestData, TrainData
-from continual_datasets.transforms import Transform
+#: Training and test images, by name of the data set or domain.
+Parts = tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]
 
-SCENARIOS = ("class-incremental", "domain-incremental", "gaussian")
-
-#: Readings of the Gaussian schedule. `paper`: each episode is a few steps, every batch is trained
-#: once. `released`: as the released configuration computes it, an episode trains whole epochs on
-#: all images of its classes.
-GAUSSIAN_READINGS = ("paper", "released")
+#: Class ids of each task, as a checkpoint stores them.
+TaskClasses = list[list[int]]
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """What happens to every image, whatever the scenario.
+class Scenario:
+    """One way to make tasks of data.
 
     Attributes:
-        train_transform: Augments a training image.
-        test_transform: Prepares a test image.
-        seed: Seed of augmentation and schedule.
+        settings: Settings of the run.
+        own_flags: Settings that have no effect in scenarios which do not list them.
+        _instead: What other scenarios need besides their name, as messages put it.
     """
 
-    train_transform: Transform
-    test_transform: Transform
-    seed: int
+    settings: Settings
 
-    def train(self, source: ImageSource, indices: NDArray[np.int64], task: int) -> TrainData:
-        """A task's part of the training images."""
-        return TrainData(source, indices, self.train_transform, self.seed, task)
+    name: ClassVar[str]
+    own_flags: ClassVar[tuple[str, ...]] = ()
+    _instead: ClassVar[str] = ""
 
-    def test(self, source: ImageSource, indices: NDArray[np.int64] | None = None) -> TestData:
-        """A part of the test images; None: all.
+    def problems(self) -> Iterator[str]:
+        """Settings that contradict the scenario, a line each; reads no data."""
+        yield from self._problems_of_several()
+        for flag, value, owners in _flags_of_others(self):
+            yield f"{flag} {value}: needs {self._instead}--scenario {' or '.join(owners)}"
+        data = self.settings.data
+        names = list(registry.find_sources(data.dataset))
+        if data.file_lists is not None and names != ["CORe50"]:
+            yield f"--file_lists are those of CORe50: leave them out with --dataset {data.dataset}"
 
-        Where images of a class stand together, as in folders, they are mixed, in the same way in
-        every run: a vote group of one class would be told its class by the vote.
+    def num_tasks(self) -> int:
+        """T, the number of tasks.
+
+        Raises:
+            DataError: If the folders that are the tasks are missing.
+            ValueError: If there is no such data set.
         """
-        indices = np.arange(len(source)) if indices is None else indices
-        if source.by_class:
-            indices = generator(0, Stream.TEST_ORDER).permutation(indices)
-        return TestData(source, indices, self.test_transform)
+        raise NotImplementedError
 
+    def num_classes(self) -> int:
+        """C, the classes of the data; raises as `num_tasks`."""
+        return registry.count_classes(self.settings.data.dataset, self._path)
 
-def class_incremental(
-    train: ImageSource,
-    test: ImageSource,
-    order: Sequence[int],
-    num_tasks: int,
-    classes_per_task: int,
-    prepare: Preparation,
-) -> TaskStream:
-    """Splits the classes into tasks; after each, evaluates on the classes of all tasks so far.
+    def check_classes(self) -> None:
+        """Makes sure that the data are there, and the classes fit the number of tasks.
 
-    Args:
-        train: Training images.
-        test: Test images of the same classes.
-        order: Class ids in the order of their tasks; what num_tasks * classes_per_task leaves
-            over is not used.
-        num_tasks: T.
-        classes_per_task: New classes of every task.
-        prepare: What happens to every image.
+        Raises:
+            ValueError: If they do not, with what would fit; or as `num_tasks`.
+        """
+        self.num_classes()
 
-    Raises:
-        DataError: If a class has no training or no test image.
-    """
-    assert num_tasks * classes_per_task <= len(order), "see check_split"
-    used = np.asarray(order[: num_tasks * classes_per_task], dtype=np.int64)
-    _check_all_present(used, train, test)
-    tasks: list[Task] = []
-    test_sets: list[TestSet] = []
-    for index, ids in enumerate(used.reshape(num_tasks, classes_per_task)):
-        name, classes = task_name(index), tuple(ids.tolist())
-        test_data = prepare.test(test, _images_of(ids, test))
-        test_sets.append(TestSet(index, name, test_data, classes))
-        data = prepare.train(train, _images_of(ids, train), index)
-        tasks.append(Task(index, name, data, classes, tuple(test_sets)))
-    return TaskStream(tuple(tasks), train)
+    def load(self) -> Parts:
+        """Reads the data.
 
-
-def several_data_sets(
-    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], prepare: Preparation
-) -> TaskStream:
-    """Makes a task of each data set; class ids of a data set follow those of the one before.
-
-    Args:
-        train: Training images by name of the data set, in order.
-        test: Test images by the same names.
-        prepare: What happens to every image.
-    """
-    names = [f"{name}/{c}" for name, source in train.items() for c in source.classes]
-    sizes = [len(source.classes) for source in train.values()]
-    offsets = [0, *np.cumsum(sizes)[:-1].tolist()]
-    joined = [
-        {
-            name: ConcatSource([source], names, [offset])
-            for (name, source), offset in zip(parts.items(), offsets, strict=True)
-        }
-        for parts in (train, test)
-    ]
-    return domain_incremental(joined[0], joined[1], prepare)
-
-
-def domain_incremental(
-    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], prepare: Preparation
-) -> TaskStream:
-    """Makes a task of each part of the training images, with all classes that occur in it.
-
-    Args:
-        train: Parts by name, in order; all name the same classes.
-        test: Test images of each part by its name, evaluated from that part on; or one set under
-            another name, evaluated after every task.
-        prepare: What happens to every image.
-    """
-    whole = ConcatSource(list(train.values()), next(iter(train.values())).classes)
-    test_sets = [
-        TestSet(index, name, prepare.test(source), _classes_in(source.targets))
-        for index, (name, source) in enumerate(test.items())
-    ]
-    common = train.keys() != test.keys()
-    tasks: list[Task] = []
-    first = 0
-    for index, (name, source) in enumerate(train.items()):
-        indices = np.arange(first, first + len(source))
-        first += len(source)
-        data = prepare.train(whole, indices, index)
-        tested = tuple(test_sets if common else test_sets[: index + 1])
-        tasks.append(Task(index, name, data, _classes_in(source.targets), tested))
-    return TaskStream(tuple(tasks), whole)
-
-
-def gaussian(
-    train: ImageSource,
-    test: ImageSource,
-    episodes: Sequence[Sequence[int]],
-    images_per_episode: int | None,
-    prepare: Preparation,
-) -> TaskStream:
-    """Makes a task of each episode; all are tested on the same set, of all classes.
-
-    Args:
-        train: Training images.
-        test: Test images.
-        episodes: Class ids of each episode, see `gaussian_episodes`.
-        images_per_episode: Images drawn for an episode, each once if its classes have enough;
-            None: all images of its classes.
-        prepare: What happens to every image.
-
-    Raises:
-        DataError: If a class has no training or no test image.
-    """
-    classes = np.arange(len(train.classes))
-    _check_all_present(classes, train, test)
-    test_set = TestSet(0, "all classes", prepare.test(test), tuple(classes.tolist()))
-    tasks = []
-    for index, episode in enumerate(episodes):
-        indices = _images_of(np.asarray(episode, dtype=np.int64), train)
-        if images_per_episode is not None:
-            indices = _draw(indices, images_per_episode, prepare.seed, index)
-        data = prepare.train(train, indices, index)
-        tasks.append(Task(index, f"episode{index + 1}", data, tuple(episode), (test_set,)))
-    return TaskStream(tuple(tasks), train)
-
-
-def joint(stream: TaskStream, prepare: Preparation) -> TaskStream:
-    """Makes a single task of a whole stream: the upper bound of what learning in turn can reach."""
-    classes = list(dict.fromkeys(c for task in stream.tasks for c in task.classes))
-    indices = np.unique(np.concatenate([task.data.indices for task in stream.tasks]))
-    task = Task(
-        0,
-        "all tasks",
-        prepare.train(stream.train, indices, 0),
-        tuple(classes),
-        tuple(stream.test_sets),
-    )
-    return replace(stream, tasks=(task,))
-
-
-def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
-    """Leaves evaluations only after every so many tasks, and after the last."""
-    kept = evaluated_tasks(stream.num_tasks, num_tasks)
-    tasks = [t if t.index in kept else replace(t, test_sets=()) for t in stream.tasks]
-    return replace(stream, tasks=tuple(tasks))
-
-
-def evaluated_tasks(num_tasks: int, every: int) -> set[int]:
-    """Indices of the tasks that are followed by an evaluation."""
-    return {*range(every - 1, num_tasks, every), num_tasks - 1}
-
-
-def gaussian_episodes(
-    order: Sequence[int], num_episodes: int, steps: int, sigma: float, seed: int
-) -> list[tuple[int, ...]]:
-    """Draws the classes of each episode of the Gaussian schedule.
-
-    Each class is present with the probability that `presence` gives, independently; an episode
-    without any is drawn again.
-
-    Args:
-        order: Class ids in the order of their peaks.
-        num_episodes: T.
-        steps: Positions of the schedule that an episode takes.
-        sigma: Standard deviation of a class's presence, in positions.
-        seed: Seed of the run.
-
-    Returns:
-        Class ids of each episode, never empty.
-
-    Raises:
-        ValueError: As `presence`.
-    """
-    probabilities = presence(len(order), num_episodes, steps, sigma)  # (T, C)
-    episodes = []
-    for index, row in enumerate(probabilities):
-        rng = generator(seed, Stream.SCHEDULE, index, 0)
-        present = rng.random(len(order)) < row
-        while not present.any():
-            present = rng.random(len(order)) < row
-        episodes.append(tuple(order[i] for i in np.flatnonzero(present).tolist()))
-    return episodes
-
-
-def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> NDArray[np.float64]:
-    """Probability that a class takes part in an episode of the Gaussian schedule, (T, C).
-
-    The schedule has num_episodes * steps positions; class j peaks at half the distance between two
-    peaks, plus j such distances.
-
-    Raises:
-        ValueError: If there are fewer positions than classes, so that all peaks would coincide, or
-            if an episode would hardly ever have a class.
-
-    Source: the official release's input pipeline.
-    """
-    length = num_episodes * steps
-    spacing = length // num_classes
-    if spacing < 1:
-        raise ValueError(
-            f"the Gaussian schedule has {num_episodes} tasks x {steps} steps = {length} positions "
-            f"for the peaks of {num_classes} classes: use at least {num_classes}, by more "
-            "--num_tasks, or --steps_per_task in the paper's reading"
+        Raises:
+            ValueError: If something is wrong with them.
+        """
+        parts = registry.load_parts(self.settings.data.dataset, self._path)
+        return (
+            {name: train for name, (train, _) in parts.items()},
+            {name: test for name, (_, test) in parts.items()},
         )
-    peaks = spacing // 2 + spacing * np.arange(num_classes)  # (C,)
-    positions = steps * np.arange(num_episodes)  # (T,)
-    probabilities = np.exp(-((positions[:, None] - peaks) ** 2) / (2 * sigma**2))  # (T, C)
-    if (1 - probabilities).prod(axis=1).max() > 0.999:
-        raise ValueError(
-            f"--gaussian_sigma {sigma:g} leaves an episode without classes: enlarge it"
-        )
-    return probabilities
 
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """Makes the stream of tasks.
 
-def _draw(indices: NDArray[np.int64], number: int, seed: int, episode: int) -> NDArray[np.int64]:
-    """So many of the images at random; where they do not suffice, all again as often as needed."""
-    rng = generator(seed, Stream.SCHEDULE, episode, 1)
-    rounds = -(-number // len(indices))
-    return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:number]
+        Args:
+            parts: What `load` gave, or the same images elsewhere.
+            transforms: What happens to every image.
+            global_batch: Images of all processes in a training step.
+            task_classes: Classes of each task as they were; None: as the settings say.
 
+        Raises:
+            ValueError: If the data do not fit the settings.
+        """
+        raise NotImplementedError
 
-def _images_of(classes: NDArray[np.int64], source: ImageSource) -> NDArray[np.int64]:
-    return np.flatnonzero(np.isin(source.targets, classes))  # (n,), in the data set's order
+    @property
+    def _path(self) -> Path:
+        return Path(self.settings.data.data_path)
 
-
-def _classes_in(targets: NDArray[np.int64]) -> tuple[int, ...]:
-    return tuple(np.unique(targets).tolist())
-
-
-def _check_all_present(classes: NDArray[np.int64], train: ImageSource, test: ImageSource) -> None:
-    for split, source in (("training", train), ("test", test)):
-        missing = classes[~np.isin(classes, source.targets)]
-        if len(missing):
-            known = dict(enumerate(source.classes))
-            names = ", ".join(known.get(c, f"number {c}") for c in missing.tolist())
-            raise DataError(
-                f"no {split} image of class {names}: add images, or leave the class out of "
-                "--class_order"
+    def _problems_of_several(self) -> Iterator[str]:
+        names = list(registry.find_sources(self.settings.data.dataset))
+        if len(names) > 1:
+            yield (
+                f"--scenario {self.name} takes one data set; several "
+                f"({self.settings.data.dataset}) are learned one after the other: leave --scenario "
+                "out"
             )
+
+    def class_order(self, classes: Sequence[str], given: TaskClasses | None = None) -> list[int]:
+        """Class ids in the order of their appearance: given, from a file, or shuffled."""
+        tasks = self.settings.tasks
+        if given is not None:
+            order = [c for classes_of_task in given for c in classes_of_task]
+            if len(set(order)) < len(order):
+                raise ValueError(f"the class order {given} gives a class to more than one task")
+            return order
+        if tasks.class_order is not None:
+            return orders.read_class_order(Path(tasks.class_order), classes)
+        return orders.class_order(len(classes), self.settings.run.seed, tasks.shuffle)
+
+
+#: Scenarios by name.
+SCENARIOS: dict[str, type[Scenario]] = {}
+
+
+def scenario(name: str) -> Callable[[type[Scenario]], type[Scenario]]:
+    """Registers a scenario under the name that `--scenario` gives it."""
+
+    def register(kind: type[Scenario]) -> type[Scenario]:
+        kind.name = name
+        SCENARIOS[name] = kind
+        return kind
+
+    return register
+
+
+def find_scenario(settings: Settings) -> Scenario:
+    """The scenario that the settings describe.
+
+    Raises:
+        ValueError: If there is none of that name, or no such data set.
+    """
+    name = settings.tasks.scenario
+    if name not in SCENARIOS:
+        raise ValueError(f"--scenario {name} is unknown: choose one of {', '.join(SCENARIOS)}")
+    several = len(registry.find_sources(settings.data.dataset)) > 1
+    if several and name in ("class-incremental", "joint"):
+        found: Scenario = DatasetIncremental(settings)
+    else:
+        found = SCENARIOS["class-incremental" if name == "joint" else name](settings)
+    return Joint(settings, found) if settings.tasks.joint or name == "joint" else found
+
+
+@scenario("class-incremental")
+class ClassIncremental(Scenario):
+    """A task is a portion of the classes, tested on its classes and those of each task so far."""
+
+    own_flags = ("classes_per_task", "class_order")
+
+    def num_tasks(self) -> int:
+        """What `--num_tasks` says, or 10 as the original."""
+        return self.settings.tasks.num_tasks or 10
+
+    def check_classes(self) -> None:
+        """Whether the classes can be split so."""
+        per_task = self.settings.tasks.classes_per_task
+        check_split(self.num_classes(), self.num_tasks(), per_task)
+
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """See `task_splits.class_incremental`."""
+        (train,), (test,) = (list(split.values()) for split in parts)
+        order = self.class_order(train.classes, task_classes)
+        num_tasks = self.num_tasks()
+        per_task = check_split(len(order), num_tasks, self.settings.tasks.classes_per_task)
+        return task_splits.class_incremental(train, test, order, num_tasks, per_task, transforms)
+
+
+@scenario("dataset-incremental")
+class DatasetIncremental(Scenario):
+    """A task is a data set with classes of its own, tested on it and each data set so far.
+
+    Chosen by itself where `--dataset` names several.
+    """
+
+    _instead = "a single data set and "
+
+    def _problems_of_several(self) -> Iterator[str]:
+        if self.num_tasks() == 1:
+            yield f"--scenario {self.name} makes a task of each data set: name several in --dataset"
+
+    def num_tasks(self) -> int:
+        """As many as there are data sets."""
+        return len(registry.find_sources(self.settings.data.dataset))
+
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """See `task_splits.several_data_sets`."""
+        return task_splits.several_data_sets(*parts, transforms)
+
+
+@scenario("domain-incremental")
+class DomainIncremental(Scenario):
+    """A task is a domain of the same classes, tested on one common set or each domain so far."""
+
+    own_flags = ("domains", "file_lists")
+
+    def num_tasks(self) -> int:
+        """As many as there are domains."""
+        return len(self._domains().names)
+
+    def num_classes(self) -> int:
+        """C, the classes that all domains share."""
+        return self._domains().classes
+
+    def load(self) -> Parts:
+        """Reads the data by domain."""
+        data = self.settings.data
+        return registry.load_domains(data.dataset, self._path, self._lists, data.domains)
+
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """See `task_splits.domain_incremental`."""
+        return task_splits.domain_incremental(*parts, transforms)
+
+    @property
+    def _lists(self) -> Path | None:
+        lists = self.settings.data.file_lists
+        return None if lists is None else Path(lists).expanduser()
+
+    def _domains(self) -> DomainList:
+        data = self.settings.data
+        return registry.list_domains(data.dataset, self._path, self._lists, data.domains)
+
+
+@scenario("gaussian")
+class Gaussian(Scenario):
+    """Task-free: episodes of classes that come and go, tested on one common set."""
+
+    own_flags = ("class_order", "gaussian_reading", "steps_per_task", "gaussian_sigma")
+
+    def problems(self) -> Iterator[str]:
+        """What fits no scenario, and epochs where every batch is trained once."""
+        yield from super().problems()
+        tasks, epochs = self.settings.tasks, self.settings.optimizer.epochs
+        if tasks.gaussian_reading == "paper" and epochs != 1 and not tasks.joint:
+            yield (
+                f"--epochs {epochs}: --gaussian_reading paper trains every batch once, give "
+                "--epochs 1, or more --steps_per_task"
+            )
+
+    def num_tasks(self) -> int:
+        """What `--num_tasks` says, or 200 episodes as the paper."""
+        return self.settings.tasks.num_tasks or 200
+
+    def check_classes(self) -> None:
+        """Whether the schedule has room for the peaks of all classes."""
+        tasks = self.settings.tasks
+        task_splits.presence(
+            self.num_classes(), self.num_tasks(), tasks.schedule_steps, tasks.gaussian_sigma
+        )
+
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """See `task_splits.gaussian`."""
+        (train,), (test,) = (list(split.values()) for split in parts)
+        episodes = task_classes or self._episodes(train.classes)
+        num_images = self.settings.tasks.images_per_episode(global_batch)
+        return task_splits.gaussian(train, test, episodes, num_images, transforms)
+
+    def _episodes(self, classes: Sequence[str]) -> list[tuple[int, ...]]:
+        tasks = self.settings.tasks
+        order = self.class_order(classes)
+        if len(order) < len(classes):
+            raise ValueError(
+                f"--class_order {tasks.class_order} names {len(order)} of {len(classes)} classes: "
+                "--scenario gaussian takes all of them"
+            )
+        return task_splits.gaussian_episodes(
+            order,
+            self.num_tasks(),
+            tasks.schedule_steps,
+            tasks.gaussian_sigma,
+            self.settings.run.seed,
+        )
+
+
+@scenario("joint")
+@dataclass(frozen=True)
+class Joint(Scenario):
+    """All tasks of another scenario at once, tested on all of its test sets: the upper bound.
+
+    Attributes:
+        parts_of: The scenario whose tasks are joined.
+    """
+
+    parts_of: Scenario
+
+    def problems(self) -> Iterator[str]:
+        """Those of the joined scenario, and a replay buffer."""
+        yield from self.parts_of.problems()
+        if self.settings.replay.has_buffer:
+            yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
+
+    def num_tasks(self) -> int:
+        """One."""
+        return 1
+
+    def num_classes(self) -> int:
+        """Those of the joined scenario."""
+        return self.parts_of.num_classes()
+
+    def check_classes(self) -> None:
+        """Whether the joined scenario is possible."""
+        self.parts_of.check_classes()
+
+    def load(self) -> Parts:
+        """Reads the data of the joined scenario."""
+        return self.parts_of.load()
+
+    def build(
+        self,
+        parts: Parts,
+        transforms: Transforms,
+        global_batch: int,
+        task_classes: TaskClasses | None = None,
+    ) -> TaskStream:
+        """See `task_splits.joint`."""
+        stream = self.parts_of.build(parts, transforms, global_batch, task_classes)
+        return task_splits.joint(stream, transforms)
+
+
+def _flags_of_others(chosen: Scenario) -> Iterator[tuple[str, str, list[str]]]:
+    """Flags that are set although only other scenarios have them: spelling, value, scenarios."""
+    owners: dict[str, list[str]] = {}
+    for name, kind in SCENARIOS.items():
+        for flag in kind.own_flags:
+            owners.setdefault(flag, []).append(name)
+    for flag, names in owners.items():
+        declared = find_flag(flag)
+        value = chosen.settings[flag]
+        if chosen.name not in names and value != declared.default:
+            yield declared.spelling, shown(value), names

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from continual_datasets.images import ImageSource
+    from continual_datasets.pipeline import ImagePipeline
 
 
 def task_name(index: int) -> str:
-    """What a task and its test set are called where nothing but their number tells them apart."""
+    """Name of a task and its test set where they differ by their number only."""
     return f"task{index + 1}"
 
 
@@ -118,10 +119,12 @@ class TaskStream:
     Attributes:
         tasks: The tasks.
         train: All training images of the run; the tasks' `indices` refer to these.
+        pipeline: How the images are preprocessed.
     """
 
     tasks: tuple[Task, ...]
     train: ImageSource
+    pipeline: ImagePipeline | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -135,7 +138,7 @@ class TaskStream:
 
     @cached_property
     def train_digest(self) -> str:
-        """What tells the training images from others, see `ImageSource.digest`."""
+        """Identifies the training images, see `ImageSource.digest`."""
         return self.train.digest()
 
     @property

@@ -80,8 +80,7 @@ Key = TrainKey | Replayed | TestKey
 class TrainData:
     """Part of a source, augmented; indexed by (epoch, position).
 
-    Whatever loads an image leaves the global generators changed: `RunData` keeps them, once for a
-    whole batch.
+    Loading an image changes the global generators: `RunData` restores them, once for a whole batch.
 
     Args:
         source: Where the images come from.

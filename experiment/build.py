@@ -1,363 +1,324 @@
-"""From the resolved settings of a run to what its parts are built from.
+"""The parts of a run, each built from its settings: stream, model, optimizer, loaders."""
 
-Settings are read, never written: whatever is derived from them (learning rate, vote group, paths)
-is returned.
-"""
-
-import argparse
-import os
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import Tensor
 
-from cli import options
-from cli.paths import ROOT
-from continual_datasets.readers import registry
-from continual_datasets.readers.class_folders import DomainList
+import utils
+from cli.settings import OptimizerSettings, Settings
+from continual_dataloader import Loaders, TestBatches, TrainBatches
+from continual_datasets import task_splits
+from continual_datasets.images import DataError
+from continual_datasets.pipeline import build_pipeline
+from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import LoaderOptions
-from continual_datasets.transforms import TransformOptions
-from engine import EngineOptions, Scheduler
-from experiment.precision import Numerics
+from continual_datasets.scenarios import TaskClasses, find_scenario
+from continual_datasets.stream import Task, TaskStream, TestSet
+from continual_datasets.task_splits import Transforms
+from experiment.run_record import RunRecord
 from model import backbone
-from processes import Processes
-from prompt import Prompt
+from model.backbone import BackboneIdentity
+from model.weights import load_backbone_file
+from prompt import find_selection_rule
+from reports import metrics
+from reports.metrics import SELECTIONS
+from training.state import EngineOptions, Scheduler
+from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
-#: Steps that run ahead on a GPU: a signal to stop is heard by all processes that much later.
+#: Maximum of asynchronous steps on a GPU; a stop request takes effect after at most so many.
 _MOST_UNREAD = 10
 
 
-def resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that describe the run, as plain values for config.yaml and checkpoints."""
-    return {k: v for k, v in vars(args).items() if k not in options.TRANSIENT}
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that training and evaluation need.
 
-
-def command(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line said of the run: names of configurations, and flags with values.
-
-    What says where and how fast it is computed is left out.
+    Attributes:
+        settings: All settings.
+        processes: This process among all.
+        stream: The tasks.
+        model: The prompted model, on its device.
+        identity: Which backbone it has.
+        options: What the engine optimises and evaluates.
+        train_loader: Gives the training batches of a task.
+        test_loader: Gives the batches of a test set.
+        record: Collects the results.
+        global_batch: Images of all processes in a training step, replayed ones not counted.
+        buffer: Images of earlier tasks that are replayed; None: none are.
     """
-    left_out = (*options.TRANSIENT, *options.COMPUTE_ONLY)
-    flags = {k: v for k, v in args.command["flags"].items() if k not in left_out}
-    return {"configurations": args.command["configurations"], "flags": flags}
+
+    settings: Settings
+    processes: Processes
+    stream: TaskStream
+    model: PromptedVisionTransformer
+    identity: BackboneIdentity
+    options: EngineOptions
+    train_loader: Callable[[Task], TrainBatches]
+    test_loader: Callable[[TestSet], TestBatches]
+    record: RunRecord
+    global_batch: int
+    buffer: ReplayBuffer | None
+
+    def buffered_images(self) -> Tensor | None:
+        """Indices of the images in the buffer, as checkpoints store them; None without one."""
+        return None if self.buffer is None else torch.from_numpy(self.buffer.indices)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """A fresh optimizer over the trainable parameters."""
+        optimizer = self.settings.optimizer
+        return make_optimizer(optimizer, self.model, optimizer.learning_rate(self.global_batch))
+
+    @property
+    def make_scheduler(self) -> Callable[[torch.optim.Optimizer], Scheduler | None]:
+        """Makes the learning rate schedule of one task."""
+        return partial(make_scheduler, self.settings.optimizer)
 
 
-def for_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
-    """The settings of one run of `--seeds`, in a folder of its own."""
-    folder = os.path.join(args.output_dir, f"seed{seed}")
-    return argparse.Namespace(**{**vars(args), "seed": seed, "output_dir": folder})
-
-
-def same(name: str, one: object, other: object) -> bool:
-    """Whether two values of a setting mean the same."""
-    if name == "model":
-        return backbone.resolve_name(str(one)) == backbone.resolve_name(str(other))
-    if name == "dataset":
-        try:
-            return list(registry.find_sources(str(one))) == list(registry.find_sources(str(other)))
-        except ValueError:
-            return False
-    if name == "num_tasks":  # none leaves it to the data; what follows is compared by class order
-        return one is None or other is None or one == other
-    return one == other
-
-
-def num_tasks(args: argparse.Namespace, parts: int | None = None) -> int:
-    """T, the tasks of the run.
+def build_stream(
+    settings: Settings,
+    global_batch: int,
+    device: torch.device,
+    task_classes: TaskClasses | None = None,
+) -> TaskStream:
+    """Turns data into a stream of tasks.
 
     Args:
-        args: The settings.
-        parts: What `num_parts` gives, if that is known.
-
-    Raises:
-        See `num_parts`.
-    """
-    if args.joint:
-        return 1
-    return num_parts(args) if parts is None else parts
-
-
-def num_parts(args: argparse.Namespace) -> int:
-    """Tasks before `--joint` puts them together; needs the data where their folders are the tasks.
-
-    Raises:
-        DataError: If such folders are missing.
-        ValueError: If there is no such data set.
-    """
-    if args.scenario == "domain-incremental":
-        return len(list_domains(args).names)
-    if args.scenario == "gaussian":
-        return args.num_tasks or 200
-    num_data_sets = len(registry.find_sources(args.dataset))
-    return num_data_sets if num_data_sets > 1 else args.num_tasks or 10
-
-
-def list_domains(args: argparse.Namespace) -> DomainList:
-    """Names of the domains, in the order in which they are learned, and their classes.
-
-    Raises:
-        See `num_parts`.
-    """
-    path = Path(args.data_path)
-    return registry.list_domains(args.dataset, path, file_lists(args), args.domains)
-
-
-def num_classes(args: argparse.Namespace) -> int:
-    """C, the classes of the data.
-
-    Raises:
-        See `num_parts`.
-    """
-    if args.scenario == "domain-incremental":
-        return list_domains(args).classes
-    return registry.count_classes(args.dataset, Path(args.data_path))
-
-
-def file_lists(args: argparse.Namespace) -> Path | None:
-    """The folder of published file lists, if one is given."""
-    return None if args.file_lists is None else Path(args.file_lists).expanduser()
-
-
-def has_buffer(args: argparse.Namespace) -> bool:
-    """Whether images of earlier tasks are replayed."""
-    return args.buffer_size is not None or args.buffer_per_class is not None
-
-
-def replayed_per_group(args: argparse.Namespace) -> int:
-    """R, the replayed images that join each vote group; 0 without a buffer."""
-    if not has_buffer(args):
-        return 0
-    return (args.replay_batch or args.batch_size) * vote_group_size(args) // args.batch_size
-
-
-def images_per_episode(args: argparse.Namespace, global_batch: int) -> int | None:
-    """Images drawn for an episode of the Gaussian schedule; None: all of its classes."""
-    if args.gaussian_reading == "released" or args.joint:
-        return None
-    return args.steps_per_task * global_batch
-
-
-def schedule_steps(args: argparse.Namespace) -> int:
-    """Positions of the Gaussian schedule that an episode takes.
-
-    The released configuration gives no number of steps, which its arithmetic takes for one.
-    """
-    return 1 if args.gaussian_reading == "released" else args.steps_per_task
-
-
-def vote_group_size(args: argparse.Namespace) -> int:
-    """Images that vote for prompts together: the batch of one process unless set."""
-    return args.vote_group_size or args.batch_size
-
-
-def learning_rate(args: argparse.Namespace, global_batch: int) -> float:
-    """The rate that the optimizer gets: `--lr` scaled by the batch.
-
-    Args:
-        args: The settings.
+        settings: The settings.
         global_batch: Images of all processes in a training step.
-
-    Source: l2p-pytorch multiplies by the batch of one process / 256.
-    """
-    if args.lr_scale == "none":
-        return args.lr
-    batch = global_batch if args.lr_scale == "global" else args.batch_size
-    return args.lr * batch / 256
-
-
-def weight_file(args: argparse.Namespace) -> Path | None:
-    """The local file of `--pretrained PATH`; shipped weights are found from any folder."""
-    if isinstance(args.pretrained, bool):
-        return None
-    path = Path(args.pretrained).expanduser()
-    beside_program = ROOT / path
-    return beside_program if not path.exists() and beside_program.exists() else path
-
-
-def transform_options(args: argparse.Namespace) -> TransformOptions:
-    """How images are cropped, flipped, resized and normalised.
+        device: Where the model is.
+        task_classes: Class ids of each task; None: as the settings say.
 
     Raises:
-        ValueError: On values out of range.
+        DataError: If the data are missing or damaged, do not fit the settings, or the file of
+            `--class_order` does not fit.
     """
-    return TransformOptions(
-        input_size=args.input_size,
-        scale=tuple(args.scale),
-        ratio=tuple(args.ratio),
-        hflip=args.hflip,
-        interpolation=args.train_interpolation,
-        aa=args.aa,
-        color_jitter=args.color_jitter,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        norm=args.norm,
-        train_resize=args.train_resize,
-        train_jpeg=args.train_jpeg,
-        test_interpolation=args.test_interpolation,
-    )
+    try:
+        scenario = find_scenario(settings)
+        train, test = scenario.load()
+        sources = [*train.values(), *test.values()]
+        on_device = settings.data.data_on_device
+        pipeline, sources = build_pipeline(on_device, settings.transforms, sources, device)
+        train = dict(zip(train, sources, strict=False))
+        test = dict(zip(test, sources[len(train) :], strict=True))
+        transforms = Transforms(
+            pipeline.train_transform, pipeline.test_transform, settings.run.seed
+        )
+        stream = scenario.build((train, test), transforms, global_batch, task_classes)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    stream = dataclasses.replace(stream, pipeline=pipeline)
+    if settings.run.eval:
+        return stream
+    _check_steps(settings.optimizer, stream, global_batch)
+    return task_splits.evaluate_every(stream, settings.tasks.eval_every)
 
 
-def loader_options(
-    args: argparse.Namespace, processes: Processes, global_batch: int
-) -> LoaderOptions:
-    """How images are put into batches; never more workers than there are cores."""
-    return LoaderOptions(
-        batch_size=args.batch_size,
-        vote_group_size=vote_group_size(args),
-        num_workers=min(args.num_workers, usable_cores()),
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
-        seed=args.seed,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        global_batch=global_batch,
-        drop_last=args.drop_last,
-        replayed_per_group=replayed_per_group(args),
-        eval_batch_size=_eval_batch_size(args, processes.device),
-        test_cache_bytes=int(args.test_cache * 10**9),
-    )
-
-
-def _eval_batch_size(args: argparse.Namespace, device: torch.device) -> int:
-    if args.eval_batch_size is not None:
-        return args.eval_batch_size
-    return max(args.batch_size, 256) if device.type == "cuda" else args.batch_size
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def engine_options(
-    args: argparse.Namespace, device: torch.device, all_classes: tuple[int, ...]
-) -> EngineOptions:
-    """What the engine optimises and evaluates."""
-    return EngineOptions(
-        device=device,
-        epochs=args.epochs,
-        vote_group_size=vote_group_size(args),
-        all_classes=all_classes,
-        train_mask=args.train_mask,
-        task_inc=args.task_inc,
-        pull_coeff=args.pull_constraint_coeff if args.pull_constraint else 0.0,
-        smoothing=args.smoothing,
-        clip_grad=args.clip_grad,
-        reinit_optimizer=args.reinit_optimizer,
-        shared_prompt_pool=args.shared_prompt_pool,
-        shared_prompt_key=args.shared_prompt_key,
-        print_freq=args.print_freq,
-        seed=args.seed,
-        replayed_per_group=replayed_per_group(args),
-        read_every=min(args.print_freq, _MOST_UNREAD) if device.type == "cuda" else 1,
-        loss_scaling=numerics(args).loss_scaling,
-    )
-
-
-def numerics(args: argparse.Namespace) -> Numerics:
-    """What the run trades for speed or memory."""
-    return Numerics(args.amp, args.tf32, args.compile, args.grad_checkpointing)
-
-
-def build_backbone(args: argparse.Namespace, pretrained: bool = False) -> VisionTransformer:
+def build_backbone(settings: Settings, pretrained: bool = False) -> VisionTransformer:
     """The timm ViT that the settings name.
 
     Args:
-        args: The settings.
+        settings: The settings.
         pretrained: Whether to load the weights that the settings name, too.
 
     Raises:
-        WeightsError: If it cannot be built, or its weights cannot be had.
+        WeightsError: If it cannot be built, or its weights cannot be loaded.
     """
     vit = backbone.build_backbone(
-        args.model,
-        input_size=args.input_size,
-        model_kwargs=args.model_kwargs,
-        drop=args.drop,
-        drop_path=args.drop_path,
-        pretrained=pretrained and args.pretrained is True,
+        settings.model.model,
+        input_size=settings.transforms.input_size,
+        model_kwargs=settings.model.model_kwargs,
+        drop=settings.model.drop,
+        drop_path=settings.model.drop_path,
+        pretrained=pretrained and settings.model.pretrained is True,
     )
-    file = weight_file(args)
+    file = settings.model.weight_file
     if pretrained and file is not None:
-        backbone.load_backbone_file(vit, file)
+        load_backbone_file(vit, file)
     return vit
 
 
-def backbone_source(args: argparse.Namespace) -> str:
-    """Where the backbone's weights come from, in a word or a file's name."""
-    file = weight_file(args)
-    if file is not None:
-        return file.name
-    return "timm" if args.pretrained else "random"
-
-
 def build_model(
-    args: argparse.Namespace, vit: VisionTransformer, num_classes: int
+    settings: Settings, vit: VisionTransformer, num_classes: int
 ) -> PromptedVisionTransformer:
-    """The prompted model around a backbone.
+    """Puts the prompt pool and the head around a backbone.
 
     Raises:
         ValueError: If head, pool and frozen names contradict.
     """
-    pool = None
-    freeze = list(args.freeze)
-    if args.prompt_pool:
-        pool = Prompt(
-            size=args.size,
-            length=args.length,
-            top_k=args.top_k,
-            embed_dim=vit.embed_dim,
-            learnable_key=args.prompt_key,
-            prompt_init=args.initializer,
-            key_init=args.prompt_key_init,
-            batchwise=args.batchwise_prompt,
-            diversify=args.diversify,
-            vote_ties=args.vote_ties,
-        )
-        if args.prompt_key and not args.pull_constraint:
-            freeze.append("prompt.prompt_key")  # nothing else gives the keys a gradient
-    return PromptedVisionTransformer(
-        vit,
-        num_classes,
-        pool,
-        head_type=args.head_type,
-        global_pool=args.global_pool,
-        embedding_key=args.embedding_key,
-        head_init=args.head_init,
-        prompt_position=args.prompt_position,
-        freeze=freeze,
-    )
+    pool, model = None, settings.model
+    if settings.prompts.prompt_pool:
+        rule = find_selection_rule(settings.prompts.diversify)
+        pool = rule(settings.prompts, vit.embed_dim)
+        if settings.prompts.prompt_key and not settings.prompts.pull_constraint:
+            # Nothing else gives the keys a gradient.
+            model = dataclasses.replace(model, freeze=(*model.freeze, "prompt.prompt_key"))
+    key = settings.prompts.embedding_key
+    return PromptedVisionTransformer(vit, num_classes, pool, model, key)
 
 
-def backbone_trains(args: argparse.Namespace) -> bool:
-    """Whether the settings leave anything of the backbone unfrozen, told without weights."""
+def backbone_trains(settings: Settings) -> bool:
+    """Whether the settings leave anything of the backbone unfrozen, found out without weights."""
     with backbone.without_memory():
-        return build_model(args, build_backbone(args), num_classes=2).backbone_trains
+        return build_model(settings, build_backbone(settings), num_classes=2).backbone_trains
 
 
 def make_optimizer(
-    args: argparse.Namespace, model: PromptedVisionTransformer, lr: float
+    settings: OptimizerSettings, model: PromptedVisionTransformer, lr: float
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters; weight decay spares what timm spares."""
     groups = partial(
         param_groups_weight_decay,
-        weight_decay=args.weight_decay,
+        weight_decay=settings.weight_decay,
         no_weight_decay_list=model.no_weight_decay(),
     )
-    kwargs = {**optimizer_kwargs(args), "lr": lr}
+    kwargs = {**optimizer_kwargs(settings), "lr": lr}
     return create_optimizer_v2(model, param_group_fn=groups, **kwargs)
 
 
-def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+def make_scheduler(
+    settings: OptimizerSettings, optimizer: torch.optim.Optimizer
+) -> Scheduler | None:
     """The learning rate schedule of one task; None: constant."""
-    if args.sched == "constant":
+    if settings.sched == "constant":
         return None
-    return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(settings))[0]
+
+
+def engine_options(
+    settings: Settings, device: torch.device, all_classes: tuple[int, ...]
+) -> EngineOptions:
+    """What the engine optimises and evaluates."""
+    optimizer, tasks, prompts = settings.optimizer, settings.tasks, settings.prompts
+    print_freq = settings.output.print_freq
+    return EngineOptions(
+        device=device,
+        epochs=optimizer.epochs,
+        vote_group_size=settings.vote_group_size,
+        all_classes=all_classes,
+        train_mask=tasks.train_mask,
+        task_inc=tasks.task_inc,
+        pull_coeff=prompts.pull_coeff,
+        smoothing=optimizer.smoothing,
+        clip_grad=optimizer.clip_grad,
+        reinit_optimizer=optimizer.reinit_optimizer,
+        shared_prompt_pool=prompts.shared_prompt_pool,
+        shared_prompt_key=prompts.shared_prompt_key,
+        print_freq=print_freq,
+        seed=settings.run.seed,
+        replayed_per_group=settings.replayed_per_group,
+        read_every=min(print_freq, _MOST_UNREAD) if device.type == "cuda" else 1,
+        loss_scaling=settings.precision.loss_scaling,
+    )
+
+
+def loader_options(settings: Settings, processes: Processes, global_batch: int) -> LoaderOptions:
+    """How images are put into batches; never more workers than there are cores."""
+    data, batch_size = settings.data, settings.optimizer.batch_size
+    on_cuda = processes.device.type == "cuda"
+    return LoaderOptions(
+        batch_size=batch_size,
+        vote_group_size=settings.vote_group_size,
+        num_workers=min(data.num_workers, utils.usable_cores()),
+        pin_memory=data.pin_mem and on_cuda,
+        seed=settings.run.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        global_batch=global_batch,
+        drop_last=settings.optimizer.drop_last,
+        replayed_per_group=settings.replayed_per_group,
+        eval_batch_size=data.eval_batch_size or (max(batch_size, 256) if on_cuda else batch_size),
+        test_cache_bytes=int(data.test_cache * 10**9),
+    )
+
+
+def build_experiment(
+    settings: Settings,
+    processes: Processes,
+    global_batch: int,
+    stream: TaskStream,
+    model: PromptedVisionTransformer,
+    identity: BackboneIdentity,
+) -> Experiment:
+    """Adds loaders, replay buffer and record to a stream and a model."""
+    loading = loader_options(settings, processes, global_batch)
+    buffer = _build_buffer(settings, stream)
+    assert stream.pipeline is not None
+    loaders = Loaders(stream, loading, processes.device, stream.pipeline.to_images, buffer)
+    return Experiment(
+        settings=settings,
+        processes=processes,
+        stream=stream,
+        model=model,
+        identity=identity,
+        options=engine_options(settings, processes.device, stream.classes),
+        train_loader=loaders.train,
+        test_loader=loaders.test,
+        record=_build_record(settings, processes, global_batch, stream, model, identity),
+        global_batch=global_batch,
+        buffer=buffer,
+    )
+
+
+def _build_record(
+    settings: Settings,
+    processes: Processes,
+    global_batch: int,
+    stream: TaskStream,
+    model: PromptedVisionTransformer,
+    identity: BackboneIdentity,
+) -> RunRecord:
+    """What is known of a run before it starts."""
+    assert stream.pipeline is not None
+    shape = len(stream.test_sets), stream.num_tasks
+    return RunRecord(
+        config={**settings.stored(), "vote_group_size": settings.vote_group_size},
+        backbone=identity.as_dict(),
+        class_order=stream.class_order,
+        class_names=list(stream.class_names),
+        matrices={s: metrics.empty_matrix(*shape) for s in SELECTIONS},
+        tasks=[task.name for task in stream.tasks],
+        test_sets=[test_set.name for test_set in stream.test_sets],
+        numerics={
+            **dataclasses.asdict(settings.precision),
+            "data_on_device": stream.pipeline.on_device,
+            "eval_batch_size": loader_options(settings, processes, global_batch).test_batch,
+        },
+        command=settings.command(),
+        run={
+            "processes": processes.world_size,
+            "images_per_step": global_batch,
+            "learning_rate": settings.optimizer.learning_rate(global_batch),
+            "train_digest": stream.train_digest,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+    )
+
+
+def _check_steps(settings: OptimizerSettings, stream: TaskStream, global_batch: int) -> None:
+    """Makes sure that every task has something to train on."""
+    for task in stream.tasks:
+        if settings.drop_last and len(task.data) < global_batch:
+            raise DataError(
+                f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
+                f"step {global_batch}; lower --batch-size or leave --drop_last out"
+            )
+
+
+def _build_buffer(settings: Settings, stream: TaskStream) -> ReplayBuffer | None:
+    if not settings.replay.has_buffer:
+        return None
+    return ReplayBuffer(
+        stream.train_targets,
+        settings.run.seed,
+        size=settings.replay.buffer_size,
+        per_class=settings.replay.buffer_per_class,
+    )

@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def task_path(output_dir: Path, task: int) -> Path:
-    """Where the checkpoint after a task (1-based) lies."""
+    """Path of the checkpoint after a task (1-based)."""
     return output_dir / "checkpoint" / f"task{task}_checkpoint.pth"
 
 
@@ -215,7 +215,7 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) for v in value)
 
 
-#: What every file of a run tells of it.
+#: Entries that checkpoints and states share.
 ORIGIN_ENTRIES: Entries = {
     "model": ("tensors by name", _is_tensors),
     "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),

@@ -1,6 +1,5 @@
-"""What a run says of itself: at its start what it will do, at its end where everything is."""
+"""Summary of a run: at its start what it will do, at its end where everything is."""
 
-import argparse
 import logging
 import shlex
 import textwrap
@@ -8,26 +7,25 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from cli import options
-from experiment import build
-from experiment.assemble import Experiment
+from cli.parser import command_words, shown
+from continual_datasets.scenarios import Joint, find_scenario
+from experiment.build import Experiment
 from model import backbone
-from processes import Processes
 
 #: Characters of a long list that the summary shows.
 _WIDTH = 60
 
-#: What of a trained tensor's name tells which part of the model it is.
-_PARTS = {"prompt.prompt_key": "keys", "prompt.prompt": "prompts", "head": "head"}
+#: How the summary calls parameters whose names start so.
+_PARTS = {"prompt.prompt_key": "keys", "prompt.prompt": "prompts"}
 
 #: What a folder of results holds, in the order in which people look at it.
 _CONTENT = {
     "results.json": "accuracies, metrics, prompt usage, versions",
-    "plots": "pictures, PNG and SVG; begin with overview.png",
+    "plots": "figures, PNG and SVG; begin with overview.png",
     "log_stats.txt": "a JSON object for each task",
     "config.yaml": "every setting: python main.py {folder}/config.yaml runs it again",
     "log.txt": "what was printed",
-    "checkpoint": "what was learned, after each task; last.pth: the state to go on from",
+    "checkpoint": "what was learned, after each task; last.pth: the state that --resume loads",
     "tensorboard": "tensorboard --logdir {folder}/tensorboard",
     "wandb": "the log of Weights & Biases",
 }
@@ -35,46 +33,41 @@ _CONTENT = {
 logger = logging.getLogger(__name__)
 
 
-def describe(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
-    """Logs in a few lines what is about to happen.
-
-    Args:
-        args: The settings.
-        run: The run.
-        processes: This process among all.
-    """
+def describe(run: Experiment) -> None:
+    """Logs in a few lines what is about to happen."""
+    settings = run.settings
     lines = {
-        "Data": _data(args, run),
-        "Tasks": _tasks(args, run),
-        "Replay": _replay(args, run),
-        "Model": _model(args, run),
+        "Data": _data(run),
+        "Tasks": _tasks(run),
+        "Replay": _replay(run),
+        "Model": _model(run),
         "Backbone": _backbone(run),
         "Trains": _trained(run),
-        "Training": _training(args, run),
+        "Training": _training(run),
         "Precision": _precision(run),
-        "Processes": f"{processes.world_size} on {processes.device}",
-        "Output": args.output_dir or "none: nothing is written",
+        "Processes": f"{run.processes.world_size} on {run.processes.device}",
+        "Output": settings.run.output_dir or "none: nothing is written",
     }
-    command = options.command_words(build.command(args)) or "the defaults"
-    _log_lines(f"L2P: {command}, seed {args.seed}", lines)
-    _warn(args, run, processes)
+    command = command_words(settings.command()) or "the defaults"
+    _log_lines(f"L2P: {command}, seed {settings.run.seed}", lines)
+    _warn(run)
 
 
-def describe_evaluation(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
+def describe_evaluation(run: Experiment) -> None:
     """Logs in a few lines what `--eval` is about to evaluate; see `describe`."""
     lines = {
-        "Data": _data(args, run),
-        "Tasks": _tasks(args, run),
-        "Model": _model(args, run),
-        "Votes": _votes(args, run).removeprefix(", "),
+        "Data": _data(run),
+        "Tasks": _tasks(run),
+        "Model": _model(run),
+        "Votes": _votes(run).removeprefix(", "),
         "Precision": _precision(run),
-        "Processes": f"{processes.world_size} on {processes.device}",
+        "Processes": f"{run.processes.world_size} on {run.processes.device}",
     }
     _log_lines("L2P: evaluation of checkpoints", lines)
 
 
 def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> None:
-    """Logs where everything lies, how long it took, and what can be done next.
+    """Logs where everything is stored, how long it took, and what can be done next.
 
     Args:
         output_dir: Folder of the run.
@@ -99,22 +92,26 @@ def _log_lines(title: str, lines: Mapping[str, str]) -> None:
     logger.info("%s", "\n".join([title, *rows]))
 
 
-def _data(args: argparse.Namespace, run: Experiment) -> str:
+def _data(run: Experiment) -> str:
     stream = run.stream
     num_test = sum(len(test_set.data) for test_set in stream.test_sets)
+    num_train = sum(len(task.data) for task in stream.tasks)
     return (
-        f"{args.dataset}: {sum(len(task.data) for task in stream.tasks)} training images, "
+        f"{run.settings.data.dataset}: {num_train} training images, "
         f"{num_test} test images in {_count(len(stream.test_sets), 'test set')}"
     )
 
 
-def _tasks(args: argparse.Namespace, run: Experiment) -> str:
+def _tasks(run: Experiment) -> str:
     tasks = run.stream.tasks
     sizes = sorted({len(task.classes) for task in tasks})
     classes = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    scenario = f"{args.scenario}{' (joint)' if args.joint else ''}"
+    scenario = find_scenario(run.settings)
+    name = scenario.name
+    if isinstance(scenario, Joint):
+        name = f"{scenario.parts_of.name} (joint)"
     plural = "" if sizes == [1] else "es"
-    return f"{len(tasks)} of {classes} class{plural}, {scenario}; {_order(run)}"
+    return f"{len(tasks)} of {classes} class{plural}, {name}; {_order(run)}"
 
 
 def _order(run: Experiment) -> str:
@@ -125,22 +122,23 @@ def _order(run: Experiment) -> str:
     return "classes " + _short(" | ".join(" ".join(map(str, classes)) for classes in order))
 
 
-def _replay(args: argparse.Namespace, run: Experiment) -> str:
+def _replay(run: Experiment) -> str:
     if run.buffer is None:
         return ""
-    per_class = f"{args.buffer_per_class} images of each class"
-    kept = f"{args.buffer_size} images" if args.buffer_size else per_class
-    replayed = build.replayed_per_group(args)
-    return f"{kept}, {replayed} replayed images with each vote group from the second task on"
+    replay = run.settings.replay
+    per_class = f"{replay.buffer_per_class} images of each class"
+    size = f"{replay.buffer_size} images" if replay.buffer_size else per_class
+    replayed = run.settings.replayed_per_group
+    return f"{size}, {replayed} replayed images with each vote group from the second task on"
 
 
-def _model(args: argparse.Namespace, run: Experiment) -> str:
-    head = f"head reads {args.head_type}"
-    pool = run.model.prompt
+def _model(run: Experiment) -> str:
+    head = f"head pools {run.settings.model.head_type}"
+    pool, size = run.model.prompt, run.settings.transforms.input_size
     if pool is None:
-        return f"{run.identity.name}, {args.input_size} pixels, no prompts; {head}"
+        return f"{run.identity.name}, {size} pixels, no prompts; {head}"
     return (
-        f"{run.identity.name}, {args.input_size} pixels; {_count(pool.size, 'prompt')} of "
+        f"{run.identity.name}, {size} pixels; {_count(pool.size, 'prompt')} of "
         f"{_count(pool.length, 'token')}, {pool.top_k} for an image; {head}"
     )
 
@@ -155,64 +153,66 @@ def _backbone(run: Experiment) -> str:
 
 
 def _trained(run: Experiment) -> str:
-    """How many numbers of each part are learned, of how many."""
+    """How many parameters of each part are trained."""
     sizes = Counter[str]()
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
-            part = next((p for start, p in _PARTS.items() if name.startswith(start)), "backbone")
+            module = name.split(".")[0]
+            part = next((p for start, p in _PARTS.items() if name.startswith(start)), module)
             sizes[part] += parameter.numel()
     parts = ", ".join(f"{part} {size}" for part, size in sizes.items())
     return f"number of params: {sizes.total()} ({parts})"
 
 
-def _training(args: argparse.Namespace, run: Experiment) -> str:
+def _training(run: Experiment) -> str:
+    optimizer = run.settings.optimizer
     return (
-        f"{args.opt}, learning rate {build.learning_rate(args, run.global_batch):g} "
-        f"(--lr {args.lr:g}, scaled {args.lr_scale}), {args.sched}; "
-        f"{_count(args.epochs, 'epoch')} a task, {run.global_batch} images a step"
-        f"{_votes(args, run)}"
+        f"{optimizer.opt}, learning rate {optimizer.learning_rate(run.global_batch):g} "
+        f"(--lr {optimizer.lr:g}, scaled {optimizer.lr_scale}), {optimizer.sched}; "
+        f"{_count(optimizer.epochs, 'epoch')} a task, {run.global_batch} images a step"
+        f"{_votes(run)}"
     )
 
 
-def _votes(args: argparse.Namespace, run: Experiment) -> str:
+def _votes(run: Experiment) -> str:
     """How many images vote together, where a vote can change anything."""
     pool = run.model.prompt
     if pool is None or not pool.batchwise or pool.size == pool.top_k:
         return ""
-    return f", votes of {build.vote_group_size(args)}"
+    return f", vote group of {run.settings.vote_group_size}"
 
 
 def _precision(run: Experiment) -> str:
     how = dict(run.record.numerics)
     amp = how.pop("amp", None)
-    others = [f"{name} {options.shown(value)}" for name, value in how.items() if value]
+    others = [f"{name} {shown(value)}" for name, value in how.items() if value]
     return "; ".join([amp or "fp32", ", ".join(others)])
 
 
-def _warn(args: argparse.Namespace, run: Experiment, processes: Processes) -> None:
-    """Tells what people may not expect of these settings."""
-    resolved = backbone.resolve_name(args.model)
-    if resolved != args.model:
-        logger.info("--model %s means %s: the weights that the original used", args.model, resolved)
+def _warn(run: Experiment) -> None:
+    """Logs what people may not expect of these settings."""
+    settings, world_size = run.settings, run.processes.world_size
+    name = settings.model.model
+    resolved = backbone.resolve_name(name)
+    if resolved != name:
+        logger.info("--model %s means %s: the weights that the original used", name, resolved)
     stream = run.stream
-    if args.train_mask and {len(task.classes) for task in stream.tasks} == {1}:
+    if settings.tasks.train_mask and {len(task.classes) for task in stream.tasks} == {1}:
         logger.warning(
             "A task is a single class, and --train_mask lets training predict no other: there is "
-            "nothing to tell apart; give fewer --num_tasks, or the overlay no_class_mask"
+            "nothing to learn; give fewer --num_tasks, or the overlay no_class_mask"
         )
-    if args.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
-        logger.info("--task_inc tells nothing here: the test images may be of any class")
-    num_groups = -(-run.global_batch // build.vote_group_size(args))
-    if processes.world_size > num_groups:
+    if settings.tasks.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
+        logger.info("--task_inc has no effect here: the test images may be of any class")
+    num_groups = -(-run.global_batch // settings.vote_group_size)
+    if world_size > num_groups:
         logger.warning(
             "%d of %d processes have nothing to train on: %d images a step are %d vote groups, and "
             "a vote group stays in one process",
-            *(
-                processes.world_size - num_groups,
-                processes.world_size,
-                run.global_batch,
-                num_groups,
-            ),
+            world_size - num_groups,
+            world_size,
+            run.global_batch,
+            num_groups,
         )
 
 

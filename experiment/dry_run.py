@@ -1,81 +1,77 @@
 """`--dry_run`: one step of a run, and one batch of its evaluation, without results."""
 
-import argparse
 import itertools
 import logging
 import time
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import engine
-from engine import Position
-from experiment import build, describe, run_record
-from experiment.assemble import Experiment
-from experiment.resume import RunState
-from processes import Processes
-from training import evaluation
+from experiment import describe, run_record
+from experiment.build import Experiment
+from experiment.resume import SavedRun
+from training.evaluation import evaluate
+from training.state import Loader, Run, TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def try_out(
-    args: argparse.Namespace,
-    processes: Processes,
-    experiment: Experiment,
-    found: tuple[Path, RunState] | None,
-) -> None:
+def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
     """Says what a run will do, trains one step of it, evaluates one batch, and leaves no results.
 
     Args:
-        args: Validated settings.
-        processes: This process among all.
         experiment: The run.
-        found: The state that it goes on from, and where that lies.
+        saved: The state that it would resume from, if any.
 
     Raises:
         DataError: If an image cannot be read.
         NonFiniteLossError: See `engine.train_one_epoch`.
     """
-    describe.describe(args, experiment, processes)
-    tasks, run = experiment.stream.tasks, experiment.options
-    position = Position() if found is None else found[1].position
-    if position.task >= len(tasks):
-        logger.info("Dry run: the run is complete already (%s)", found and found[0])
+    describe.describe(experiment)
+    tasks = experiment.stream.tasks
+    first = 0 if saved is None else saved.state.position.task
+    if first >= len(tasks):
+        logger.info("Dry run: the run is complete already (%s)", saved and saved.path)
         return
-    task = tasks[position.task]
+    task = tasks[first]
     if experiment.buffer is not None and task.index == 0:  # the next one takes more memory
         experiment.buffer.add(task.data.indices)
         task = tasks[1]
-    lr = build.learning_rate(args, experiment.global_batch)
-    make_optimizer = partial(build.make_optimizer, args, experiment.model, lr)
-    updater = engine.make_updater(experiment.model, make_optimizer, run)
+    run = Run(
+        options=experiment.options,
+        train_loader=experiment.train_loader,
+        test_loader=experiment.test_loader,
+        make_optimizer=experiment.make_optimizer,
+        make_scheduler=experiment.make_scheduler,
+        matrices=experiment.record.matrices,
+    )
+    update = engine.make_update(experiment.model, run)
     start = time.monotonic()
-    loader = FirstBatch(experiment.train_loader(task))
-    stats = engine.train_one_epoch(experiment.model, loader, updater, task, 0, run)
+    loader, state = FirstBatch(experiment.train_loader(task)), TrainState(task.index)
+    stats = engine.train_one_epoch(experiment.model, loader, update, task, state, run)
     trained = time.monotonic()
     test_set = experiment.stream.test_sets[0]
-    evaluation.evaluate(
-        experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run
-    )
+    evaluate(experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run)
     logger.info(
         "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; there are "
         "no results of it. Without --dry_run it begins",
-        *(stats["Loss"], trained - start, time.monotonic() - trained),
+        stats["Loss"],
+        trained - start,
+        time.monotonic() - trained,
     )
-    if found is None and args.output_dir and run_record.earlier_files(Path(args.output_dir)):
-        logger.info("The earlier results in %s would move to previous/", args.output_dir)
+    folder = experiment.settings.output_folder
+    if saved is None and folder is not None and run_record.earlier_files(folder):
+        logger.info("The earlier results in %s would move to previous/", folder)
 
 
 class FirstBatch:
-    """The first batch of a loader alone, as a loader.
+    """The first batch of a loader, as a loader.
 
     Args:
-        loader: See `engine.Loader`.
+        loader: See `training.state.Loader`.
     """
 
-    def __init__(self, loader: engine.Loader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     @property

@@ -1,31 +1,33 @@
 """`--eval`: evaluates the checkpoints of a run again, with nothing but its output folder.
 
 The checkpoint says which classes each task had and what the model looks like; the command line adds
-where the data lie now and how to compute. Checkpoints of l2p-pytorch evaluate too.
+where the data are now and how to compute. Checkpoints of l2p-pytorch evaluate too.
 """
 
-import argparse
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import engine
-from cli import options
-from cli.options import UsageError
-from continual_datasets import scenarios
-from experiment import build, checkpoints
-from experiment.assemble import Experiment, check_same_run
+from cli.parser import UsageError, read_mapping, shown
+from cli.settings import Settings, find_flag, is_setting, names_of
+from continual_datasets import task_splits
+from experiment import build, checkpoints, describe
+from experiment.build import Experiment
 from experiment.checkpoints import Checkpoint, CheckpointError
+from experiment.provenance import check_same_run, same_value
 from model import backbone
-from reports import metrics
-from training.evaluation import QueryCache
+from reports import files, metrics
+from training.state import Run, TaskReport, TrainState
+from utils import is_main_process
 
 logger = logging.getLogger(__name__)
 
 #: What is never taken from a checkpoint.
-_OF_THIS_COMMAND = (*options.COMPUTE_ONLY, "tf32")
+_OF_THIS_COMMAND = (*names_of("compute"), "tf32")
 
 #: What the command line may change although a checkpoint says otherwise: where things are, and how
 #: to compute and evaluate.
@@ -42,21 +44,21 @@ _FROM_ORIGINAL = (
 )  # fmt: skip
 
 
-def find_checkpoints(args: argparse.Namespace) -> dict[int, Path]:
-    """The checkpoints that `--eval` means, by task number (1-based), ascending.
+def find_checkpoints(settings: Settings) -> dict[int, Path]:
+    """The checkpoints that `--eval` evaluates, by task number (1-based), ascending.
 
     Raises:
         UsageError: If there is none.
         CheckpointError: If the one that `--checkpoint` names is missing or damaged.
     """
-    if args.checkpoint is not None:
-        path = Path(args.checkpoint)
+    if settings.run.checkpoint is not None:
+        path = Path(settings.run.checkpoint)
         return {checkpoints.load(path).task: path}
-    if not args.output_dir:
+    if settings.output_folder is None:
         raise UsageError(["--eval needs --output_dir, the folder of the run, or --checkpoint"])
-    found = checkpoints.find(Path(args.output_dir))
+    found = checkpoints.find(settings.output_folder)
     if not found:
-        folder = Path(args.output_dir) / "checkpoint"
+        folder = settings.output_folder / "checkpoint"
         raise UsageError(
             [
                 f"--eval finds no checkpoint in {folder}: expected task1_checkpoint.pth, "
@@ -66,49 +68,88 @@ def find_checkpoints(args: argparse.Namespace) -> dict[int, Path]:
     return found
 
 
-def adopt(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespace:
+def first_checkpoint(settings: Settings) -> Checkpoint:
+    """The first of the checkpoints that `--eval` evaluates; raises as `find_checkpoints`."""
+    return checkpoints.load(next(iter(find_checkpoints(settings).values())))
+
+
+def adopt_settings(settings: Settings) -> Settings:
+    """Settings of the run that is evaluated, with what the command line may change.
+
+    Raises:
+        UsageError: If there is no checkpoint, or the command line contradicts it, with every
+            contradiction.
+        CheckpointError: If the checkpoint, or the settings in it, are damaged.
+    """
+    return adopt(settings, first_checkpoint(settings))
+
+
+def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
     """Settings of the run that wrote a checkpoint, with what the command line may change.
 
     Raises:
         UsageError: If the command line contradicts the checkpoint, with every contradiction.
         CheckpointError: If the settings in the checkpoint are no settings.
     """
-    known = vars(args)
-    stored = {k: v for k, v in checkpoint.config.items() if k in known}
+    stored = {k: v for k, v in checkpoint.config.items() if is_setting(k)}
     if checkpoint.original:
-        stored = _adopt_original(args, stored)
-    if problems := options.check_settings(stored):
+        stored = _adopt_original(settings, stored)
+    stored, problems = read_mapping(stored)
+    if problems:
         raise CheckpointError(f"the settings in the checkpoint are damaged: {'; '.join(problems)}")
-    given = {name: known[name] for name in args.explicit}
+    given = {name: settings[name] for name in settings.given.explicit}
     clashes = [
-        f"--{name} {options.shown(given[name])} contradicts the checkpoint, which has "
-        f"{options.shown(stored[name])}"
+        f"{find_flag(name).spelling} {shown(given[name])} contradicts the checkpoint, which has "
+        f"{shown(stored[name])}"
         for name in sorted(given)
         if name in stored
         and name not in _CHANGEABLE
-        and not build.same(name, given[name], stored[name])
+        and not same_value(name, given[name], stored[name])
     ]
     if clashes:
         raise UsageError(clashes)
     stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
     if checkpoint.class_order is not None:
         stored["class_order"] = given["class_order"] = None  # the file may be gone
-    return argparse.Namespace(**{**known, **stored, **given})
+    return settings.replace(**{**stored, **given})
 
 
-def result_file(args: argparse.Namespace) -> Path | None:
+def result_file(settings: Settings) -> Path | None:
     """Where the results go: into the run's folder, under a name of their own; None: nowhere."""
-    if args.checkpoint is None:
-        return Path(args.output_dir) / "eval_results.json"
-    path = Path(args.checkpoint).absolute()
+    if settings.output_folder is None:
+        return None
+    if settings.run.checkpoint is None:
+        return settings.output_folder / "eval_results.json"
+    path = Path(settings.run.checkpoint).absolute()
     beside = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-    folder = Path(args.output_dir) if "output_dir" in args.explicit else beside
-    return folder / f"eval_results_{path.stem}.json" if str(args.output_dir) else None
+    folder = settings.output_folder if "output_dir" in settings.given.explicit else beside
+    return folder / f"eval_results_{path.stem}.json"
 
 
-def has_whole_model(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
+def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint brings the query's backbone too, so that no other weights are needed."""
-    return checkpoint.original and not (args.prompt_pool and build.backbone_trains(args))
+    if not checkpoint.original:
+        return False
+    return not (settings.prompts.prompt_pool and build.backbone_trains(settings))
+
+
+def evaluate_and_report(experiment: Experiment) -> int:
+    """Evaluates the checkpoints that the settings name, prints and writes the results.
+
+    Returns:
+        The exit code: 1 if checkpoints of the run are missing.
+    """
+    settings = experiment.settings
+    paths = find_checkpoints(settings)
+    describe.describe_evaluation(experiment)
+    evaluate_checkpoints(experiment, paths)
+    logger.info("%s", experiment.record.table())
+    path = result_file(settings)
+    if path is not None and is_main_process():
+        earlier = path.with_name(f"{path.stem}_before.json")
+        files.write_json(path, experiment.record.as_dict(), keep=earlier)
+        logger.info("Wrote %s", path)
+    return 0 if settings.run.checkpoint else report_missing(experiment, paths)
 
 
 def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
@@ -122,29 +163,32 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
         CheckpointError: If a checkpoint does not belong to the others.
         WeightsError: If it does not fit the model.
     """
-    queries = QueryCache()
+    engine_run = Run(
+        options=run.options,
+        train_loader=run.train_loader,
+        test_loader=run.test_loader,
+        make_optimizer=run.make_optimizer,
+        make_scheduler=run.make_scheduler,
+        matrices=run.record.matrices,
+    )
     for number, path in paths.items():
         checkpoint = checkpoints.load(path)
         _check_belongs(run, checkpoint, number, path)
         _load(run, checkpoint, path)
-        if checkpoint.original:  # it brought a network for the query
-            queries.clear()
         logger.info("Evaluating %s", path)
         start = time.monotonic()
         task = run.stream.tasks[number - 1]
-        matrices = run.record.matrices
-        evaluations = engine.evaluate_till_now(
-            run.model, run.test_loader, task, matrices, run.options, queries=queries
-        )
+        state = TrainState(task.index)
+        evaluations = engine.evaluate_till_now(run.model, task, state, None, engine_run)
         seconds = time.monotonic() - start
-        run.record.reports.append(engine.TaskReport(number - 1, {}, evaluations, 0.0, seconds))
+        run.record.reports.append(TaskReport(number - 1, {}, evaluations, 0.0, seconds))
         _compare(run, checkpoint, number)
 
 
 def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
     """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
-    every = run.record.config["eval_every"]
-    evaluated = scenarios.evaluated_tasks(run.stream.num_tasks, every)
+    every = run.settings.tasks.eval_every
+    evaluated = task_splits.evaluated_tasks(run.stream.num_tasks, every)
     missing = sorted({index + 1 for index in evaluated} - set(paths))
     if missing:
         names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
@@ -153,14 +197,15 @@ def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
     return 1 if missing else 0
 
 
-def _adopt_original(args: argparse.Namespace, stored: dict) -> dict:
-    """What counts of the original's Namespace; says what had to be assumed."""
+def _adopt_original(settings: Settings, stored: dict[str, Any]) -> dict[str, Any]:
+    """What counts of the original's settings; logs what had to be assumed."""
     for name in ("shuffle", "seed"):
         if name not in stored:
             logger.warning(
-                "The checkpoint does not tell %s: the classes are ordered with %s. "
+                "The checkpoint does not say %s: the classes are ordered with %s. "
                 "If it was otherwise, give --seed, --no-shuffle or --class_order",
-                *(name, getattr(args, name)),
+                name,
+                settings[name],
             )
     stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
     if "shuffle" in stored:

@@ -1,8 +1,8 @@
-"""What a run shows while it goes on: TensorBoard and Weights & Biases.
+"""Live logs of a run: TensorBoard and Weights & Biases.
 
 Both get the same: loss and accuracy of training; after each task the accuracies, their averages,
-the accuracy matrix as a picture, and how often each prompt was chosen. A log that fails is told
-and left out from then on; it never stops training.
+the accuracy matrix as a figure, and how often each prompt was selected. A log that fails is
+reported and left out from then on; it never stops training.
 
 Steps are finished training steps of the whole run.
 """
@@ -32,8 +32,8 @@ from reports.metrics import SELECTIONS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from engine import TaskReport
     from experiment.run_record import RunRecord
+    from training.state import TaskReport
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Writer(Protocol):
         """Adds numbers, by tag."""
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Adds a picture."""
+        """Adds a figure."""
 
     def histogram(self, tag: str, counts: Sequence[int], step: int) -> None:
         """Adds a histogram: how often each of 0, 1, ... was counted."""
@@ -123,8 +123,8 @@ def open_live_log(
         wandb: Whether to log to Weights & Biases, as project `WANDB_PROJECT`, or else `l2p`.
         output_dir: The run's folder.
         record: The run.
-        first_step: Finished steps of the state that the run goes on from; 0: it begins.
-        resumed: Whether it goes on in the same folder.
+        first_step: Finished steps of the state that the run resumes from; 0: it starts afresh.
+        resumed: Whether it resumes in the same folder.
     """
     writers: list[Writer] = []
     if tensorboard:
@@ -159,7 +159,7 @@ class TensorBoardWriter:
     """Event files for TensorBoard; each call is on the disk when it returns.
 
     Args:
-        folder: Where they lie.
+        folder: Where they are stored.
         first_step: What was logged there for later steps no longer counts.
 
     Raises:
@@ -180,7 +180,7 @@ class TensorBoardWriter:
         self._file.flush()
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Adds a picture."""
+        """Adds a figure."""
         self._file.add_image(tag, _pixels(figure), step, dataformats="HWC")
         self._file.flush()
 
@@ -208,16 +208,16 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases, kept on the disk where there is no login or no network.
+    """A run of Weights & Biases, stored on disk where there is no login or no network.
 
-    A run that goes on logs some steps again: they are a metric of their own, `step`, since the
+    A resumed run logs some steps again: they are a metric of their own, `step`, since the
     steps that the service counts cannot go back.
 
     Args:
-        output_dir: The run's folder; its name becomes the run's. `wandb/run_id.txt` in it tells
-            the run to go on with.
+        output_dir: The run's folder; its name becomes the run's. `wandb/run_id.txt` in it names
+            the run to resume.
         config: The run's settings.
-        resumed: Whether to go on with that run, if there is one.
+        resumed: Whether to resume that run, if there is one.
 
     Raises:
         Exception: Whatever wandb raises, here and in each method.
@@ -250,7 +250,7 @@ class WandbWriter:
         if offline:
             folder = Path(self._run.dir).parent
             logger.warning(
-                "%s is not reached (%s): the log is kept here. Send it with: wandb sync %s",
+                "%s is not reached (%s): the log is stored here. Send it with: wandb sync %s",
                 *(self.name, offline, shlex.quote(str(folder))),
             )
 
@@ -259,7 +259,7 @@ class WandbWriter:
         self._run.log({"step": step, **values})
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """Adds a picture."""
+        """Adds a figure."""
         self._run.log({"step": step, tag: self._wandb.Image(_pixels(figure))})
 
     def histogram(self, tag: str, counts: Sequence[int], step: int) -> None:
@@ -287,7 +287,7 @@ def _why_offline(wandb: Any) -> str | None:
 
 
 def _run_id(path: Path, resumed: bool) -> str:
-    """The id that the file holds, if the run goes on with it, or else a new one."""
+    """The id that the file holds, if the run resumes it, or else a new one."""
     if resumed and path.exists():
         return path.read_text().strip()
     run_id = secrets.token_hex(4)
@@ -296,7 +296,7 @@ def _run_id(path: Path, resumed: bool) -> str:
 
 
 def _succeeds(name: str, place: str, write: Callable[[Any], object], target: object) -> bool:
-    """Writes to a log; tells an error and returns False.
+    """Writes to a log; reports an error and returns False.
 
     Training must not end because of a log, whatever the libraries behind it raise: this is the one
     place where every exception is caught.
@@ -305,7 +305,7 @@ def _succeeds(name: str, place: str, write: Callable[[Any], object], target: obj
         write(target)
     except Exception as error:
         problem = utils.reason(error)
-        logger.warning("%s failed %s (%s): training goes on without it", name, place, problem)
+        logger.warning("%s failed %s (%s): training continues without it", name, place, problem)
         return False
     return True
 
@@ -353,7 +353,7 @@ def _draw_matrix(record: RunRecord) -> Figure | None:
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
-    """A picture as (height, width, 3); the libraries would draw it with pyplot."""
+    """A figure as (height, width, 3); the libraries would draw it with pyplot."""
     from PIL import Image
 
     file = io.BytesIO()

@@ -1,51 +1,24 @@
-"""How numbers are computed: mixed precision, TensorFloat-32, compiled passes, recomputation.
+"""Precision of the computation: mixed precision, TensorFloat-32, compilation, recomputation.
 
 None of it is on by default: results are then those of single precision. What is on is named in
 `results.json`.
 """
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vision_transformer import Pass, PromptedVisionTransformer
+from cli.settings import PrecisionSettings
+from model.encoder import Pass
+from vision_transformer import PromptedVisionTransformer
 
 #: Data types of `--amp`.
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """What a run trades for speed or memory.
-
-    Attributes:
-        amp: Type of the backbone's matrix products, a key of `AMP_DTYPES`; None: single precision.
-            Selection, similarity, head, softmax and loss are single precision always.
-        tf32: Whether all single-precision products on CUDA are rounded to TensorFloat-32.
-        compile: Whether both passes through the backbone are compiled, with CUDA graphs on CUDA.
-        grad_checkpointing: Whether the backward pass computes activations again.
-    """
-
-    amp: str | None = None
-    tf32: bool = False
-    compile: bool = False
-    grad_checkpointing: bool = False
-
-    @property
-    def loss_scaling(self) -> bool:
-        """Whether gradients would underflow without a scale on the loss."""
-        return self.amp == "fp16"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for result files."""
-        return asdict(self)
-
-
 def apply(
-    numerics: Numerics,
+    settings: PrecisionSettings,
     model: PromptedVisionTransformer,
     batch_sizes: Collection[int],
     weights_follow: bool = False,
@@ -53,23 +26,23 @@ def apply(
     """Makes a model compute so, in all of its uses.
 
     Args:
-        numerics: What is asked for.
+        settings: What is asked for.
         model: The model, on its device.
         batch_sizes: Images of a full batch in training and in evaluation; compiled passes take
             these, any other number runs as it is, so that nothing is ever compiled again.
         weights_follow: Whether the frozen weights are still to be loaded.
     """
-    torch.set_float32_matmul_precision("high" if numerics.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = numerics.tf32
-    model.recompute = numerics.grad_checkpointing
-    on_cuda = model.head.weight.is_cuda
-    if numerics.amp is not None:
-        model.amp_dtype = AMP_DTYPES[numerics.amp]
+    torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    model.recompute = settings.grad_checkpointing
+    on_cuda = next(model.parameters()).is_cuda
+    if settings.amp is not None:
+        model.amp_dtype = AMP_DTYPES[settings.amp]
         if not weights_follow:
             _round_frozen_weights(model, model.amp_dtype)
         if not on_cuda:
             _spell_attention_out(model)
-    if numerics.compile:
+    if settings.compile:
         mode = "reduce-overhead" if on_cuda else None
         model.run_query = _Compiled(model.run_query, batch_sizes, mode)
         model.run_prompted = _Compiled(model.run_prompted, batch_sizes, mode)

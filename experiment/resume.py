@@ -1,14 +1,12 @@
-"""`--resume`: the state of a run between two steps, from which it goes on as if never stopped.
+"""`--resume`: the state of a run between two steps; a resumed run equals one that never stopped.
 
-The newest state lies in `checkpoint/last.pth`, the one before it in `checkpoint/last_but_one.pth`;
-each is written whole or not at all, so one of them is always good. A state holds tensors and plain
-values only and is read with `weights_only`.
+The newest state is stored in `checkpoint/last.pth`, the one before it in
+`checkpoint/last_but_one.pth`; each is written whole or not at all, so one of them is always intact.
+A state holds tensors and plain values only and is read with `weights_only`.
 
-All that the processes of a run need of it is the same in each of them, so one process writes it,
-and any number may go on from it.
+It is the same in all processes of a run, so one process writes it, and any number may resume.
 """
 
-import argparse
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -17,25 +15,26 @@ from typing import Any
 
 from torch import Tensor
 
-import processes
 import utils
-from cli import options
-from cli.options import UsageError
-from engine import Evaluation, Position, TaskReport
-from experiment import build, checkpoints
-from experiment.assemble import Experiment
+from cli.parser import UsageError, shown
+from cli.settings import Settings, find_flag, names_of
+from experiment import checkpoints
+from experiment.build import Experiment
 from experiment.checkpoints import CheckpointError, Entries
+from experiment.provenance import check_same_run, same_value
 from reports import files, metrics
-from training.update import Updater
+from training.state import Evaluation, TaskReport, TrainState
+from training.update import OptimizerStep
+from utils import Processes
 
 FORMAT = "l2p run state 2"
 #: The same without a buffer.
 _FIRST_FORMAT = "l2p run state 1"
 
-#: Settings that may differ when a run goes on: where things are, and how they are computed. What
+#: Settings that may differ in a resumed run: where things are, and how they are computed. What
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
 _FREE = (
-    *options.COMPUTE_ONLY, "data_path", "pretrained", "batch_size", "lr", "lr_scale", "class_order",
+    *names_of("compute"), "data_path", "pretrained", "batch_size", "lr", "lr_scale", "class_order",
     "replay_batch", "file_lists",
 )  # fmt: skip
 
@@ -49,13 +48,13 @@ class RunState:
     Attributes:
         model: Trained tensors by public name.
         optimizer: State dict of the optimizer.
-        position: Where the run stands.
+        position: Where the run is.
         reports: One for each finished task.
         accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
         buffer: Numbers of the training images to replay; None without replay.
         global_batch: Images of all processes in a training step.
         num_images: Training images of each task.
-        train_digest: What tells the training images from others; None: not known.
+        train_digest: Identifies the training images; None: not known.
         config: Resolved settings of the run, plain values.
         class_order: Class ids of each task.
         class_names: Name of every class.
@@ -65,7 +64,7 @@ class RunState:
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
-    position: Position
+    position: TrainState
     reports: list[TaskReport]
     accuracy: dict[str, list[list[float | None]]]
     buffer: Tensor | None
@@ -79,17 +78,50 @@ class RunState:
     backbone: dict[str, str] | None
 
 
+@dataclass(frozen=True)
+class SavedRun:
+    """A state that a run resumes from.
+
+    Attributes:
+        path: Its file.
+        state: What the file holds.
+    """
+
+    path: Path
+    state: RunState
+
+    def global_batch(self, settings: Settings, world_size: int) -> int:
+        """Images of all processes in a training step.
+
+        The same command in another number of processes keeps what the run had.
+        """
+        batch_size = settings.optimizer.batch_size
+        if batch_size == self.state.config["batch_size"]:
+            return self.state.global_batch
+        return batch_size * world_size
+
+    def belongs_to(self, output_dir: Path) -> bool:
+        """Whether it is stored where a run in that folder stores its own."""
+        return self.path.resolve().parent == newest_path(output_dir).resolve().parent
+
+    def is_complete(self, num_tasks: int) -> bool:
+        """Whether all tasks were learned, and the results written, in its own folder."""
+        if self.state.position.task < num_tasks:
+            return False
+        return (self.path.parent.parent / "results.json").exists()
+
+
 def newest_path(output_dir: Path) -> Path:
-    """Where the newest state of a run lies."""
+    """Where the newest state of a run is stored."""
     return output_dir / "checkpoint" / "last.pth"
 
 
-def take(run: Experiment, position: Position, updater: Updater) -> RunState:
+def take(run: Experiment, position: TrainState, update: OptimizerStep) -> RunState:
     """The state of a run at a boundary."""
     record = run.record
     return RunState(
         model=run.model.trained_state(),
-        optimizer=updater.state_dict(),
+        optimizer=update.state_dict(),
         position=position,
         reports=record.reports,
         accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
@@ -115,85 +147,98 @@ def save(output_dir: Path, state: RunState, keep_newest: bool = True) -> None:
             damaged one is put aside.
     """
     content = {"format": FORMAT, **{name: getattr(state, name) for name in _ENTRIES}}
-    content["position"] = dataclasses.asdict(state.position)
+    content["position"] = {
+        name: value
+        for name, value in dataclasses.asdict(state.position).items()
+        if name in _POSITION_ENTRIES
+    }
     content["reports"] = [dataclasses.asdict(report) for report in state.reports]
     path = newest_path(output_dir)
     keep = _before(path) if keep_newest else path.with_name("last_damaged.pth")
     files.write_bytes(path, checkpoints.sealed(content), keep=keep)
 
 
-def find(args: argparse.Namespace, output_dir: Path | None) -> tuple[Path, RunState] | None:
-    """The state that `--resume` means, the same in all processes; None: the run begins.
+def find(settings: Settings, this: Processes) -> SavedRun | None:
+    """The state that `--resume` names, the same in all processes; None: the run starts afresh.
+
+    Args:
+        settings: Settings of the run.
+        this: This process among all.
 
     Raises:
         CheckpointError: If the state that it names, or every state there is, is damaged.
-        UsageError: If it names no state.
+        UsageError: If it names no state, or one of a run with other settings.
     """
-    if args.resume is None:
+    if settings.run.resume is None:
         return None
     path, content = None, b""
-    if processes.is_main_process():
-        path, content = _read_newest(args.resume, output_dir)
-    content = processes.share_bytes(content)
-    name = processes.share_bytes(str(path or "").encode()).decode()
-    return (Path(name), _parse(content, name)) if content else None
+    if utils.is_main_process():
+        path, content = _read_newest(settings.run.resume, settings.output_folder)
+    content = utils.share_bytes(content)
+    name = utils.share_bytes(str(path or "").encode()).decode()
+    if not content:
+        return None
+    saved = SavedRun(Path(name), _parse(content, name))
+    _check_settings(settings, this.world_size, saved)
+    return saved
 
 
-def check_settings(args: argparse.Namespace, world_size: int, path: Path, state: RunState) -> None:
+def _check_settings(settings: Settings, world_size: int, saved: SavedRun) -> None:
     """Makes sure that the command line describes the run that the state belongs to.
 
     Raises:
         UsageError: With every setting that would change the mathematics.
     """
-    stored, given = {**options.defaults(), **state.config}, build.resolved(args)
-    given["vote_group_size"] = build.vote_group_size(args)
+    state, batch = saved.state, saved.global_batch(settings, world_size)
+    stored = {**Settings().stored(), **state.config}
+    given = {**settings.stored(), "vote_group_size": settings.vote_group_size}
     differences = [
-        f"--{name} {options.shown(given[name])}, where the run has {options.shown(stored[name])}"
+        f"{find_flag(name).spelling} {shown(given[name])}, where the run has {shown(stored[name])}"
         for name in sorted(given.keys() & stored.keys())
-        if name not in _FREE and not build.same(name, given[name], stored[name])
+        if name not in _FREE and not same_value(name, given[name], stored[name])
     ]
-    batch = global_batch(args, world_size, state)
     if batch != state.global_batch:
         differences.append(
-            f"--batch-size {args.batch_size} in {world_size} processes, {batch} images a step, "
-            f"where the run has {state.global_batch}"
+            f"--batch-size {settings.optimizer.batch_size} in {world_size} processes, {batch} "
+            f"images a step, where the run has {state.global_batch}"
         )
-    was = argparse.Namespace(**stored)
-    replayed, stored_replayed = build.replayed_per_group(args), build.replayed_per_group(was)
+    was = Settings().replace(**{name: stored[name] for name in given})
+    replayed, stored_replayed = settings.replayed_per_group, was.replayed_per_group
     if replayed != stored_replayed:
         differences.append(
             f"{replayed} replayed images with each vote group, where the run has {stored_replayed}"
         )
-    lr = build.learning_rate(args, batch)
-    stored_lr = build.learning_rate(was, state.global_batch)
+    lr = settings.optimizer.learning_rate(batch)
+    stored_lr = was.optimizer.learning_rate(state.global_batch)
     if lr != stored_lr:
         differences.append(f"a learning rate of {lr:g}, where the run has {stored_lr:g}")
     if differences:
         raise UsageError(
             [
-                f"--resume: {path} belongs to a run with other settings, and going on with these "
-                "would mix two runs: give the same, or start anew without --resume",
+                f"--resume: {saved.path} belongs to a run with other settings, and these would mix "
+                "two runs: give the same, or start anew without --resume",
                 *differences,
             ]
         )
 
 
-def global_batch(args: argparse.Namespace, world_size: int, state: RunState) -> int:
-    """Images of all processes in a training step.
+def restore(run: Experiment, saved: SavedRun | None) -> TrainState:
+    """Brings model and results to where a state was saved.
 
-    The same command in another number of processes keeps what the run had.
-    """
-    if args.batch_size == state.config["batch_size"]:
-        return state.global_batch
-    return args.batch_size * world_size
+    Args:
+        run: The run, as it was built.
+        saved: The state; None: the run starts afresh.
 
-
-def restore(run: Experiment, path: Path, state: RunState) -> None:
-    """Brings model and results to where the state was taken.
+    Returns:
+        Where training starts.
 
     Raises:
-        CheckpointError, WeightsError: If it belongs to another run or does not fit the model.
+        CheckpointError, WeightsError: If the state is of another run, or does not fit the model.
     """
+    if saved is None:
+        return TrainState()
+    path, state = saved.path, saved.state
+    check_same_run(run, state, path)
     if state.num_images != _num_images(run):
         raise CheckpointError(
             f"{path} belongs to a run on {state.num_images} training images in the tasks, "
@@ -215,20 +260,16 @@ def restore(run: Experiment, path: Path, state: RunState) -> None:
         raise CheckpointError(f"{path}: its replay buffer is of another run")
     if run.buffer is not None and state.buffer is not None:
         run.buffer.indices = state.buffer.numpy()
+    return dataclasses.replace(state.position, optimizer=state.optimizer)
 
 
-def belongs_to(path: Path, output_dir: Path) -> bool:
-    """Whether a state lies where a run in that folder keeps its own."""
-    return path.resolve().parent == newest_path(output_dir).resolve().parent
-
-
-def copy_task_checkpoints(path: Path, state: RunState, output_dir: Path) -> None:
+def copy_task_checkpoints(saved: SavedRun, output_dir: Path) -> None:
     """Copies the checkpoints of finished tasks from beside a state into another run's folder."""
-    path = path.resolve()
+    path = saved.path.resolve()
     if path.parent.name != "checkpoint":
         return
     for number, source in checkpoints.find(path.parent.parent).items():
-        if number <= len(state.reports):
+        if number <= len(saved.state.reports):
             files.write_bytes(checkpoints.task_path(output_dir, number), source.read_bytes())
 
 
@@ -258,7 +299,7 @@ def _read_newest(resume: str, output_dir: Path | None) -> tuple[Path | None, byt
     names = " and ".join(str(path) for path in candidates)
     raise CheckpointError(
         f"--resume: no state is left that could be read ({names}); without --resume the run starts "
-        "anew, and what lies there is kept in previous/"
+        "anew, and the files there are moved to previous/"
     )
 
 
@@ -292,10 +333,10 @@ def _parse(content: bytes, name: str) -> RunState:
     return RunState(**found)
 
 
-def _position(content: dict[str, Any]) -> Position:
-    if missing := {field.name for field in dataclasses.fields(Position)} - content.keys():
+def _position(content: dict[str, Any]) -> TrainState:
+    if missing := set(_POSITION_ENTRIES) - content.keys():
         raise KeyError(*missing)
-    return Position(**{**content, "evaluations": _evaluations(content)})
+    return TrainState(**{**content, "evaluations": _evaluations(content)})
 
 
 def _report(content: dict[str, Any]) -> TaskReport:
@@ -305,6 +346,9 @@ def _report(content: dict[str, Any]) -> TaskReport:
 def _evaluations(content: dict[str, Any]) -> list[Evaluation]:
     return [Evaluation(**evaluation) for evaluation in content["evaluations"]]
 
+
+#: What a file stores of a `TrainState`; the optimizer has an entry of its own.
+_POSITION_ENTRIES = [f.name for f in dataclasses.fields(TrainState) if f.name != "optimizer"]
 
 _ENTRIES: Entries = {
     **checkpoints.ORIGIN_ENTRIES,

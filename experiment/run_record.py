@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: log_stats.txt, results.json, the final table."""
+"""Results of a run: log_stats.txt, results.json, the final table."""
 
 import json
 import platform
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from continual_datasets.stream import display_names
-from engine import TaskReport, average_stats
 from reports import files, metrics
 from reports.metrics import SELECTIONS
+from training.evaluation import average_stats
+from training.state import TaskReport
 
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -41,7 +42,7 @@ class RunRecord:
         numerics: How numbers were computed, plain values.
         command: `configurations` and `flags` of the command line.
         run: What follows from settings and data: `processes`, `images_per_step`, `learning_rate`,
-            `train_digest` (what tells the training images from others), `trained_parameters`.
+            `train_digest` (identifies the training images), `trained_parameters`.
     """
 
     config: dict[str, Any]

@@ -55,7 +55,7 @@ class StopSignals:
             raise self._preempted()
 
     def hand_on(self) -> None:
-        """Calls whoever listened before for every signal that came."""
+        """Calls the earlier handler of every signal that came."""
         for number in self._came:
             if callable(handler := self._earlier[number]):
                 handler(number, None)

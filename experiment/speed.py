@@ -11,16 +11,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine import EngineOptions, make_updater, train_step
-from processes import is_main_process
+from engine import StepTarget, train_step
+from experiment import build
+from experiment.build import Experiment
 from reports import files
-from training.update import MakeOptimizer
+from training.state import EngineOptions, MakeOptimizer
+from training.update import OptimizerStep
+from utils import is_main_process
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -52,27 +56,16 @@ class _ClassifyPass(nn.Module):
         return self.model(images, query=query)["logits"]
 
 
-def speed_test(
-    model: PromptedVisionTransformer,
-    make_optimizer: MakeOptimizer,
-    options: EngineOptions,
-    *,
-    batch_size: int,
-    input_size: int,
-    output_dir: Path | None,
-) -> None:
-    """Measures the model, logs the figures and appends them to `output_dir/speed_macs.txt`.
+def speed_test(run: Experiment) -> None:
+    """Measures throughput of training steps and of inference, counts multiply-accumulates.
 
-    Weights and random generators are left as they were.
-
-    Args:
-        model: The model, on its device.
-        make_optimizer: Makes one over its trainable parameters, with learning rate 0.
-        options: What a training step computes.
-        batch_size: B.
-        input_size: S.
-        output_dir: Folder of the file; None writes none.
+    Logs the lines, and appends them to `speed_macs.txt` in the run's folder. Weights and random
+    generators are left as they were.
     """
+    model, options = run.model, run.options
+    batch_size, input_size = run.settings.optimizer.batch_size, run.settings.transforms.input_size
+    output_dir = run.settings.output_folder
+    make_optimizer = partial(build.make_optimizer, run.settings.optimizer, model, lr=0.0)
     with torch.random.fork_rng():
         images = torch.rand(batch_size, 3, input_size, input_size, device=options.device)
         targets = torch.randint(model.num_classes, (batch_size,), device=options.device)
@@ -175,11 +168,18 @@ def _step(
     targets: Tensor,
     options: EngineOptions,
 ) -> Callable[[], None]:
-    updater = make_updater(model, make_optimizer, options)
+    update = OptimizerStep(
+        model.parameters(),
+        make_optimizer,
+        options.device,
+        clip_grad=options.clip_grad,
+        loss_scaling=options.loss_scaling,
+    )
+    target = StepTarget(task_id=0, allowed=None, global_size=len(images))
 
     def step() -> None:
         model.train()
-        train_step(model, updater, (images, targets), 0, None, len(images), options)
+        train_step(model, update, (images, targets), target, options)
 
     return step
 

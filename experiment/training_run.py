@@ -1,162 +1,139 @@
-"""A training run: where it begins, what it saves and when, and how it ends."""
+"""A training run: its folder, what it saves and when, what it reports at its end."""
 
-import argparse
 import logging
 import shlex
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import engine
 import utils
-from cli import options
+from cli import configurations
 from continual_datasets.samplers import steps_per_epoch
-from engine import NonFiniteLossError, Position, TaskReport
-from experiment import build, checkpoints, describe, live_log, resume, run_record
-from experiment.assemble import Experiment, assemble, check_same_run
+from experiment import checkpoints, describe, live_log, resume, run_record
+from experiment.build import Experiment
 from experiment.checkpoints import Checkpoint
 from experiment.live_log import LiveLog
-from experiment.resume import RunState
+from experiment.resume import SavedRun
 from experiment.signals import Preempted, StopSignals
-from processes import Processes, is_main_process, wait_for_all
 from reports import draw, files, metrics
-from training.update import Updater
+from training.state import Monitor, NonFiniteLossError, Run, TaskReport, TrainState
+from training.update import OptimizerStep
+from utils import is_main_process, wait_for_all
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(
-    args: argparse.Namespace, processes: Processes
-) -> tuple[Experiment, tuple[Path, RunState] | None]:
-    """Assembles a run and brings it to where it begins.
-
-    Returns:
-        The run, and the state that it goes on from, if any, with where that lies.
-
-    Raises:
-        UsageError: If the state to go on from belongs to other settings.
-        CheckpointError: If it is damaged, or belongs to other data or another backbone.
-        DataError, WeightsError: See `experiment.assemble`.
-    """
-    output_dir = Path(args.output_dir) if args.output_dir else None
-    found = resume.find(args, output_dir)
-    if found is None:
-        return assemble(args, processes), None
-    resume.check_settings(args, processes.world_size, *found)
-    global_batch = resume.global_batch(args, processes.world_size, found[1])
-    experiment = assemble(args, processes, global_batch=global_batch)
-    check_same_run(experiment, found[1], found[0])
-    resume.restore(experiment, *found)
-    return experiment, found
-
-
-def is_complete(experiment: Experiment, found: tuple[Path, RunState] | None) -> bool:
-    """Whether all tasks were learned by the state that a run goes on from, in its own folder."""
-    if found is None or found[1].position.task < experiment.stream.num_tasks:
-        return False
-    return (found[0].parent.parent / "results.json").exists()
-
-
-def run(
-    args: argparse.Namespace,
-    processes: Processes,
-    signals: StopSignals,
+@contextmanager
+def recorded(
     experiment: Experiment,
-    found: tuple[Path, RunState] | None,
+    signals: StopSignals,
+    saved: SavedRun | None,
     seconds_to_load: float = 0.0,
-) -> None:
-    """Trains on all tasks, evaluating after each; writes everything to `--output_dir`.
+) -> Iterator[Run]:
+    """Saves and logs the training that takes place in its body, and reports the results after it.
 
     Args:
-        args: Validated settings.
-        processes: This process among all.
-        signals: Tell that the run shall stop.
         experiment: The run.
-        found: The state that it goes on from, and where that lies.
+        signals: Stop requests, which take effect at step boundaries meanwhile.
+        saved: The state that it resumes from, if any.
         seconds_to_load: Wall time that it took to prepare the run.
 
+    Yields:
+        What `engine.train_and_evaluate` needs.
+
     Raises:
-        Preempted: When it was asked to stop; what it has learned is saved.
-        NonFiniteLossError: See `engine.train_one_epoch`.
+        Preempted: When the run was asked to stop; what it has learned is saved.
     """
-    output_dir = Path(args.output_dir) if args.output_dir else None
-    _start_output(args, output_dir, found)
-    describe.describe(args, experiment, processes)
+    output_dir = experiment.settings.output_folder
+    _start_output(experiment, saved)
+    describe.describe(experiment)
     start = time.monotonic()
-    with closing(_open_live_log(args, experiment, output_dir, found)) as live:
-        keeper = Keeper(experiment, output_dir, args.save_every, signals, found, live)
-        _train(args, experiment, keeper, None if found is None else found[1])
+    with closing(_open_live_log(experiment, saved)) as live:
+        checkpointer = Checkpointer(experiment, output_dir, signals, saved, live)
+        run = Run(
+            options=experiment.options,
+            train_loader=experiment.train_loader,
+            test_loader=experiment.test_loader,
+            make_optimizer=experiment.make_optimizer,
+            make_scheduler=experiment.make_scheduler,
+            matrices=experiment.record.matrices,
+            monitor=checkpointer,
+        )
+        with signals.deferred():
+            try:
+                yield run
+            except NonFiniteLossError:
+                checkpointer.save_last_finite()
+                raise
     seconds = time.monotonic() - start
     logger.info("Total training time: %s", timedelta(seconds=int(seconds)))
-    _finish(args, experiment, keeper, seconds_to_load, seconds)
+    _report(experiment, checkpointer, seconds_to_load, seconds)
 
 
-class Keeper(engine.Monitor):
-    """Saves a run as it goes on, tells how it goes, and stops it when it is asked to.
+class Checkpointer(Monitor):
+    """Saves a run as it proceeds, logs it, and stops it on request.
 
     Args:
         experiment: The run.
         output_dir: Its folder; None: nothing is saved.
-        save_every: Seconds between two states inside an epoch.
-        signals: Tell that the run shall stop.
-        found: The state that it goes on from, and where that lies.
-        live: Is told how training goes.
+        signals: Stop requests.
+        saved: The state that it resumes from, if any.
+        live: Logs how training proceeds.
     """
 
     def __init__(
         self,
         experiment: Experiment,
         output_dir: Path | None,
-        save_every: float,
         signals: StopSignals,
-        found: tuple[Path, RunState] | None = None,
+        saved: SavedRun | None = None,
         live: LiveLog | None = None,
     ) -> None:
         self.live = live or LiveLog([])
-        self.logged = {} if found is None else dict(found[1].position.meters)
+        self.logged = {} if saved is None else dict(saved.state.position.meters)
         self.seconds_saving = 0.0
         self.experiment, self.signals = experiment, signals
         self.saves = output_dir is not None
         self.output_dir = output_dir if is_main_process() else None
-        self.save_every = save_every
-        self.saved = time.monotonic()
-        self.newest_is_good = True
-        if found is not None and self.output_dir is not None:
+        self.saved_at = time.monotonic()
+        self.newest_is_intact = True
+        if saved is not None and self.output_dir is not None:
             newest = resume.newest_path(self.output_dir)
-            self.newest_is_good = found[0].resolve() == newest.resolve()
+            self.newest_is_intact = saved.path.resolve() == newest.resolve()
 
     def wants_to_stop(self) -> bool:
-        """Whether a signal came to this process."""
+        """Whether this process received a signal."""
         return self.signals.received is not None
 
     def in_evaluation(self) -> None:
         """Ends an evaluation at once: the state of the boundary before it is saved."""
         if self.wants_to_stop():
-            raise Preempted(self._word("in an evaluation, which will be done again"))
+            raise Preempted(self._stop_message("in an evaluation, which will be done again"))
 
-    def at_boundary(self, position: Position, updater: Updater, stop: bool = False) -> None:
+    def at_boundary(self, state: TrainState, update: OptimizerStep, stop: bool = False) -> None:
         """Saves the state at milestones, when it is due, and before the run stops.
 
         No process stops before the state is saved: the others would be stopped with it.
         """
-        self._log_steps(position)
+        self._log_steps(state)
         if self.output_dir is not None:
             start = time.monotonic()
-            if start - self.saved >= self.save_every or stop or self._is_milestone(position):
-                state = resume.take(self.experiment, position, updater)
-                resume.save(self.output_dir, state, self.newest_is_good)
-                self.saved, self.newest_is_good = time.monotonic(), True
-                self.seconds_saving += self.saved - start
+            is_due = start - self.saved_at >= self.experiment.settings.run.save_every
+            if is_due or stop or self._is_milestone(state):
+                taken = resume.take(self.experiment, state, update)
+                resume.save(self.output_dir, taken, self.newest_is_intact)
+                self.saved_at, self.newest_is_intact = time.monotonic(), True
+                self.seconds_saving += self.saved_at - start
         if stop:
             wait_for_all("saved")  # one that ended before would end the main process, too
-            place = f"task {position.task + 1}, epoch {position.epoch + 1}, step {position.step}"
-            raise Preempted(self._word(f"after {place}"))
+            place = f"task {state.task + 1}, epoch {state.epoch + 1}, step {state.step}"
+            raise Preempted(self._stop_message(f"after {place}"))
 
     def at_task_end(self, report: TaskReport) -> None:
-        """Keeps images of a task for replay; writes its checkpoint, if evaluated, and results."""
+        """Stores images of a task for replay; writes its checkpoint, if evaluated, and results."""
         self.experiment.record.reports.append(report)
         if self.experiment.buffer is not None:
             task = self.experiment.stream.tasks[report.task]
@@ -170,33 +147,41 @@ class Keeper(engine.Monitor):
             step = steps_before(self.experiment, report.task + 1)
             self.live.log_task(step, self.experiment.record, report)
 
-    def _log_steps(self, position: Position) -> None:
-        """Tells the live log the means over the steps that were read since the last call."""
+    def save_last_finite(self) -> None:
+        """Saves the model before the step whose loss is not finite."""
+        if self.output_dir is not None:
+            path = self.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
+            save_checkpoint(self.experiment, path, len(self.experiment.record.reports))
+            logger.error("Saved the state before that step to %s", path)
+        wait_for_all("saved")
+
+    def _log_steps(self, state: TrainState) -> None:
+        """Adds to the live log the means over the steps that were read since the last call."""
         if not self.live.writers:
             return
-        before, self.logged = self.logged, position.meters
-        if position.step == 0:
+        before, self.logged = self.logged, state.meters
+        if state.step == 0:
             return
         means = {}
-        for name, (total, count) in position.meters.items():
+        for name, (total, count) in state.meters.items():
             old_total, old_count = before.get(name, (0.0, 0.0))
             if count > old_count:
                 means[name] = (total - old_total) / (count - old_count)
-        step = steps_before(self.experiment, position.task, position.epoch) + position.step
+        step = steps_before(self.experiment, state.task, state.epoch) + state.step
         self.live.log_training(step, means)
 
-    def _is_milestone(self, position: Position) -> bool:
+    def _is_milestone(self, state: TrainState) -> bool:
         """Whether an epoch or a task has ended, of a task that an evaluation follows."""
-        if position.step > 0 or position.evaluations:
+        if state.step > 0 or state.evaluations:
             return False
-        tasks = self.experiment.stream.tasks
-        return bool(tasks[position.task - (not position.inside_task)].test_sets)
+        task = state.task if state.inside_task else state.task - 1
+        return bool(self.experiment.stream.tasks[task].test_sets)
 
-    def _word(self, place: str) -> str:
+    def _stop_message(self, place: str) -> str:
         signal = self.signals.received
         by = "another process" if signal is None else signal.name
-        how = "the same command with --resume auto goes on" if self.saves else "nothing is saved"
-        return f"{by} stopped the run {place}: {how}"
+        how = "resume it by the same command with --resume auto"
+        return f"{by} stopped the run {place}: {how if self.saves else 'nothing is saved'}"
 
 
 def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
@@ -225,117 +210,83 @@ def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
 def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
     """Steps of the run before an epoch of a task, both counted from 0."""
     sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
-    drop_last = run.record.config["drop_last"]
+    drop_last = run.settings.optimizer.drop_last
     steps = [steps_per_epoch(size, run.global_batch, drop_last) for size in sizes]
     return sum(steps[:task]) * run.options.epochs + sum(steps[task:]) * epoch
 
 
-def _open_live_log(
-    args: argparse.Namespace,
-    run: Experiment,
-    output_dir: Path | None,
-    found: tuple[Path, RunState] | None,
-) -> LiveLog:
-    """The live logs that the settings ask for, in the main process; another one's has none."""
+def _open_live_log(run: Experiment, saved: SavedRun | None) -> LiveLog:
+    """The live logs that the settings ask for, in the main process; in others one without any."""
+    output_dir = run.settings.output_folder
     if output_dir is None or not is_main_process():
         return LiveLog([])
-    position = Position() if found is None else found[1].position
+    position = TrainState() if saved is None else saved.state.position
     return live_log.open_live_log(
-        tensorboard=args.tensorboard,
-        wandb=args.wandb,
+        tensorboard=run.settings.output.tensorboard,
+        wandb=run.settings.output.wandb,
         output_dir=output_dir,
         record=run.record,
         first_step=steps_before(run, position.task, position.epoch) + position.step,
-        resumed=found is not None and resume.belongs_to(found[0], output_dir),
+        resumed=saved is not None and saved.belongs_to(output_dir),
     )
 
 
-def _train(
-    args: argparse.Namespace, experiment: Experiment, keeper: Keeper, state: RunState | None
-) -> None:
-    """The task loop, from a state on if there is one."""
-    lr = build.learning_rate(args, experiment.global_batch)
-    try:
-        with keeper.signals.deferred():
-            engine.train_and_evaluate(
-                experiment.model,
-                experiment.stream.tasks,
-                experiment.train_loader,
-                experiment.test_loader,
-                partial(build.make_optimizer, args, experiment.model, lr),
-                partial(build.make_scheduler, args),
-                experiment.record.matrices,
-                experiment.options,
-                keeper,
-                position=None if state is None else state.position,
-                optimizer_state=None if state is None else state.optimizer,
-            )
-    except NonFiniteLossError:
-        if keeper.output_dir is not None:
-            path = keeper.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
-            save_checkpoint(experiment, path, len(experiment.record.reports))
-            logger.error("Saved the state before that step to %s", path)
-        wait_for_all("saved")
-        raise
-
-
-def _start_output(
-    args: argparse.Namespace, output_dir: Path | None, found: tuple[Path, RunState] | None
-) -> None:
-    """Makes room for the results of this run and writes down its settings."""
+def _start_output(run: Experiment, saved: SavedRun | None) -> None:
+    """Moves earlier results aside and writes the settings of this run."""
+    output_dir = run.settings.output_folder
     if output_dir is None or not is_main_process():
         return
-    goes_on_here = found is not None and resume.belongs_to(found[0], output_dir)
-    earlier = None if goes_on_here else run_record.set_aside(output_dir)
+    resumes_here = saved is not None and saved.belongs_to(output_dir)
+    earlier = None if resumes_here else run_record.set_aside(output_dir)
     utils.log_to_file(output_dir / "log.txt")
     if earlier is not None:
         logger.info("The results of an earlier run were moved to %s", earlier)
-    if found is not None:
-        _tell_resumed(*found)
-        if goes_on_here:
-            files.remove_unfinished(found[0].parent)
+    if saved is not None:
+        _log_resumed(saved)
+        if resumes_here:
+            files.remove_unfinished(saved.path.parent)
         else:
-            resume.copy_task_checkpoints(*found, output_dir)
-    elif args.resume is not None:
-        logger.info("There is no state to go on from yet: the run begins")
-    files.write_text(output_dir / "config.yaml", options.to_yaml(build.resolved(args)))
+            resume.copy_task_checkpoints(saved, output_dir)
+    elif run.settings.run.resume is not None:
+        logger.info("There is no state to resume from yet: the run starts at its first task")
+    files.write_text(output_dir / "config.yaml", configurations.to_yaml(run.settings.stored()))
 
 
-def _tell_resumed(path: Path, state: RunState) -> None:
-    position = state.position
-    if position.task >= len(state.class_order or ()):
-        logger.info("The run is complete already (%s)", path)
+def _log_resumed(saved: SavedRun) -> None:
+    position = saved.state.position
+    if position.task >= len(saved.state.class_order or ()):
+        logger.info("The run is complete already (%s)", saved.path)
         return
     logger.info(
-        "Going on from %s: task %d, %d of %d epochs and %d steps done",
-        *(path, position.task + 1, position.epoch, state.config["epochs"], position.step),
+        "Resuming from %s: task %d, %d of %d epochs and %d steps done",
+        saved.path,
+        position.task + 1,
+        position.epoch,
+        saved.state.config["epochs"],
+        position.step,
     )
 
 
-def _finish(
-    args: argparse.Namespace,
-    experiment: Experiment,
-    keeper: Keeper,
-    seconds_to_load: float,
-    seconds_of_run: float,
+def _report(
+    run: Experiment, checkpointer: Checkpointer, seconds_to_load: float, seconds_of_run: float
 ) -> None:
-    """Prints the results, writes them, draws them, and tells where all of it is."""
-    record, output_dir = experiment.record, keeper.output_dir
+    """Prints the results, writes them, draws them, and says where everything is."""
+    record, output_dir = run.record, checkpointer.output_dir
     logger.info("%s", record.table())
     if output_dir is None:
         return
     record.write(output_dir)
     start = time.monotonic()
-    if args.plots:
+    if run.settings.output.plots:
         _draw(record.as_dict(), output_dir)
     seconds = {
         "training": sum(report.train_seconds for report in record.reports),
         "evaluation": sum(report.eval_seconds for report in record.reports),
         "loading": seconds_to_load,
-        "saving": keeper.seconds_saving,
-        "pictures": time.monotonic() - start,
+        "saving": checkpointer.seconds_saving,
+        "figures": time.monotonic() - start,
     }
-    total = seconds_to_load + seconds_of_run + seconds["pictures"]
+    total = seconds_to_load + seconds_of_run + seconds["figures"]
     describe.conclude(output_dir, seconds, total)
 
 
@@ -344,7 +295,7 @@ def _draw(content: dict[str, Any], output_dir: Path) -> None:
     try:
         _, left_out = draw.draw_run(content, output_dir / "plots")
     except (OSError, ValueError) as error:
-        logger.warning("The pictures are not drawn (%s)", utils.reason(error))
+        logger.warning("The figures are not drawn (%s)", utils.reason(error))
         logger.warning("Draw them again: python plots.py %s", shlex.quote(str(output_dir)))
         return
     for reason in left_out:

@@ -1,6 +1,6 @@
-"""A sweep from its command line to its table: what is left to do, where it runs, what it gave."""
+"""Carries out a sweep: plans it, runs what is left to do, and shows the results as a table."""
 
-import argparse
+import dataclasses
 import fcntl
 import os
 import shlex
@@ -12,13 +12,42 @@ from pathlib import Path
 
 import submitit
 
-from cli import options
-from cli.options import UsageError
-from launch import job_array, local_runs, submitit_jobs, sweep_plan
+from cli.parser import UsageError, parse
+from launch import job_array, local_runs, sweep_plan
+from launch.submitit_jobs import JobOptions
 from launch.sweep_plan import Run, Sweep, count_runs
 from reports import comparison_figures, draw, seed_tables, stored_runs
 from reports.figure_style import NothingToDrawError
 from reports.stored_runs import Group, ResultsError
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of sweep.py.
+
+    Attributes:
+        output_dir: Folder of the sweep; empty: it was not given.
+        grid: `name=value,value` of each setting; None: the sweep is a file.
+        seeds: Seeds of each arm; None: 42.
+        list: Whether to show the sweeps and stop.
+        dry_run: Whether to show what would run and stop.
+        jobs: Runs of this machine at a time; None: one.
+        submitit: Whether runs are jobs.
+        max_parallel: Jobs that may run at a time; None: submitit's limit.
+        wait: Whether to wait for the jobs.
+        job: What each job asks for.
+    """
+
+    output_dir: str
+    grid: Sequence[str] | None
+    seeds: Sequence[int] | None
+    list: bool
+    dry_run: bool
+    jobs: int | None
+    submitit: bool
+    max_parallel: int | None
+    wait: bool
+    job: JobOptions
 
 
 @dataclass(frozen=True)
@@ -27,13 +56,13 @@ class Plan:
 
     Attributes:
         sweep: The sweep.
-        folder: Where all goes.
+        folder: Folder of the sweep.
         runs: All runs of the sweep.
         done: Those that are finished.
-        jobs: Those that are queued or running as jobs of an earlier command.
-        left_out: Combinations of a grid that are impossible, by name, and why.
+        jobs: Jobs of earlier commands that are queued or running, by names of runs.
+        left_out: Impossible combinations of a grid, by name, and the reasons.
         num_workers: Processes that load images beside each process of a run.
-        plots: Whether pictures are wanted.
+        plots: Whether to draw figures.
     """
 
     sweep: Sweep
@@ -47,86 +76,94 @@ class Plan:
 
     @property
     def left(self) -> list[Run]:
-        """Runs that are neither finished nor in the hands of Slurm."""
+        """Runs that are neither finished nor queued or running as jobs."""
         return [run for run in self.runs if run not in self.done and run.name not in self.jobs]
 
 
-def make_plan(args: argparse.Namespace, base: list[str]) -> Plan:
-    """Looks what a command line asks for, what of that can run, and what is done.
+def make_plan(options: SweepOptions, base: list[str]) -> Plan:
+    """Finds the runs that a command line asks for, and which of them are finished.
 
     Args:
-        args: Options of sweep.py.
-        base: The sweep, unless it is a grid of the command line; and arguments of main.py.
+        options: Options of sweep.py.
+        base: The rest of the command line: the sweep, unless `--grid` gives it, and arguments of
+            main.py.
 
     Raises:
         UsageError: With everything that is wrong.
     """
-    problems = _own_problems(args)
-    sweep, base = _find_sweep(args, base, problems)
-    main_args, found = options.parse_args(base)
-    problems += found
-    problems += [
+    problems = _own_problems(options)
+    sweep, base = _find_sweep(options.grid, base, problems)
+    settings, found = parse(base)
+    surplus = [
         f"--{name}: sweep.py gives it to each run, or has no use for it: leave it out"
         + (" (--seeds names the seeds)" if name == "seed" else "")
-        for name in main_args.command["flags"]
+        for name in settings.given.flags
         if name in sweep_plan.NOT_SWEPT
     ]
-    if sweep is None or problems:
-        raise UsageError(problems)
-    folder = Path(args.output_dir).expanduser().absolute()
-    runs, left_out = sweep_plan.possible_runs(args, sweep, base, folder)
-    done = sweep_plan.finished(runs, submitit_jobs.num_processes(args) if args.submitit else 1)
+    if sweep is None or problems or surplus:
+        raise UsageError([*problems, *found, *surplus])
+    folder = Path(options.output_dir).expanduser().absolute()
+    runs, left_out = sweep_plan.possible_runs(
+        sweep, options.seeds or [42], base, folder, elsewhere=options.submitit
+    )
+    done = sweep_plan.finished(runs, options.job.num_processes if options.submitit else 1)
     return Plan(
         sweep=sweep,
         folder=folder,
         runs=tuple(runs),
         done=tuple(done),
         left_out=left_out,
-        num_workers=main_args.num_workers,
-        plots=main_args.plots,
+        num_workers=settings.data.num_workers,
+        plots=settings.output.plots,
     )
 
 
-def execute(args: argparse.Namespace, plan: Plan) -> int:
-    """Does what is left to do, and prints and draws what the sweep gave.
+def execute(options: SweepOptions, plan: Plan) -> int:
+    """Runs or submits what is left to do; prints and draws the results.
 
     Args:
-        args: Options of sweep.py: where runs take place, and whether to wait for jobs.
-        plan: What `make_plan` made of them.
+        options: Options of sweep.py.
+        plan: The plan that `make_plan` made with them.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: If another command is at work in the folder of the sweep.
+        UsageError: If another sweep.py uses the folder of the sweep.
     """
-    if args.dry_run:
+    if options.dry_run:
         plan = replace(plan, jobs=job_array.find_jobs(plan.folder, plan.runs))
-        _tell_plan(plan)
+        _print_plan(plan)
         for run in plan.runs:
-            print(f"  {_standing(plan, run):11}{run.command}")
+            print(f"  {_status(plan, run):11}{run.command}")
         return 0
     code = 0
-    with _alone(plan.folder) as lock:
+    with _locked(plan.folder) as lock:
         plan = replace(plan, jobs=job_array.find_jobs(plan.folder, plan.runs))
-        _tell_plan(plan)
+        _print_plan(plan)
         jobs = dict(plan.jobs)
-        if args.submitit and plan.left:
-            jobs |= job_array.submit(args, plan.folder, plan.left, plan.num_workers)
+        if options.submitit and plan.left:
+            jobs |= job_array.submit(
+                plan.left,
+                options.job,
+                plan.folder,
+                num_workers=plan.num_workers,
+                max_parallel=options.max_parallel,
+            )
         elif plan.left:
-            code = local_runs.run_here(plan.left, args.jobs, plan.folder / "logs", lock)
-    if args.wait:
+            code = local_runs.run_here(plan.left, options.jobs, plan.folder / "logs", lock)
+    if options.wait:
         code = job_array.wait_for_jobs(plan.runs, jobs)
     _report(plan)
     return code
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Keeps a folder to this command; gives the descriptor that locks it.
+def _locked(folder: Path) -> Iterator[int]:
+    """Makes a folder and locks it while its body runs; gives the file descriptor of the lock.
 
     Raises:
-        UsageError: If another command is at work in it.
+        UsageError: If another sweep.py uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -144,32 +181,33 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UsageError(
             [f"--output_dir {folder}: another sweep.py is at work there, wait for its end"]
         ) from error
-    except OSError as error:  # of file systems that have no locks
+    except OSError as error:  # the file system has no locks
         print(f"{folder} cannot be locked ({error.strerror}): start no other sweep.py there")
 
 
-def _own_problems(args: argparse.Namespace) -> list[str]:
+def _own_problems(options: SweepOptions) -> list[str]:
     """What is wrong with the options of sweep.py alone."""
     problems = []
-    if not args.output_dir:
+    if not options.output_dir:
         problems.append("--output_dir is missing: name the folder of the sweep")
-    for seed in sorted(set(args.seeds or [])):
+    seeds = options.seeds or []
+    for seed in sorted(set(seeds)):
         if seed >= 2**32:
             problems.append(f"--seeds {seed}: must be in [0, 2^32)")
-        if args.seeds.count(seed) > 1:
+        if seeds.count(seed) > 1:
             problems.append(f"--seeds names {seed} twice")
-    for name in ("jobs", "max_parallel"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            problems.append(f"--{name} {getattr(args, name)}: must be at least 1")
-    return problems + (_job_problems(args) if args.submitit else _surplus_job_options(args))
+    for name, number in (("jobs", options.jobs), ("max_parallel", options.max_parallel)):
+        if number is not None and number < 1:
+            problems.append(f"--{name} {number}: must be at least 1")
+    about_jobs = _job_problems if options.submitit else _surplus_job_options
+    return problems + about_jobs(options)
 
 
-def _job_problems(args: argparse.Namespace) -> list[str]:
-    problems = submitit_jobs.job_problems(args)
-    if args.jobs is not None:
+def _job_problems(options: SweepOptions) -> list[str]:
+    problems = options.job.problems()
+    if options.jobs is not None:
         problems.append("--jobs is for runs of this machine: with --submitit give --max_parallel")
-    is_local = (args.cluster or submitit.AutoExecutor.which()) == "local"
-    if args.max_parallel is not None and is_local:
+    if options.max_parallel is not None and options.job.is_local:
         problems.append(
             "--max_parallel: --cluster local starts all jobs at once; give --jobs without "
             "--submitit"
@@ -177,23 +215,22 @@ def _job_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _surplus_job_options(args: argparse.Namespace) -> list[str]:
-    usual = {**args.job_options, "max_parallel": None, "wait": False}
-    return [
-        f"--{name} is for jobs: give --submitit, too"
-        for name, value in usual.items()
-        if getattr(args, name) != value
-    ]
+def _surplus_job_options(options: SweepOptions) -> list[str]:
+    """Problems of options of jobs that were given without --submitit."""
+    usual = dataclasses.asdict(JobOptions())
+    given = [name for name, value in usual.items() if getattr(options.job, name) != value]
+    given += ["max_parallel"] * (options.max_parallel is not None) + ["wait"] * options.wait
+    return [f"--{name} is for jobs: give --submitit, too" for name in given]
 
 
 def _find_sweep(
-    args: argparse.Namespace, base: list[str], problems: list[str]
+    grid: Sequence[str] | None, base: list[str], problems: list[str]
 ) -> tuple[Sweep | None, list[str]]:
-    """The sweep, None if it has problems, and the base without its name."""
+    """The sweep, or None if it has problems, which are added; and the base without its name."""
     try:
-        if args.grid is not None:
-            return sweep_plan.make_sweep("--grid", {}, sweep_plan.parse_grid(args.grid)), base
-        positional = options.parse_args(base)[0].command["configurations"]
+        if grid is not None:
+            return sweep_plan.make_sweep("--grid", {}, sweep_plan.parse_grid(grid)), base
+        positional = parse(base)[0].given.configurations
         if not positional:
             raise UsageError(["SWEEP is missing: name one (see --list), or give --grid"])
         base = base[:]
@@ -204,7 +241,7 @@ def _find_sweep(
         return None, base
 
 
-def _tell_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan) -> None:
     counts = [count_runs(plan.runs), f"{len(plan.done)} done"]
     if plan.jobs:
         counts.append(f"{len(plan.jobs)} queued or running as jobs")
@@ -219,14 +256,14 @@ def _tell_plan(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def _standing(plan: Plan, run: Run) -> str:
+def _status(plan: Plan, run: Run) -> str:
     if run in plan.done:
         return "done"
     return "job " + plan.jobs[run.name].job_id if run.name in plan.jobs else "to run"
 
 
 def _report(plan: Plan) -> None:
-    """Prints the table of what is finished, by arm, and draws it."""
+    """Prints a table of the finished runs, a row for each arm, and draws them."""
     runs = []
     for run in plan.runs:
         with suppress(ResultsError):
@@ -244,7 +281,10 @@ def _report(plan: Plan) -> None:
 
 
 def _draw(plan: Plan, groups: Sequence[Group]) -> None:
-    """Draws the arms over the tasks, and against settings that have several values by now."""
+    """Draws the accuracy over the tasks, and against the settings on the axes of the sweep.
+
+    A setting that has one value so far is on no axis.
+    """
     folder = plan.folder / "comparison"
     axes = [
         name

@@ -1,12 +1,11 @@
-"""What a sweep consists of: its arms, the runs that they make, and which of these are done."""
+"""The arms of a sweep, the runs that they consist of, and which of these are finished."""
 
-import argparse
 import difflib
 import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,30 +13,32 @@ from typing import Any
 
 import yaml
 
-from cli import options
-from cli.options import UsageError
+from cli import configurations
+from cli.parser import UsageError, parse, read_mapping, shown
 from cli.paths import ROOT
+from cli.settings import LEGACY_FLAGS, Settings, find_flag, is_setting, names_of
 from reports import stored_runs
 from reports.stored_runs import ResultsError
 
 SWEEP_DIR = ROOT / "configs" / "sweeps"
 
-#: What a file of a sweep may say.
+#: Keys of a sweep file.
 _KEYS = ("arms", "grid", "against", "lines", "needs")
 
-#: Settings that this program gives to each run, or that make a command something else than a run.
+#: Settings that sweep.py gives to each run, or with which main.py does not train.
 NOT_SWEPT = (
     "seed", "seeds", "output_dir", "resume", "eval", "checkpoint", "list", "dry_run",
     "speed_test_only",
 )  # fmt: skip
 
-#: Names of arms are names of folders, other than those that hold something else.
+#: What an arm may be called: its name is that of a folder.
 _FOLDER_NAME = re.compile(r"[\w][\w.=,+-]*")
 
+#: Names of folders that hold something else.
 _TAKEN = ("jobs", "logs", *stored_runs.NO_RUNS)
 
-#: Settings that may differ from those of a run that is there: where things are, and how fast.
-_FREE = (*options.COMPUTE_ONLY, "file_lists")
+#: Settings in which a finished run may differ from the one that is wanted.
+_FREE = (*names_of("compute"), "file_lists")
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,28 @@ class Arm:
 
     Attributes:
         name: Its name, which is also that of its folder.
-        settings: What it adds to the base, by name.
+        settings: Settings on top of the base, by name.
     """
 
     name: str
     settings: dict[str, Any]
 
     def flags(self) -> list[str]:
-        """The settings as flags of main.py."""
-        return [word for name, value in self.settings.items() for word in _words(name, value)]
+        """The settings as arguments of main.py."""
+        return [text for name, value in self.settings.items() for text in _arguments(name, value)]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file of a sweep says.
+    """A sweep file, or the grid of a command line.
 
     Attributes:
-        name: Name of the sweep, as people gave it.
+        name: Name of the sweep, as given on the command line.
         arms: All arms, each name once.
         is_grid: Whether arms are combinations of values, some of which may be impossible.
-        against: Setting on the horizontal axis of the picture; None: each arm stands alone.
-        lines: Setting that has a line for each of its values; None: one line.
-        needs: What the base must be like, for people.
+        against: Setting on the x axis of the figure `accuracy_against`; None: it is not drawn.
+        lines: Setting whose values get a line each in that figure; None: one line.
+        needs: What the base must be like, in words for messages.
     """
 
     name: str
@@ -86,8 +87,8 @@ class Run:
         arm: Name of the arm.
         seed: The seed.
         argv: Arguments of main.py, its folder included.
-        folder: Where its results go.
-        config: Resolved settings by name.
+        folder: Folder of its results.
+        config: Settings by name, as results.json stores them; the vote group size is resolved.
     """
 
     arm: str
@@ -98,16 +99,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder below that of the sweep."""
+        """Its folder, relative to that of the sweep."""
         return f"{self.arm}/seed{self.seed}"
 
     @property
     def command(self) -> str:
-        """What runs it by hand."""
+        """The command that runs it by hand."""
         return shlex.join(["python", "main.py", *self.argv])
 
     def result(self) -> str:
-        """Accuracy and forgetting of the finished run, for people.
+        """Accuracy and forgetting of the finished run, as text.
 
         Raises:
             ResultsError: If it is not finished.
@@ -121,7 +122,7 @@ class Run:
 
 
 def list_sweeps() -> str:
-    """Every sweep that ships with the program, with a line about it."""
+    """The sweeps that ship with the program, each with its first line, as text."""
     lines = {}
     for path in sorted(SWEEP_DIR.glob("*.yaml")):
         with path.open(encoding="utf-8") as file:
@@ -135,7 +136,7 @@ def load_sweep(name: str) -> Sweep:
     """Reads a sweep.
 
     Args:
-        name: Name of a file of sweeps/ without its ending, or a path to a .yaml file.
+        name: Name of a file of configs/sweeps/ without its ending, or path to a .yaml file.
 
     Raises:
         UsageError: With everything that is wrong with it.
@@ -163,7 +164,7 @@ def load_sweep(name: str) -> Sweep:
 
 
 def make_sweep(name: str, arms: dict[str, dict[str, Any]], grid: dict[str, list[Any]]) -> Sweep:
-    """A sweep of named arms, of all combinations of values, or of each arm in all combinations.
+    """Makes a sweep of named arms, of a grid of values, or of each arm with each combination.
 
     Args:
         name: Name of the sweep.
@@ -171,7 +172,8 @@ def make_sweep(name: str, arms: dict[str, dict[str, Any]], grid: dict[str, list[
         grid: Values of each setting by its name.
 
     Raises:
-        UsageError: With all unknown settings, values that cannot be read, and unfit names.
+        UsageError: With all unknown settings, values of the grid that cannot be read, and names
+            that folders cannot have.
     """
     if not arms and not grid:
         raise UsageError([f"{name}: there is nothing in it, give arms or a grid"])
@@ -202,8 +204,11 @@ def make_sweep(name: str, arms: dict[str, dict[str, Any]], grid: dict[str, list[
     return Sweep(name, tuple(found), bool(grid), against, lines)
 
 
-def parse_grid(texts: list[str]) -> dict[str, list[Any]]:
-    """Reads `name=value,value`.
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Reads `--grid`: texts of the form `name=value,value`.
+
+    Returns:
+        Values by name.
 
     Raises:
         UsageError: If a setting is named twice, or has no value.
@@ -222,18 +227,26 @@ def parse_grid(texts: list[str]) -> dict[str, list[Any]]:
 
 
 def possible_runs(
-    args: argparse.Namespace, sweep: Sweep, base: list[str], folder: Path
+    sweep: Sweep, seeds: Sequence[int], base: list[str], folder: Path, *, elsewhere: bool
 ) -> tuple[list[Run], dict[str, list[str]]]:
     """All runs, and the combinations of a grid that are impossible, with the reasons.
 
+    Args:
+        sweep: The sweep.
+        seeds: Seeds of each arm, at least one.
+        base: Arguments of main.py that all runs share.
+        folder: Folder of the sweep.
+        elsewhere: Whether the runs are jobs, whose devices and data are not checked here.
+
     Raises:
-        UsageError: If an arm of its own is impossible, or the base, or two arms are the same.
+        UsageError: If the base or a named arm is impossible, no combination of a grid is possible,
+            or two arms are the same.
     """
     runs: list[Run] = []
     problems: dict[str, list[str]] = {}
     for arm in sweep.arms:
-        own = [_make_run(arm, seed, base, folder) for seed in args.seeds or [42]]
-        if found := _check(own[0], elsewhere=args.submitit):
+        own = [_make_run(arm, seed, base, folder) for seed in seeds]
+        if found := _check(own[0], elsewhere):
             problems[arm.name] = found
         else:
             runs += own
@@ -242,22 +255,25 @@ def possible_runs(
         for problem in next(iter(problems.values()), [])
         if len(problems) == len(sweep.arms) and all(problem in p for p in problems.values())
     ]
-    told = [
-        *shared,
-        *(f"{arm}: {p}" for arm, found in problems.items() for p in found if p not in shared),
+    own_problems = [
+        f"{arm}: {p}" for arm, found in problems.items() for p in found if p not in shared
     ]
-    if told and not (sweep.is_grid and runs):
-        raise UsageError(told)
+    if problems and not (sweep.is_grid and runs):
+        raise UsageError([*shared, *own_problems])
     if same := _same_arms(sweep, runs):
         raise UsageError(same)
     return runs, problems
 
 
 def finished(runs: list[Run], num_processes: int) -> list[Run]:
-    """Runs that need not run again.
+    """The runs that are finished.
+
+    Args:
+        runs: Runs of a sweep.
+        num_processes: Processes that each of them has.
 
     Raises:
-        UsageError: If the folder of a run holds one of other settings, with what differs.
+        UsageError: If the folder of a run holds a run with other settings, with the differences.
     """
     problems = []
     done = []
@@ -276,7 +292,7 @@ def finished(runs: list[Run], num_processes: int) -> list[Run]:
 
 
 def _load(name: str) -> dict[str, Any]:
-    """The content of a file of a sweep.
+    """The content of a sweep file.
 
     Raises:
         UsageError: If there is no such file, or it is no YAML.
@@ -286,7 +302,7 @@ def _load(name: str) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(name, [p.stem for p in SWEEP_DIR.glob("*.yaml")], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        is_config = name in options.config_names()
+        is_config = name in configurations.names()
         kind = "a configuration, no sweep" if is_config else "no sweep"
         raise UsageError(
             [
@@ -306,13 +322,17 @@ def _load(name: str) -> dict[str, Any]:
 def _setting_problems(
     sweep: str, arms: dict[str, dict[str, Any]], grid: dict[str, list[Any]]
 ) -> Iterator[str]:
-    """Settings that do not exist, values that cannot be read, and what no sweep is over."""
+    """Settings that do not exist or cannot be swept over, and values of a grid that cannot be read.
+
+    Values of arms are checked later, together with their combination: see `possible_runs`.
+    """
     in_grid = sweep if sweep == "--grid" else f"{sweep}: grid"
-    given = [(f"{sweep}: {arm}", dict(settings)) for arm, settings in arms.items()]
-    given += [(in_grid, {name: value}) for name, values in grid.items() for value in values]
+    given = [(in_grid, {name: value}) for name, values in grid.items() for value in values]
+    given += [(f"{sweep}: {arm}", settings) for arm, settings in arms.items()]
     problems = []
     for place, settings in given:
-        problems += [f"{place}: {text}" for text in options.check_settings(settings)]
+        read = settings if place == in_grid else _unknown(settings)
+        problems += [f"{place}: {text}" for text in read_mapping(read)[1]]
         problems += [
             f"{place}: {name} cannot be swept over"
             + (", give --seeds" if name in ("seed", "seeds") else "")
@@ -322,48 +342,56 @@ def _setting_problems(
     yield from dict.fromkeys(problems)
 
 
+def _unknown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of an arm that do not exist."""
+    names = {name: str(name).replace("-", "_") for name in settings}
+    return {
+        name: settings[name]
+        for name, plain in names.items()
+        if not is_setting(plain) and plain not in LEGACY_FLAGS
+    }
+
+
 def _as_name(value: Any) -> str:
-    """A value as a part of the name of a folder."""
-    return re.sub(r"[^\w.+-]+", "_", options.shown(value))
+    """A value as part of a folder name."""
+    return re.sub(r"[^\w.+-]+", "_", shown(value))
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """A setting as words of a command line."""
+def _arguments(name: str, value: Any) -> list[str]:
+    """A setting as arguments of a command line."""
     if isinstance(value, dict):
         return [f"--{name}", *(f"{key}={one}" for key, one in value.items())]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}", options.shown(value)]
+    return [f"--{name}", shown(value)]
 
 
 def _make_run(arm: Arm, seed: int, base: list[str], folder: Path) -> Run:
-    from experiment import build
-
     own = folder / arm.name / f"seed{seed}"
     argv = [*base, *arm.flags(), "--seed", str(seed), "--output_dir", str(own), "--resume", "auto"]
-    args, _ = options.parse_args(argv)
-    config = {**build.resolved(args), "vote_group_size": build.vote_group_size(args)}
+    settings, _ = parse(argv)
+    config = {**settings.stored(), "vote_group_size": settings.vote_group_size}
     return Run(arm.name, seed, tuple(argv), own, config)
 
 
 def _check(run: Run, elsewhere: bool) -> list[str]:
-    """What main.py would refuse."""
-    from experiment.validate import validate_args
+    """The problems for which main.py would reject a run."""
+    from experiment.validate import validate
 
     try:
-        validate_args(*options.parse_args(list(run.argv)), elsewhere=elsewhere)
+        validate(*parse(run.argv), elsewhere=elsewhere)
     except UsageError as error:
         return error.problems
     return []
 
 
 def _same_arms(sweep: Sweep, runs: list[Run]) -> list[str]:
-    """A line for each arm that is the same as an earlier one."""
+    """One line for each arm whose settings equal those of an earlier one."""
     first: dict[str, str] = {}
     problems = []
     for run in {run.arm: run for run in runs}.values():
-        kept = {n: v for n, v in run.config.items() if n not in options.COMPUTE_ONLY}
-        other = first.setdefault(json.dumps(kept, sort_keys=True), run.arm)
+        compared = {n: v for n, v in run.config.items() if find_flag(n).role != "compute"}
+        other = first.setdefault(json.dumps(compared, sort_keys=True), run.arm)
         if other != run.arm:
             problems.append(
                 f"{other} and {run.arm} are the same here: with what the base sets they come to "
@@ -375,14 +403,14 @@ def _same_arms(sweep: Sweep, runs: list[Run]) -> list[str]:
 
 
 def _differences(run: Run, num_processes: int) -> list[str]:
-    """How the run that lies in a folder, if any, differs from the one that should."""
+    """How the run that is stored in the folder of a run, if any, differs from it."""
     stored, results = _stored(run.folder)
     if stored is None:
         return []
-    stored = {**options.defaults(), **stored}
+    stored = {**Settings().stored(), **stored}
     stored["vote_group_size"] = stored["vote_group_size"] or stored["batch_size"]
     differences = [
-        f"--{name} {options.shown(stored[name])} in place of {options.shown(value)}"
+        f"--{name} {shown(stored[name])} in place of {shown(value)}"
         for name, value in run.config.items()
         if name in stored and not _is_same(name, stored, run.config)
     ]
@@ -390,7 +418,7 @@ def _differences(run: Run, num_processes: int) -> list[str]:
 
 
 def _stored(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Settings of the run that lies in a folder, and its results, as far as known."""
+    """Settings and results of the run in a folder; None and {} where it has none."""
     with suppress(ResultsError):
         results = stored_runs.load_results(folder)
         return results["config"], results
@@ -401,8 +429,8 @@ def _stored(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def _is_same(name: str, stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a setting is the same; paths may differ where they do not tell what is learned."""
-    from experiment import build
+    """Whether a setting is the same; paths may differ where they do not change what is learned."""
+    from experiment.provenance import same_value
 
     one, other = stored[name], wanted[name]
     if name == "data_path":
@@ -410,9 +438,9 @@ def _is_same(name: str, stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
         return not in_folders or Path(one).expanduser().resolve() == Path(other).resolve()
     if name == "pretrained" and isinstance(one, str) and isinstance(other, str):
         return Path(one).name == Path(other).name
-    if name == "num_tasks":  # none leaves it to the data
+    if name == "num_tasks":  # none is a value of its own here: as many as the data have
         return one == other
-    return name in _FREE or build.same(name, one, other)
+    return name in _FREE or same_value(name, one, other)
 
 
 def _other_steps(run: Run, results: dict[str, Any], num_processes: int) -> Iterator[str]:
@@ -423,19 +451,19 @@ def _other_steps(run: Run, results: dict[str, Any], num_processes: int) -> Itera
 
 
 def _other_order(run: Run, results: dict[str, Any]) -> Iterator[str]:
-    """Whether the file of the class order says what it said then."""
+    """A line if the class order file has changed since the run."""
     from continual_datasets.class_order import read_class_order
 
     path = run.config["class_order"]
     if path is None or "class_order" not in results:
         return
     learned = [class_id for classes in results["class_order"] for class_id in classes]
-    with suppress(ValueError, OSError):  # a file that main.py will refuse
+    with suppress(ValueError, OSError):  # a file that main.py will reject
         if read_class_order(Path(path), results["class_names"])[: len(learned)] == learned:
             return
-    yield f"another order of the classes than {path} says now"
+    yield f"another order of the classes than {path} has now"
 
 
 def count_runs(runs: Sized) -> str:
-    """How many they are, in words."""
+    """Their number with a noun, such as `2 runs`."""
     return "1 run" if len(runs) == 1 else f"{len(runs)} runs"

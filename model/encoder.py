@@ -1,11 +1,12 @@
-"""The blocks of a timm vision transformer, computed for the tokens that somebody reads.
+"""The blocks of a timm vision transformer, with outputs only for the tokens used downstream.
 
-Keys and values of the last block come from all tokens, but what it gives for a token that nobody
-reads is never computed: of 222 tokens of ViT-B/16 the query reads one, the head 25.
+Keys and values of the last block come from all tokens, but its outputs are computed only for the
+tokens that are used: of the 222 tokens of ViT-B/16 the query uses one, the head 25.
 
-Shapes: B images, T tokens, R tokens that are read, D width, H heads.
+Shapes: B images, T tokens, R tokens used downstream, D width, H heads.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -14,50 +15,88 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: Tokens at block 0, (B, T, D), to outputs behind the last block.
+Pass = Callable[[Tensor], Tensor]
 
-def encode(vit: VisionTransformer, tokens: Tensor, read: slice, recompute: bool = False) -> Tensor:
+#: Number of a block and the tokens that leave the block before it, to the tokens that enter it;
+#: their number may differ. For prompts in deeper blocks.
+BlockInput = Callable[[int, Tensor], Tensor]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def encode(
+    vit: VisionTransformer,
+    tokens: Tensor,
+    used: slice,
+    *,
+    recompute: bool = False,
+    block_input: BlockInput | None = None,
+) -> Tensor:
     """Runs all blocks.
 
     Args:
         vit: The transformer.
-        tokens: What enters its first block, (B, T, D).
-        read: The tokens that somebody reads.
-        recompute: Whether the backward pass computes activations again instead of keeping them.
+        tokens: Input of its first block, (B, T, D).
+        used: The tokens of the last block that are used downstream.
+        recompute: Whether the backward pass computes activations again to save memory.
+        block_input: Changes the input of every block; None: each takes what the one before gives.
 
     Returns:
-        The tokens that are read, before the final norm, (B, R, D).
+        The used tokens, before the final norm, (B, R, D).
     """
     *earlier, last = vit.blocks
-    if recompute and torch.is_grad_enabled():
-        x = checkpoint_seq(earlier, tokens, use_reentrant=False)  # (B, T, D)
-    else:
-        for block in earlier:
-            tokens = block(tokens)
-        x = tokens
-    return _run_for(last, x, read)
+    recompute = recompute and torch.is_grad_enabled()
+    if block_input is None and recompute:
+        return _run_for(last, checkpoint_seq(earlier, tokens, use_reentrant=False), used)
+    x = tokens
+    for number, block in enumerate(earlier):
+        x = x if block_input is None else block_input(number, x)
+        x = checkpoint_seq([block], x, use_reentrant=False) if recompute else block(x)
+    x = x if block_input is None else block_input(len(earlier), x)
+    return _run_for(last, x, used)
 
 
-def _run_for(block: Any, x: Tensor, read: slice) -> Tensor:
-    """One block for some of its tokens, (B, R, D); as timm's own forward, which gives all."""
-    if read == slice(None) or type(block) is not Block or not _is_plain(block.attn):
-        return block(x)[:, read]
-    kept = x[:, read]  # (B, R, D)
-    kept = kept + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), read)))
+def _run_for(block: Any, x: Tensor, used: slice) -> Tensor:
+    """Output of one block for some of its tokens, (B, R, D)."""
+    if used == slice(None) or not _is_timms_own(block):
+        return block(x)[:, used]
+    kept = x[:, used]  # (B, R, D)
+    attention: Any = block.attn
+    kept = kept + block.drop_path1(block.ls1(_attend(attention, block.norm1(x), used)))
     return kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
 
 
-def _is_plain(attn: nn.Module) -> TypeGuard[Attention]:
-    """Whether `_attend` knows all that the attention does."""
+def _is_timms_own(block: nn.Module) -> TypeGuard[Block]:
+    """Whether a block is exactly timm's, so that nothing is lost by leaving its forward out.
+
+    A subclassed, wrapped or added layer (such as LoRA on `qkv`, or an adapter around `mlp` that
+    mixes tokens) and a hook switch the shortcut off.
+    """
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    attn = block.attn
     known = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
-    return type(attn) is Attention and {name for name, _ in attn.named_children()} <= known
+    if not {name for name, _ in attn.named_children()} <= known:
+        return False
+    if not all(type(layer) is nn.Linear for layer in (attn.qkv, attn.proj)):
+        return False
+    return not any(_is_changed(module) for module in block.modules())
 
 
-def _attend(attn: Attention, x: Tensor, read: slice) -> Tensor:
-    """Attention of the tokens that are read to all tokens, (B, R, D)."""
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module is neither timm's nor torch's, has hooks, or a forward of its own."""
+    is_foreign = type(module).__module__.partition(".")[0] not in ("timm", "torch")
+    has_hooks = any(getattr(module, hooks) for hooks in _HOOKS)
+    return is_foreign or has_hooks or "forward" in vars(module)
+
+
+def _attend(attn: Attention, x: Tensor, used: slice) -> Tensor:
+    """Attention of the used tokens to all tokens, (B, R, D)."""
     width = attn.qkv.out_features // 3
     weight, bias = attn.qkv.weight, attn.qkv.bias
     of_query, of_rest = (None, None) if bias is None else (bias[:width], bias[width:])
-    query = F.linear(x[:, read], weight[:width], of_query)  # (B, R, D)
+    query = F.linear(x[:, used], weight[:width], of_query)  # (B, R, D)
     key, value = F.linear(x, weight[width:], of_rest).chunk(2, dim=-1)  # (B, T, D)
     q, k, v = (
         part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (query, key, value)

@@ -1,12 +1,12 @@
-"""Pictures of several configurations, each with its runs over seeds.
+"""Figures that compare several configurations, each with its runs over seeds.
 
 | function | shows |
 |---|---|
 | `average_accuracy` | the average accuracy over the tasks |
 | `accuracy_against` | the final average accuracy against a setting |
 
-`groups` come from `stored_runs.group`. What is not there to be shown is told by a
-`NothingToDrawError`.
+`groups` come from `stored_runs.group`. Each function raises `NothingToDrawError` if the runs lack
+what it shows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli.options import shown
+from cli.parser import shown
 from reports import stored_runs
 from reports.figure_style import (
     PAGE_WIDTH,
@@ -28,8 +28,8 @@ from reports.figure_style import (
     label_tasks_learned,
     limit_accuracy,
     new_figure,
-    picture,
     shortened,
+    styled,
 )
 from reports.metrics import SELECTIONS
 
@@ -44,18 +44,18 @@ _LINES = ("-", "--", "-.", ":")
 _HATCHES = ("", "////", "....", "xxxx", "----")
 
 
-@picture
+@styled
 def average_accuracy(groups: Sequence[Group]) -> Figure:
     """The average accuracy over the tasks of several configurations.
 
     Mean over the seeds, in a band of one sample standard deviation. A configuration that learns all
-    tasks at once is a horizontal line where others take steps.
+    tasks at once is a horizontal line among others that do not.
 
     Args:
         groups: Finished runs by configuration.
 
     Raises:
-        NothingToDrawError: Without any.
+        NothingToDrawError: If there is no group.
     """
     if not groups:
         raise NothingToDrawError("there are no finished runs to compare")
@@ -87,7 +87,7 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = None) -> Figure:
     """The final average accuracy against the value of a setting.
 
@@ -96,10 +96,10 @@ def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = 
     Args:
         groups: Finished runs by configuration.
         setting: Name of the setting on the x axis.
-        lines: Name of another one, whose values get a line each.
+        lines: Name of another setting, whose values get a line each.
 
     Raises:
-        NothingToDrawError: If the groups do not have two values of the setting, or differ in more.
+        NothingToDrawError: If the groups do not have two values of a setting, or differ in others.
     """
     families = _families(groups, setting, lines)
     values = _sorted_values([group.settings.get(setting) for group in groups])
@@ -138,7 +138,7 @@ def check_against(groups: Sequence[Group], setting: str, lines: str | None = Non
 def _draw_group(
     axes: Axes, group: Group, name: str, num_columns: int, style: dict[str, Any]
 ) -> float:
-    """Mean and band of a configuration over the tasks; gives where the band is lowest."""
+    """Draws mean and band of a configuration over the tasks; returns the lowest accuracy drawn."""
     matrices = [run.matrices[name] for run in group.runs]
     tasks, _ = accuracy_over_tasks(matrices[0])
     # One row for each seed, one column for each evaluated task.
@@ -186,13 +186,13 @@ def _draw_final(
 def _families(
     groups: Sequence[Group], setting: str, lines: str | None
 ) -> dict[str | None, list[Group]]:
-    """Groups by their value of `lines`, each with one configuration a value of `setting`."""
+    """The groups by their value of `lines`; in each list, values of `setting` are unique."""
     for name in filter(None, (setting, lines)):
         values = {shown(group.settings.get(name)) for group in groups}
         if len(values) < 2:
-            said = f"all have {values.pop()}" if values else "there are none"
+            found = f"all have {values.pop()}" if values else "there are none"
             raise NothingToDrawError(
-                f"{name} needs at least two values among the finished runs: {said}"
+                f"{name} needs at least two values among the finished runs: {found}"
             )
     families: dict[str | None, dict[str, Group]] = {}
     for value in _sorted_values([group.settings.get(lines) for group in groups]) if lines else []:
@@ -205,13 +205,13 @@ def _families(
             differ = stored_runs.differing([twin.settings, group.settings])
             raise NothingToDrawError(
                 f"several configurations have {setting} {value}: they differ in "
-                f"{', '.join(differ)}; name runs that differ in {setting} alone, or say --lines"
+                f"{', '.join(differ)}; name runs that differ in {setting} alone, or give --lines"
             )
     return {value: list(family.values()) for value, family in families.items()}
 
 
 def _sorted_values(values: Sequence[Any]) -> list[Any]:
-    """Each value once: numbers by size, others in front of them as they come."""
+    """Each value once: first those that are no numbers, in their order, then numbers, ascending."""
     once = list({shown(value): value for value in values}.values())
     numbers = sorted(value for value in once if _is_number(value))
     return [value for value in once if not _is_number(value)] + numbers
@@ -229,7 +229,7 @@ def _count(members: Sequence[Group]) -> str:
 def _tick_values(
     axes: Axes, values: Sequence[Any], places: Sequence[float], is_numeric: bool
 ) -> None:
-    """Exactly the tried values on the x axis."""
+    """Puts a tick at each value of the x axis, and nowhere else."""
     if is_numeric and min(places) > 0 and max(places) > 20 * min(places):
         axes.set_xscale("log")
     axes.set_xticks(places, [shown(value) for value in values])
@@ -242,7 +242,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of the n-th configuration: no two alike among many."""
+    """Colour, marker and line style of the n-th configuration; they repeat after 56."""
     return {
         "color": PALETTE[number % len(PALETTE)],
         "marker": _MARKERS[number % len(_MARKERS)],

@@ -1,6 +1,6 @@
 """Writes the figures of one run, or of several compared, into files.
 
-matplotlib takes a while to import: only drawing needs it.
+matplotlib takes long to import, so only the functions that draw import it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from reports.stored_runs import Group
 
-#: Pictures of one run.
-RUN_PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+#: Figures of one run, by file name.
+RUN_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "overview": figures.overview,
     "accuracy_matrix": figures.accuracy_matrix,
     "average_accuracy": figures.run_accuracy,
@@ -27,10 +27,10 @@ RUN_PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "training_curves": figures.training_curves,
 }
 
-#: Pictures of several.
+#: Figures that compare runs.
 COMPARISONS = ("average_accuracy", "accuracy_against")
 
-#: Endings of the files of each picture.
+#: File formats of each figure.
 FORMATS = ("png", "svg")
 
 _DPI = 150
@@ -40,8 +40,8 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes a figure as PNG and as SVG; the same figure gives the same bytes.
 
     Args:
-        figure: What to write.
-        folder: Where; it is made.
+        figure: The figure.
+        folder: Where the files go; it is made.
         name: File name without an ending.
 
     Returns:
@@ -64,20 +64,20 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 def draw_run(
     results: dict[str, Any], folder: Path, only: Collection[str] | None = None
 ) -> tuple[list[Path], list[str]]:
-    """Draws every picture that the results of a run have the data for.
+    """Draws every figure that the results of a run have the data for.
 
-    Pictures of an earlier drawing are replaced, or removed where there is nothing to draw now.
+    Figures of an earlier call are replaced, or removed where there is nothing to draw now.
 
     Args:
         results: Content of results.json.
-        folder: Where the pictures go.
-        only: Names of `RUN_PICTURES`; None: all.
+        folder: Where the figures go.
+        only: Names of `RUN_FIGURES`; None: all.
 
     Returns:
-        The files; and one line for each picture that is left out, with the reason.
+        The files; and one line for each figure that is left out, with the reason.
     """
     paths, left_out = [], []
-    for name, draw in RUN_PICTURES.items():
+    for name, draw in RUN_FIGURES.items():
         if only is not None and name not in only:
             continue
         try:
@@ -100,16 +100,16 @@ def draw_comparison(
 
     Args:
         groups: Finished runs by configuration.
-        folder: Where the pictures go.
+        folder: Where the figures go.
         against: Setting on the x axis of `accuracy_against`; None: it is not drawn.
-        lines: Setting whose values get a line each in that picture.
+        lines: Setting whose values get a line each in that figure.
         only: Names of `COMPARISONS`; None: all.
 
     Returns:
         The files.
 
     Raises:
-        NothingToDrawError: If the groups lack what a picture needs.
+        NothingToDrawError: If the groups lack what a figure needs.
     """
     paths = []
     if only is None or "average_accuracy" in only:

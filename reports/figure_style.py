@@ -1,7 +1,7 @@
-"""What all pictures share: style, heat maps, axes of tasks and of numbers.
+"""What all figures share: style, heat maps, axes of tasks and of numbers.
 
-Colours are told apart by colour-blind readers, and lines, markers and hatches without any colour.
-Sizes are in inches, and 100 pixels an inch make a picture for a web page; font sizes in points.
+Colour-blind readers can tell the colours apart; lines, markers and hatches differ without colour,
+too. Sizes are in inches, font sizes in points.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Array = NDArray[np.float64]
 
-#: Width of a picture that fills a page.
+#: Width of a figure that fills a page.
 PAGE_WIDTH = 9.0
-#: Rows and columns of a heat map that may show their numbers.
+#: Most rows or columns of a heat map with numbers in its cells.
 _MOST_NUMBERED = 30
-#: Sizes of the numbers in cells; decimals are left out where they would be smaller than readable.
+#: Font sizes of the numbers in cells. Numbers smaller than `_READABLE_FONT` lose their decimals,
+#: and numbers smaller than `SMALLEST_FONT` are left out.
 SMALLEST_FONT, _READABLE_FONT, LARGEST_FONT = 6.0, 7.0, 8.5
-#: Width of a digit over the size of the font.
+#: Width of a digit, as a multiple of the font size.
 _DIGIT = 0.64
-#: Height of the line that says which run a picture shows, and the size of its font.
+#: Height and font size of the line that names the run of a figure.
 HEADLINE_HEIGHT, HEADLINE_FONT = 0.2, 7.5
-#: Space between the labels of an axis.
+#: Space between the labels of an axis, points.
 _LABEL_ROOM = 5.0
 
 TITLES = {"batch": "batch-wise (as published)", "instance": "instance-wise"}
-#: The colours of Okabe and Ito, without black and the yellow that is lost on white.
+#: The palette of Okabe and Ito, with grey in place of black and without yellow, which is hard to
+#: see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _INK = "#262626"
-#: Where numbers of an axis may stand.
+#: Tick locator of an axis of accuracies.
 _WHOLE: dict[str, Any] = {"steps": [1, 2, 5, 10], "integer": True, "nbins": 6}
 
 _STYLE: dict[Any, Any] = {
@@ -71,14 +73,14 @@ _STYLE: dict[Any, Any] = {
 
 
 class NothingToDrawError(ValueError):
-    """What the results lack for a picture."""
+    """A figure cannot be drawn; the message says what the results lack for it."""
 
 
-def picture(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
-    """Gives a function's figure our style, and lays it out once for all formats."""
+def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+    """Decorates a function: its figure gets our style, and one layout for all file formats."""
 
     @functools.wraps(draw)
-    def styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
+    def draw_styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(_STYLE):
@@ -88,7 +90,7 @@ def picture(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
                 figure.set_layout_engine("none")
         return figure
 
-    return styled
+    return draw_styled
 
 
 def accuracy_over_tasks(matrix: metrics.Matrix) -> tuple[list[int], Array]:
@@ -101,12 +103,12 @@ def accuracy_over_tasks(matrix: metrics.Matrix) -> tuple[list[int], Array]:
 
 
 def shortened(text: str, length: int) -> str:
-    """Text of at most so many characters."""
+    """Text, cut to a number of characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def new_figure(width: float, height: float, headline: str = "") -> Figure:
-    """An empty figure that lays out its panels by itself, below a headline if there is one."""
+    """An empty figure with an automatic layout of its panels, below a headline if there is one."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -122,17 +124,17 @@ def new_figure(width: float, height: float, headline: str = "") -> Figure:
 
 
 def most_letters(width: float, size: float) -> int:
-    """How many letters of a font have room in some inches."""
+    """How many letters of a font size fit into a width."""
     return int(width * 72 / (size * _DIGIT))
 
 
 def side_by_side(figure: Figure, widths: Sequence[float]) -> list[Axes]:
-    """Panels beside each other, as wide as told in relation to each other."""
+    """Panels beside each other; `widths` are relative."""
     return list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
 
 
 def heat_height(num_rows: int) -> float:
-    """Height of the cells of a heat map that has a picture of its own."""
+    """Height of all cells of a heat map that has a figure of its own."""
     return min(5.5, max(1.2, 0.36 * num_rows))
 
 
@@ -149,12 +151,12 @@ def heat_map(
 
     Args:
         axes: Where to draw.
-        values: Not-a-number is hatched.
+        values: Values of the cells; not-a-number is hatched.
         colors: Name of a colour map.
-        limits: Values of its ends.
-        width: What the cells have together, about.
-        height: The same.
-        forms: Of the numbers.
+        limits: Values at the ends of the colour map.
+        width: Width of all cells together, about.
+        height: Height of all cells together, about.
+        forms: Formats of the numbers, the longest first.
 
     Returns:
         The image, and whether it shows numbers.
@@ -178,7 +180,7 @@ def heat_map(
 def _write_numbers(
     axes: Axes, image: AxesImage, values: Array, cell: tuple[float, float], forms: Sequence[str]
 ) -> bool:
-    """Writes values into cells of some points, if they fit; tells whether they do."""
+    """Writes values into cells (width, height in points) if they fit; returns whether they do."""
     sizes = [_number_size(values, form, cell) for form in forms]
     readable = [size for size in sizes if size >= _READABLE_FONT]
     size = readable[0] if readable else sizes[-1]
@@ -197,13 +199,13 @@ def _write_numbers(
 
 
 def _number_size(values: Array, form: str, cell: tuple[float, float]) -> float:
-    """The size of font at which the longest number fits into a cell of some points."""
+    """The font size at which the longest number fits into a cell (width, height in points)."""
     longest = max((len(as_number(value, form)) for value in values[np.isfinite(values)]), default=1)
     return min(LARGEST_FONT, cell[0] / (longest * _DIGIT + 0.3), cell[1] / 1.3)
 
 
 def as_number(value: float, form: str) -> str:
-    """A value in a form, with a true minus; -0.00 is 0.00."""
+    """A formatted value with a typographic minus; -0.00 becomes 0.00, and 100.0 becomes 100."""
     text = form.format(value)
     text = text.removeprefix("-") if float(text) == 0 else text.replace("-", "\u2212")
     return "100" if text == "100.0" else text
@@ -221,7 +223,7 @@ def outline_cells(axes: Axes, cells: Sequence[tuple[int, int]], thickness: float
 
 
 def spread(values: Array, gap: float, highest: float) -> Array:
-    """Moves values apart, to at least a gap between neighbours and at most the highest place."""
+    """Moves values apart, so that neighbours have a gap and none is above the highest place."""
     order = np.argsort(values, kind="stable")
     places = values[order]
     for i in range(1, len(places)):
@@ -238,7 +240,7 @@ def heights_of_lines(axes: Axes) -> Array:
 
 
 def label_rows(axes: Axes, names: Sequence[str], height: float) -> None:
-    """Names the test sets on the y axis; not all of them if they are many, nor a single one."""
+    """Labels the test sets on the y axis, as many as fit; a single one gets an axis title."""
     step = label_step(len(names), int(height * 72 / 11))
     are_numbers = names[0].isdigit()
     places = list(range(0, len(names), step))
@@ -251,14 +253,14 @@ def label_rows(axes: Axes, names: Sequence[str], height: float) -> None:
 
 
 def label_numbers(axis: Axis, number: int, first: int, room: float) -> None:
-    """Labels the places 0, 1, ... with numbers from `first` on, as many as have room."""
+    """Labels the places 0, 1, ... with numbers from `first` on, as many as fit into `room`."""
     step = label_step(number, most_labels(number, room))
     places = [place for place in range(number) if step == 1 or (place + first) % step == 0]
     axis.set_ticks(places, [str(place + first) for place in places])
 
 
 def label_tasks_learned(axes: Axes, num_tasks: int, width: float) -> None:
-    """Numbers the tasks from 1 on an x axis of some inches."""
+    """Labels the tasks, from 1, on an x axis of a width."""
     step = label_step(num_tasks, min(20, most_labels(num_tasks, width)))
     axes.set_xticks(range(step, num_tasks + 1, step))
     margin = 0.04 * (num_tasks - 1) + 0.1
@@ -268,26 +270,26 @@ def label_tasks_learned(axes: Axes, num_tasks: int, width: float) -> None:
 
 
 def most_labels(number: int, room: float) -> int:
-    """How many numbers up to `number` have room beside each other."""
+    """How many labels of numbers up to `number` fit beside each other into `room`."""
     return int(room * 72 / (8 * _DIGIT * len(str(number - 1)) + _LABEL_ROOM))
 
 
 def label_step(number: int, most: int) -> int:
-    """Distance of at most `most` labels of `number` places: 1, 2, 5, 10, 20, ..."""
+    """Step between the labels of `number` places, at most `most` of them: 1, 2, 5, 10, 20, ..."""
     steps = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
     return next(step for step in steps if number <= step * max(1, most))
 
 
 def limit_accuracy(axes: Axes, lowest: float, most: float, room: float = 0.1) -> None:
-    """Ends an axis of accuracies at 100 and at fives that leave a part of it free at the bottom.
+    """Sets a y axis of accuracies: from a multiple of five, with free space below, to 100.
 
-    Markers at 0 are seen whole.
+    It begins a little below 0 if it must, so that markers at 0 are not cut off.
 
     Args:
-        axes: What has the axis.
-        lowest: What is to be seen.
-        most: The highest that the axis may begin at.
-        room: The part.
+        axes: The panel.
+        lowest: Lowest accuracy that is drawn.
+        most: Highest value at which the axis may begin.
+        room: Share of the axis that is free below `lowest`.
     """
     free = 100 - (100 - lowest) / (1 - room)
     lower = max(0.0, min(most, 5 * math.floor(free / 5)))
@@ -297,7 +299,7 @@ def limit_accuracy(axes: Axes, lowest: float, most: float, room: float = 0.1) ->
 
 
 def color_bar(figure: Any, image: AxesImage, panels: Sequence[Axes], label: str | None) -> None:
-    """Shows what the colours of a heat map mean, beside some panels."""
+    """Adds the colour bar of a heat map beside some panels."""
     bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02, aspect=25)
     bar.ax.yaxis.get_major_locator().set_params(steps=[1, 2, 5, 10], nbins=7)
     bar.outline.set_visible(False)

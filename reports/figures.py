@@ -1,16 +1,16 @@
-"""Pictures of one run: each function makes a figure of the content of results.json.
+"""Figures of one run: each function draws one from the content of results.json.
 
 | function | shows |
 |---|---|
 | `overview` | a run at a glance: accuracy on each task, on average, and the prompts selected |
 | `accuracy_matrix` | the accuracy on every test set after every task, both selections |
 | `run_accuracy` | the accuracy over the tasks of the run, on average and on each task |
-| `prompt_selection` | how often each prompt serves the images of each test set |
-| `key_similarity` | how near the images of each test set are to each key |
+| `prompt_selection` | how often each prompt is selected for the images of each test set |
+| `key_similarity` | how similar the queries of each test set are to each key |
 | `training_curves` | loss, accuracy and learning rate over the epochs of the run |
 
-Each says which run it shows, and how far that is if it is not finished. What is not there to be
-shown is told by a `NothingToDrawError`.
+Each names its run, and the last evaluated task if the run is not finished. A function raises
+`NothingToDrawError` if the results lack what it shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cli import options
+from cli.parser import command_words
 from continual_datasets.stream import display_names
 from reports import metrics
 from reports.figure_style import (
@@ -49,10 +49,10 @@ from reports.figure_style import (
     most_letters,
     new_figure,
     outline_cells,
-    picture,
     shortened,
     side_by_side,
     spread,
+    styled,
 )
 from reports.metrics import SELECTIONS
 
@@ -60,16 +60,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Test sets that get a panel each.
+#: Most test sets that get a panel each.
 _MOST_PANELS = 20
 
-#: Epochs that get a tick each.
+#: Most epochs that get a tick each.
 _MOST_EPOCHS = 30
-#: Accuracies below leave no room for a legend between them and 0.
+
+#: Lines that reach below this accuracy leave no room for a legend below them.
 _LOW = 35.0
 
 _COLORS = {"batch": PALETTE[0], "instance": PALETTE[1]}
-#: The published curve lies under the other one where they meet: larger, hollow marks show it.
+#: Where the curves coincide, the batch-wise one is seen by its larger, hollow markers.
 _STYLES: dict[str, dict[str, Any]] = {
     "batch": {"marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": "--"},
     "instance": {"marker": "s", "markersize": 4},
@@ -78,16 +79,16 @@ _BARS: dict[str, dict[str, Any]] = {
     "batch": {"color": _COLORS["batch"], "hatch": "/////", "edgecolor": "white"},
     "instance": {"color": _COLORS["instance"], "edgecolor": "white"},
 }
-#: Light is little, dark is much: the same in grey.
+#: Colour maps from light (low) to dark (high), which keep that order in greyscale.
 _ACCURACY_MAP, _SHARE_MAP, _SIMILARITY_MAP = "YlGnBu", "Purples", "Purples"
 
 
-@picture
+@styled
 def overview(results: dict[str, Any]) -> Figure:
     """A run at a glance: accuracy on each task, average accuracy, and the prompts selected.
 
-    Panels that have nothing to say are left out: the matrix of a single test set, the prompts of a
-    run that does not choose any. A run that learned all tasks at once gets bars.
+    Panels without information are left out: the matrix of a single test set, and the prompts of a
+    run that does not select any. A run that learned all tasks at once gets bars.
 
     Raises:
         NothingToDrawError: If no task was evaluated yet.
@@ -108,14 +109,14 @@ def overview(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def accuracy_matrix(results: dict[str, Any]) -> Figure:
     """The accuracy on every test set (rows) after every task (columns), in percent.
 
     What was not evaluated is hatched.
 
     Raises:
-        NothingToDrawError: If there is a single test set: a curve says it all.
+        NothingToDrawError: If there is a single test set, which `average_accuracy` shows.
     """
     matrices = {name: _matrix(results, name) for name in SELECTIONS}
     num_rows = len(matrices["batch"])
@@ -136,7 +137,7 @@ def accuracy_matrix(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def run_accuracy(results: dict[str, Any]) -> Figure:
     """The accuracy over the tasks of one run: on average, and on each task if each has a test set.
 
@@ -162,15 +163,15 @@ def run_accuracy(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def prompt_selection(results: dict[str, Any]) -> Figure:
-    """How often each prompt serves the images of each test set, after the last evaluated task.
+    """How often each prompt is selected for each test set, after the last evaluated task.
 
-    A panel for each test set, or heat maps if they are too many. Percent of the images: every
-    image is served by K prompts.
+    A panel for each test set, or heat maps if they are too many. Percent of the images; K prompts
+    are selected for each.
 
     Raises:
-        NothingToDrawError: If the run had no prompt pool, or did not choose from it.
+        NothingToDrawError: If the run had no prompt pool, or did not select from it.
     """
     shares = {name: _shares(results, name) for name in SELECTIONS}
     _check_selection(results)
@@ -198,20 +199,20 @@ def prompt_selection(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def key_similarity(results: dict[str, Any]) -> Figure:
     """Mean cosine similarity of each test set's queries and each key, after the last task.
 
     The K prompts that most of its images select are outlined.
 
     Raises:
-        NothingToDrawError: If the run had no prompt pool, or did not choose from it, or its
-            results do not tell.
+        NothingToDrawError: If the run had no prompt pool, did not select from it, or did not store
+            similarities.
     """
     usage = _usage(results)
     _check_selection(results)
     if any(not entry.get("key_similarity") for entry in usage):
-        raise NothingToDrawError("these results were written before key similarities were kept")
+        raise NothingToDrawError("these results were written before key similarities were stored")
     values = np.array([entry["key_similarity"] for entry in usage], dtype=np.float64)
     num_rows, num_keys = values.shape
     height = heat_height(num_rows)
@@ -233,16 +234,16 @@ def key_similarity(results: dict[str, Any]) -> Figure:
     return figure
 
 
-@picture
+@styled
 def training_curves(results: dict[str, Any]) -> Figure:
     """Loss, training accuracy, and a learning rate that changes, over the epochs of the run.
 
     Raises:
-        NothingToDrawError: If the results do not tell.
+        NothingToDrawError: If the results do not have them.
     """
     points = results.get("training_curve", [])
     if not points:
-        raise NothingToDrawError("these results were written before training curves were kept")
+        raise NothingToDrawError("these results were written before training curves were stored")
     panels = {"Loss": "loss", "Acc@1": "accuracy (%)", "Lr": "learning rate"}
     rates = np.array([point["Lr"] for point in points])
     if np.allclose(rates, rates[0], rtol=1e-6, atol=0):
@@ -283,7 +284,7 @@ def _draw_own_matrix(axes: Axes, results: dict[str, Any], width: float) -> None:
 
 
 def _draw_averages(axes: Axes, results: dict[str, Any], width: float, label: str) -> None:
-    """The average accuracy after each evaluated task: a line for both selections if they agree."""
+    """The average accuracy after each evaluated task; one line if both selections agree."""
     matrices = {name: _matrix(results, name) for name in SELECTIONS}
     if np.array_equal(matrices["batch"], matrices["instance"], equal_nan=True):
         matrices = {"batch- and instance": matrices["instance"]}
@@ -301,7 +302,7 @@ def _draw_averages(axes: Axes, results: dict[str, Any], width: float, label: str
 
 
 def _draw_average_panel(axes: Axes, results: dict[str, Any], width: float) -> None:
-    """The average accuracy, with a legend below the lines, or above 100 if they are low."""
+    """The average accuracy, with a legend below the lines, or at the top if they are low."""
     _draw_averages(axes, results, width, "{}-wise: {last:.1f}")
     heights = heights_of_lines(axes)
     limit_accuracy(axes, heights.min(), 80, room=0.45)
@@ -347,7 +348,7 @@ def _draw_bars(axes: Axes, results: dict[str, Any], width: float) -> None:
 
 
 def _label_bars(axes: Axes, names: list[str], width: float) -> None:
-    """Names the test sets below their bars: numbers as there is room, words slanted if need be."""
+    """Labels the test sets below their bars: as many numbers as fit, or names, slanted if wide."""
     *sets, last = names
     if sets and sets[0].isdigit():
         step = label_step(len(sets), most_labels(len(sets), width))
@@ -363,7 +364,7 @@ def _label_bars(axes: Axes, names: list[str], width: float) -> None:
 
 
 def _draw_selection(axes: Axes, results: dict[str, Any], width: float) -> None:
-    """How often images choose each prompt: a row for each test set, or bars for a single one."""
+    """How often images select each prompt: a row for each test set, or bars for a single one."""
     shares = _shares(results, "instance")
     num_rows, size = shares.shape
     break_or_space = "\n" if width < 2.5 else " "
@@ -383,7 +384,7 @@ def _draw_selection(axes: Axes, results: dict[str, Any], width: float) -> None:
 
 
 def _draw_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
-    """The accuracy on each task from when it was learned, as thin lines."""
+    """The accuracy on each task since it was learned, as thin lines."""
     label = "each task, instance-wise"
     for values in matrix:
         tasks = np.flatnonzero(np.isfinite(values))
@@ -398,7 +399,7 @@ def _draw_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
 
 
 def _number_task_lines(axes: Axes, matrix: metrics.Matrix) -> None:
-    """The tasks' numbers right of the ends of their lines, apart from each other."""
+    """Writes the numbers of the tasks at the ends of their lines, without overlap."""
     last = _last_evaluated(matrix)
     ends = matrix[:, last - 1]
     rows = np.flatnonzero(np.isfinite(ends))
@@ -428,7 +429,7 @@ def _selection_heat_maps(results: dict[str, Any], shares: dict[str, Array]) -> F
 
 
 def _grid(results: dict[str, Any], number: int, num_columns: int) -> tuple[Figure, NDArray[Any]]:
-    """A figure with panels of fixed places, which takes a fraction of the time of a layout."""
+    """A figure with a grid of panels at fixed places, much faster than an automatic layout."""
     num_lines = math.ceil(number / num_columns)
     width = max(5.0, min(PAGE_WIDTH, 2.4 * num_columns))
     figure = _new_figure(results, width, 0.9 + 1.35 * num_lines)
@@ -446,7 +447,7 @@ def _grid(results: dict[str, Any], number: int, num_columns: int) -> tuple[Figur
 
 
 def _add_bars(axes: Axes, left: NDArray[Any], width: float, heights: Array, name: str) -> None:
-    """Bars of a selection as one artist: hundreds of them are drawn at once."""
+    """Adds the bars of a selection as a single artist, which is fast for hundreds of bars."""
     from matplotlib.collections import PolyCollection
 
     corners = [
@@ -459,7 +460,7 @@ def _add_bars(axes: Axes, left: NDArray[Any], width: float, heights: Array, name
 
 
 def _draw_epochs(axes: Axes, values: list[float], starts: list[int]) -> None:
-    """A line for each task, or points if they have an epoch each; a border between tasks."""
+    """A line for each task, or points if tasks have one epoch; vertical lines between tasks."""
     ends = [*starts[1:], len(values)]
     style: dict[str, Any] = {"color": _COLORS["batch"], "linewidth": 1.2, "markersize": 3}
     if len(starts) == len(values):
@@ -494,7 +495,11 @@ def _name_tasks(axes: Axes, starts: list[int], points: list[dict[str, Any]]) -> 
 
 
 def _matrix(results: dict[str, Any], name: str) -> metrics.Matrix:
-    """The accuracy matrix of a selection, of which something is there."""
+    """The accuracy matrix of a selection.
+
+    Raises:
+        NothingToDrawError: If nothing was evaluated yet.
+    """
     matrix = metrics.from_lists(results[name]["accuracy_matrix"])
     if not np.isfinite(matrix).any():
         raise NothingToDrawError("these results have no accuracy: nothing was evaluated yet")
@@ -530,58 +535,62 @@ def _top_k(results: dict[str, Any]) -> int:
 
 
 def _shares(results: dict[str, Any], name: str) -> Array:
-    """Percent of a test set's images that each prompt serves, (test sets, prompts)."""
+    """Percent of a test set's images for which each prompt is selected, (test sets, prompts)."""
     counts = np.array([entry[name] for entry in _usage(results)], dtype=np.float64)
-    images = counts.sum(axis=1, keepdims=True) / _top_k(results)  # each counts K times
+    images = counts.sum(axis=1, keepdims=True) / _top_k(results)  # an image counts K times
     return 100 * counts / images
 
 
 def _has_selection(results: dict[str, Any]) -> bool:
-    """Whether there were more prompts than an image is served by."""
+    """Whether the pool has more prompts than are selected for an image."""
     usage = results.get("prompt_usage") or []
     return bool(usage) and len(usage[0]["instance"]) > _top_k(results)
 
 
 def _check_selection(results: dict[str, Any]) -> None:
-    """Refuses a pool that serves every image as a whole."""
+    """Checks that prompts were selected.
+
+    Raises:
+        NothingToDrawError: If every image used the whole pool.
+    """
     if not _has_selection(results):
         size = len(_usage(results)[0]["instance"])
         raise NothingToDrawError(f"every image used the whole pool of {size}: nothing was selected")
 
 
 def _most_selected(usage: list[dict[str, Any]], top_k: int) -> list[tuple[int, int]]:
-    """Row and column of the prompts that most images of each test set choose."""
+    """Row and column of the prompts that most images of each test set select."""
     orders = [np.argsort(-np.array(entry["instance"]), kind="stable") for entry in usage]
     return [(row, int(column)) for row, order in enumerate(orders) for column in order[:top_k]]
 
 
 def _row_names(results: dict[str, Any]) -> list[str]:
-    """What to call the test sets: by name, or by number if the names say no more."""
+    """Labels of the test sets: names, or numbers if the names are just `task1`, `task2`, ..."""
     number = len(results["batch"]["accuracy_matrix"])
     names = display_names(results.get("test_sets") or [], number, "{}")
     return [shortened(name, 13) for name in names]
 
 
 def _used_names(results: dict[str, Any]) -> list[str]:
-    """The same of the test sets whose prompt usage is known, see `_usage`."""
+    """Labels of the test sets whose prompt usage is known, see `_usage`."""
     names = _row_names(results)
     return [names[entry["test_set"]] for entry in _usage(results)]
 
 
 def _new_figure(results: dict[str, Any], width: float, height: float) -> Figure:
-    """An empty figure that says at its top which run it shows."""
+    """An empty figure that names its run at the top."""
     headline = _headline(results, most_letters(width - 0.14, HEADLINE_FONT))
     return new_figure(width, height, headline)
 
 
 def _headline(results: dict[str, Any], most: int) -> str:
-    """The settings of a run, its seed, and how far it is if it is not finished."""
+    """The settings of a run, its seed, and its last evaluated task if it is not finished."""
     matrix = metrics.from_lists(results["instance"]["accuracy_matrix"])
     end = f", seed {results['seed']}"
     if not metrics.is_finished(matrix):
         end += f", after task {_last_evaluated(matrix)} of {matrix.shape[1]}"
-    words = options.command_words(results["command"]) if results.get("command") else ""
-    return shortened(words or results["config"].get("dataset", ""), most - len(end)) + end
+    command = command_words(results["command"]) if results.get("command") else ""
+    return shortened(command or results["config"].get("dataset", ""), most - len(end)) + end
 
 
 def _label_matrix(
@@ -593,5 +602,5 @@ def _label_matrix(
 
 
 def _color_limits(values: Array) -> tuple[float, float]:
-    """Accuracies at the ends of the colours: a hundred, and the tens below the lowest."""
+    """Accuracies at the ends of the colour map: 100, and a multiple of ten below the lowest."""
     return min(80.0, 10 * math.floor(np.nanmin(values) / 10)), 100.0

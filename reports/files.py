@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-#: What is in the name of a file that is being written.
+#: Part of the name of a file that is being written.
 _UNFINISHED = ".unfinished-"
 
 
@@ -16,8 +16,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
 
     Args:
         path: The file; its folder is made.
-        write: Writes the content to the open binary file that it is given.
-        keep: Name that the file which was there before gets; None: it is replaced.
+        write: Writes the content to the open binary file that it is called with.
+        keep: New name of the file that was there before; None: it is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_UNFINISHED}")
@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is refused."""
+    """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is rejected."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_bytes(path, text.encode(), keep)
 

@@ -1,14 +1,15 @@
-"""Accuracy matrices and what the field reads from them.
+"""Accuracy matrices and the metrics of continual learning computed from them.
 
 R[i, t] is the accuracy on test set i after training task t, in percent; not-a-number where it was
 not evaluated. T tasks.
 
-Forgetting and its kin compare the accuracy on a task with that right after it was learned, so they
-need a test set for each task. Where there is none (one test set for all tasks, all tasks learned at
-once) they do not exist; what there is then is the final accuracy, and the curve over the tasks.
+Forgetting, backward transfer, learning accuracy and average incremental accuracy compare tasks, so
+they need a test set for each task. Where there is none (one test set for all tasks, or all tasks
+learned at once) they do not exist; there are then the final accuracy and its curve over the tasks.
 
-Source: Lopez-Paz and Ranzato 2017 (backward transfer); Chaudhry et al. 2018 (forgetting); the class
-incremental literature (average incremental accuracy); l2p-pytorch (its own reading of forgetting).
+Source: Lopez-Paz and Ranzato 2017 (backward transfer); Chaudhry et al. 2018 (forgetting); the
+class-incremental literature (average incremental accuracy); l2p-pytorch (its variant of
+forgetting).
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ Matrix = NDArray[np.float64]
 #: The two ways of choosing prompts for test images.
 SELECTIONS = ("batch", "instance")
 
-#: Names for people of what `results.json` holds, in the order of tables.
+#: Titles of the metrics of `results.json`, in the order of tables.
 METRIC_NAMES = {
     "final_accuracy": "final accuracy",
     "average_accuracy": "average accuracy",
@@ -106,7 +107,7 @@ def has_test_set_per_task(matrix: Matrix) -> bool:
     return matrix.shape[0] == matrix.shape[1] > 1
 
 
-#: Numbers that need a test set for each task, by their names in `results.json`.
+#: Metrics that need a test set for each task, by their names in `results.json`.
 _TASK_METRICS = {
     "forgetting": forgetting,
     "forgetting_literature": forgetting_literature,
@@ -117,10 +118,10 @@ _TASK_METRICS = {
 
 
 def summarize(matrix: Matrix, task: int) -> dict[str, Any]:
-    """All numbers after a task, under the names of `results.json`, in percent.
+    """All metrics after a task, under the names of `results.json`, in percent.
 
-    None where a number is undefined (forgetting after the first task); metrics that the kind of
-    experiment does not have are left out.
+    None where a metric is undefined (forgetting after the first task); metrics that the experiment
+    does not have are left out.
     """
     average = average_accuracy(matrix, task)
     if not has_test_set_per_task(matrix):
@@ -131,9 +132,9 @@ def summarize(matrix: Matrix, task: int) -> dict[str, Any]:
 
 
 def value(matrix: Matrix, task: int, name: str) -> float | None:
-    """One number of `summarize`; None where it is undefined or does not exist.
+    """One metric of `summarize`; None where it is undefined or does not exist.
 
-    `accuracy` is the average accuracy; where there is one test set, that is the accuracy on it.
+    `accuracy` is the average accuracy; with one test set, that is the accuracy on it.
     """
     if name in ("accuracy", "average_accuracy"):
         return average_accuracy(matrix, task)

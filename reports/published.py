@@ -1,6 +1,6 @@
-"""Numbers that others published (`quoted.yaml`), and the runs that they may stand beside.
+"""Published numbers (`published.yaml`), and the experiments whose runs they compare with.
 
-An experiment is what is learned and tested (data, scenario, number of tasks), whatever the method.
+An experiment is what is learned and tested (data, scenario, number of tasks), not the method.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-#: Experiments by the names of the paper; how the configurations begin that are made for them.
+#: Names of the experiments in the paper, and the beginning of the names of their configurations.
 EXPERIMENTS = {
     "Split CIFAR-100": "cifar100",
     "5-datasets": "five_datasets",
@@ -20,7 +20,7 @@ EXPERIMENTS = {
 
 _FILE = Path(__file__).with_name("published.yaml")
 
-#: What `--dataset` may be for them, in small letters.
+#: Values of `--dataset` in these experiments, in lower case.
 _CIFAR100 = ("cifar100", "split-cifar100")
 _CORE50 = ("core50",)
 _IMAGENET_R = ("imagenet-r", "imagenetr", "split-imagenet-r")
@@ -30,16 +30,16 @@ _ALIASES = {"split-cifar10": "cifar10", "fashion-mnist": "fashionmnist"}
 
 @dataclass(frozen=True)
 class Quoted:
-    """What was published about one method on one experiment, percent.
+    """Published numbers of one method in one experiment, percent.
 
     Attributes:
         experiment: One of `EXPERIMENTS`.
-        method: Its name, and how many images it keeps of each class if it keeps any.
-        source: Who published it.
-        accuracy: Average accuracy after the last task; where there is one test set, that on it.
-        accuracy_sd: Its standard deviation over runs, if it was told.
-        forgetting: None where it was not told or does not exist.
-        forgetting_sd: Its standard deviation over runs, if it was told.
+        method: Its name, with the images of each class in its replay buffer if it has one.
+        source: Where it was published.
+        accuracy: Average accuracy after the last task; with one test set, the accuracy on it.
+        accuracy_sd: Its standard deviation over runs, if published.
+        forgetting: None where it was not published or does not exist.
+        forgetting_sd: Its standard deviation over runs, if published.
     """
 
     experiment: str
@@ -52,7 +52,7 @@ class Quoted:
 
 
 def load() -> list[Quoted]:
-    """All of `quoted.yaml`, in its order."""
+    """All of `published.yaml`, in its order."""
     tables = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     return [
         Quoted(table["experiment"], method, table["source"], **numbers)
@@ -62,7 +62,7 @@ def load() -> list[Quoted]:
 
 
 def experiment_named(name: str) -> str:
-    """The experiment of a name that people type, such as `cifar100` or `split cifar-100`.
+    """The experiment of a name given by a user, such as `cifar100` or `split cifar-100`.
 
     Raises:
         ValueError: If there is no such experiment.
@@ -78,9 +78,9 @@ def experiment_of(settings: dict[str, Any]) -> str | None:
     """The experiment that settings describe; None if no number is quoted for it."""
     data = str(settings.get("dataset")).lower()
     if settings.get("task_inc"):
-        return None  # an easier problem: evaluation is told the task
+        return None  # an easier problem: the task of a test image is given
     match settings.get("scenario"):
-        case "class-incremental":
+        case "class-incremental" | "dataset-incremental" | "joint":
             return _class_incremental(data, settings)
         case "domain-incremental" if data in _CORE50 and settings.get("domains") is None:
             return "CORe50"
@@ -103,8 +103,9 @@ def _class_incremental(data: str, settings: dict[str, Any]) -> str | None:
 
 
 def _is(settings: dict[str, Any], name: str, value: int) -> bool:
-    """Whether a setting is this or left to the data; all tasks at once need no number of them."""
-    return bool(settings.get("joint")) or settings.get(name) in (None, value)
+    """Whether a setting has this value or is left to the data; any value is right with --joint."""
+    is_joint = settings.get("joint") or settings.get("scenario") == "joint"
+    return bool(is_joint) or settings.get(name) in (None, value)
 
 
 def _letters(name: str) -> str:

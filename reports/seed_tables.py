@@ -1,6 +1,6 @@
 """Tables over seeds: of configurations, of published numbers, of differences.
 
-A table is a document to be rendered (see `reports.tables`), or records for programs.
+Each is either a document to be rendered (see `reports.tables`), or records for a CSV file.
 """
 
 import itertools
@@ -15,26 +15,26 @@ from reports.statistics import Difference
 from reports.stored_runs import Group
 from reports.tables import Column, Document, Number, Range, rendered
 
-#: Metrics of a table, with names for people.
+#: Metrics of a table, with their titles.
 METRICS = {"accuracy": "accuracy", **METRIC_NAMES}
 
-#: `accuracy` is the average accuracy or, where there is one test set, the final one.
+#: What `accuracy` stands for: the average accuracy or, with one test set, the final accuracy.
 ACCURACIES = ("average_accuracy", "final_accuracy")
 
 DEFAULT_METRICS = ("accuracy", "forgetting")
 
-#: Ways of choosing prompts, the honest one first.
+#: Ways of choosing prompts for test images; the one that depends on no other image comes first.
 SELECTIONS = {"instance": "instance-wise", "batch": "batch-wise"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one group.
+    """The metrics of one group.
 
     Attributes:
-        label: That of the group.
-        seeds: Those of its runs.
-        numbers: Mean over the seeds by selection and metric; without what no run has.
+        label: Label of the group.
+        seeds: Seeds of its runs.
+        numbers: Mean over the seeds by selection and metric; without metrics that no run has.
     """
 
     label: str
@@ -76,23 +76,23 @@ def seeds_note(groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         labels.setdefault(tuple(group.seeds), []).append(group.label)
     if len(labels) > 1:
-        told = [f"{_shown(seeds)}: {_some(names, ', ')}" for seeds, names in labels.items()]
+        lists = [f"{_shown(seeds)}: {_some(names, ', ')}" for seeds, names in labels.items()]
         yield (
             "note: these were not run on the same seeds, which differ in difficulty: "
-            f"{_some(told, '; ')}"
+            f"{_some(lists, '; ')}"
         )
 
 
-def _some(words: Sequence[str], between: str) -> str:
-    """All words, or the first two if there are more than three."""
-    more = f" and {len(words) - 2} more" if len(words) > 3 else ""
-    return between.join(words[:2] if more else words) + more
+def _some(names: Sequence[str], between: str) -> str:
+    """All names, or the first two if there are more than three."""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return between.join(names[:2] if more else names) + more
 
 
 def table_document(
     rows: Sequence[Row], selections: Sequence[str], metrics: Sequence[str]
 ) -> Document:
-    """The table for people: a line for each row, a column for each selection and metric."""
+    """A table to be rendered: a line for each row, a column for each selection and metric."""
     table = [
         Column("", [row.label for row in rows], is_text=True),
         Column("n", [str(len(row.seeds)) for row in rows]),
@@ -106,17 +106,17 @@ def table_document(
 def table_records(
     rows: Sequence[Row], known: Sequence[Quoted], selections: Sequence[str], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The table for programs: one record for each row, selection and metric."""
+    """The same table for a CSV file: one record for each row, selection and metric."""
     empty = dict.fromkeys(
         ("label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"), ""
     )
     records: list[dict[str, Any]] = []
     for row, selection, metric in itertools.product(rows, selections, metrics):
         own = {"label": row.label, "quoted": "no", "seeds": _shown(row.seeds), "n": len(row.seeds)}
+        own |= {"selection": selection, "metric": metric}
         number = row.numbers.get((selection, metric))
         mean, sd = ("", "") if number is None else (number.mean, number.sd)
-        of_what = {"selection": selection, "metric": metric}
-        records.append({**empty, **own, **of_what, "mean": mean, "sd": sd})
+        records.append({**empty, **own, "mean": mean, "sd": sd})
     for one in known:
         label = f"{one.experiment}: {one.method}"
         for metric, number in _published(one).items():
@@ -151,7 +151,7 @@ def _published(one: Quoted) -> dict[str, Number]:
 
 
 def difference_document(a: Group, b: Group, found: Sequence[Difference]) -> Document:
-    """What B - A is, with the method in words and a table for each selection."""
+    """B - A: how it was computed, and a table for each selection."""
     document: Document = [
         f"A: {a.label} (seeds {_shown(a.seeds)})",
         f"B: {b.label} (seeds {_shown(b.seeds)})",
@@ -176,7 +176,7 @@ def difference_document(a: Group, b: Group, found: Sequence[Difference]) -> Docu
 
 
 def difference_record(a: Group, b: Group, one: Difference) -> dict[str, Any]:
-    """A difference for programs."""
+    """A difference for a CSV file."""
     low, high = one.interval or (None, None)
     return {
         "a": a.label,
@@ -198,7 +198,7 @@ def difference_record(a: Group, b: Group, one: Difference) -> dict[str, Any]:
 
 
 def _method(one: Difference) -> str:
-    """How a difference was computed and how sure it is, in a sentence."""
+    """A sentence on how a difference and its uncertainty were computed."""
     a, b = one.seeds
     if one.error is None:
         return "No uncertainty from one seed: the difference alone, too little to tell."

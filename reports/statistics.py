@@ -1,4 +1,4 @@
-"""The difference between two configurations, and how sure it is."""
+"""The difference between two configurations, and its significance."""
 
 import itertools
 import warnings
@@ -9,7 +9,7 @@ import numpy as np
 
 from reports.stored_runs import Group
 
-#: Differences in percentage points that are rounding.
+#: Differences below this are rounding errors, percentage points.
 _ROUNDING = 1e-9
 
 
@@ -18,14 +18,14 @@ class Difference:
     """B - A in one metric, percentage points.
 
     Attributes:
-        selection: How test images chose prompts.
+        selection: How prompts were chosen for test images.
         metric: One of `METRICS`.
-        seeds: Seeds of A's and of B's runs that count.
-        means: Over those of A and of B.
-        paired: Whether the runs of a seed were compared with each other.
-        error: Standard error of the difference; None if there is too little to tell.
+        seeds: Seeds of the runs of A and of B that are compared.
+        means: Means over those of A and of B.
+        paired: Whether it is the mean of the differences between runs of the same seed.
+        error: Standard error of the difference; None if a side has one run.
         interval: 95 % confidence interval by Student's t; None likewise.
-        p: Two-sided probability of such a difference if there is none; None likewise.
+        p: Two-sided p-value of the t-test; None likewise.
     """
 
     selection: str
@@ -44,7 +44,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the interval says about zero, in words."""
+        """Whether the interval includes zero, in words."""
         if self.interval is None:
             return "too little to tell"
         low, high = self.interval
@@ -56,8 +56,8 @@ def differences(
 ) -> list[Difference]:
     """B - A for each selection and metric that both have.
 
-    Paired over the seeds that both have if there are two or more of them; else by Welch, from all
-    runs of both.
+    With two or more seeds in common, a paired t-test over these; else Welch's t-test over all runs
+    of both.
     """
     return [
         difference(selection, metric, ours, theirs)
@@ -84,11 +84,11 @@ def _with_uncertainty(found: Difference, a: np.ndarray, b: np.ndarray) -> Differ
 
     spread = [b - a] if found.paired else [a, b]
     error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in spread)))
-    if all(np.ptp(part) < _ROUNDING for part in spread):  # the tests would divide by zero
+    if all(np.ptp(part) < _ROUNDING for part in spread):  # a t-test would divide by zero
         p = 1.0 if abs(found.value) < _ROUNDING else 0.0
         value = 0.0 if p else found.value
         return replace(found, error=0.0, interval=(value, value), p=p)
-    with warnings.catch_warnings(action="ignore"):  # of a side without spread, which is fine here
+    with warnings.catch_warnings(action="ignore"):  # scipy warns of a side without variance
         test = stats.ttest_rel(b, a) if found.paired else stats.ttest_ind(b, a, equal_var=False)
     low, high = test.confidence_interval(0.95)
     interval = (float(low), float(high))

@@ -1,8 +1,8 @@
-"""Finished runs as they lie on disk: found, checked, and grouped by configuration.
+"""Finds stored runs, reads their results, and groups them by configuration.
 
 A run is a folder with a results.json. Runs whose settings are equal but for the seed form a group;
-where things lie and how fast they are computed does not count (`options.COMPUTE_ONLY`). What cannot
-be used (damaged, unfinished, the same seed twice) is left out and named.
+settings of where and how fast a run is computed (roles `place` and `compute`) are not compared.
+What cannot be used (damaged, unfinished, the same seed twice) is left out and reported.
 
 Nothing here needs torch: thousands of runs are read in seconds.
 """
@@ -18,39 +18,45 @@ from typing import Any
 
 import numpy as np
 
-from cli import options
+from cli.parser import command_words, shown
+from cli.settings import Settings, names_of
 from reports import metrics
 from reports.metrics import SELECTIONS
 
-#: Folders inside a run's, or beside runs, that hold no runs that count.
+#: Names of folders, in or beside those of runs, that are not searched for runs.
 NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
 
-#: Settings of which `_key` takes what they come to.
+#: Settings in which runs of one configuration may differ.
+_NOT_CONFIGURATION = (*names_of("compute"), *names_of("place"))
+
+#: Settings from which learning rate and images of a step follow.
 _RATE = ("batch_size", "lr", "lr_scale")
-_TOLD_OTHERWISE = (*_RATE, "dataset", "num_tasks", "class_order", "file_lists")
+
+#: Settings in whose place `_key` compares what follows from them.
+_COMPARED_OTHERWISE = (*_RATE, "dataset", "num_tasks", "class_order", "file_lists")
 
 _DAMAGED = "is damaged, or not the results of a run"
 
-#: What a run leaves before its first task is finished.
-_TRACES = ("config.yaml", "log.txt")
+#: Files of a run that has not finished its first task.
+_BEGUN = ("config.yaml", "log.txt")
 
 
 class ResultsError(ValueError):
-    """Results that cannot be used, with the file and why."""
+    """Results that cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What is kept of a finished run when many are read.
+    """The part of a finished run that tables and figures need.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         written: When its results were written, seconds since the epoch.
         seed: Its seed.
-        name: Its configurations and flags as on a command line, seed and places left out.
-        key: What tells its configuration from others, as text.
-        digest: What tells its training images from others; None: early versions did not note it.
-        settings: Its settings without those that do not tell configurations apart, as JSON text.
+        name: Its configurations and flags as on a command line, without seed and places.
+        key: Text that is equal for runs of the same configuration only.
+        digest: Digest of its training images; None: early versions did not store it.
+        settings: Its settings as JSON text, without those that are no part of a configuration.
         matrices: Accuracy matrix for each of `SELECTIONS`, percent.
     """
 
@@ -64,7 +70,7 @@ class StoredRun:
     matrices: dict[str, metrics.Matrix]
 
     def value(self, selection: str, metric: str) -> float | None:
-        """A metric of `metrics.summarize` after the last task, percent; None if it has none."""
+        """A metric of `metrics.summarize` after the last task, percent; None if undefined."""
         matrix = self.matrices[selection]
         return metrics.value(matrix, matrix.shape[1] - 1, metric)
 
@@ -74,8 +80,8 @@ class Group:
     """Runs of one configuration, one for each seed, in the order of seeds.
 
     Attributes:
-        label: The configuration in a few words, different from that of any other group.
-        settings: What the runs have in common, by name.
+        label: Short name of the configuration, unique among the groups.
+        settings: Settings that the runs have in common, by name.
         runs: At least one.
     """
 
@@ -89,16 +95,16 @@ class Group:
         return [run.seed for run in self.runs]
 
     def values(self, selection: str, metric: str) -> dict[int, float]:
-        """A metric of `metrics.summarize` by seed, percent; without runs that do not have it."""
+        """A metric of `metrics.summarize` by seed, percent; without runs where it is undefined."""
         found = {run.seed: run.value(selection, metric) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
 def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None as the latter for a single value.
+    """Mean and sample standard deviation, which is None for a single value.
 
     Raises:
-        ValueError: Without any value.
+        ValueError: If there is no value.
     """
     array = np.fromiter(values, np.float64)
     if len(array) == 0:
@@ -107,14 +113,14 @@ def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Folders of runs.
+    """Finds folders of runs.
 
     Args:
-        paths: Folders of runs, folders that have some somewhere below them, or results.json files.
+        paths: Folders of runs, folders with runs somewhere below them, or results.json files.
 
     Returns:
-        The folders, each once, sorted within each path; and one line for each path or folder in
-        which results were expected and not found.
+        The folders, each once, sorted within each path; and one line for each path or folder
+        without the results that were expected there.
     """
     found: dict[Path, Path] = {}
     problems = []
@@ -133,7 +139,7 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """The content of a run's results.json, its matrices checked.
+    """The content of a run's results.json, whose matrices are checked.
 
     Raises:
         ResultsError: If it is missing, damaged, or no such file.
@@ -157,7 +163,7 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path) -> StoredRun:
-    """What counts of a finished run.
+    """Reads a finished run.
 
     Raises:
         ResultsError: If its results are missing, damaged, or those of an unfinished run.
@@ -169,10 +175,11 @@ def read(folder: Path) -> StoredRun:
         raise ResultsError(
             f"{folder / 'results.json'}: the run is not finished, task "
             f"{last} of {matrices['batch'].shape[1]} was the last: "
-            "the command of the run with --resume auto goes on"
+            "the command of the run with --resume auto resumes it"
         )
     config = {**_defaults(), **results["config"]}
-    config = {name: value for name, value in config.items() if name not in options.TRANSIENT}
+    transient = set(names_of("command"))
+    config = {name: value for name, value in config.items() if name not in transient}
     try:
         name, key = _name(results, config), _key(results, config)
         settings = _settings(results, config)
@@ -192,7 +199,7 @@ def read(folder: Path) -> StoredRun:
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[StoredRun], list[str]]:
-    """Every finished run in some folders, see `find`.
+    """Reads every finished run in some folders, see `find`.
 
     Returns:
         The runs; and one line for each that is left out, with the reason.
@@ -208,7 +215,7 @@ def read_all(paths: Sequence[Path]) -> tuple[list[StoredRun], list[str]]:
 
 
 def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
-    """Puts runs of one configuration together, in the order in which configurations appear.
+    """Groups runs by configuration, in the order in which configurations first occur.
 
     Returns:
         The groups; and one line for each run that is left out because there is a newer one of the
@@ -222,7 +229,8 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
     problems = []
     for run in runs:
         known = digests[run.key] - {None}
-        same_data = next(iter(known)) if len(known) == 1 else run.digest  # the unknown joins it
+        # A run without a digest joins the others, unless these have different ones.
+        same_data = next(iter(known)) if len(known) == 1 else run.digest
         seeds = members.setdefault((run.key, same_data), {})
         twin = seeds.get(run.seed)
         if twin is not None:
@@ -246,26 +254,26 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the settings that are not equal in all of several configurations, sorted."""
+    """Names of the settings in which several configurations differ, sorted."""
     names = sorted({name for one in settings for name in one})
     return [n for n in names if any(one.get(n) != settings[0].get(n) for one in settings)]
 
 
 def _walk(path: Path, problems: list[str]) -> Iterator[Path]:
-    """Folders with results at or below a path; runs that have none yet go to `problems`."""
+    """Folders with results at or below a path; runs without results are added to `problems`."""
     for folder, below, files in os.walk(path):
         below[:] = sorted(name for name in below if name not in NO_RUNS)
         if "results.json" in files:
             yield Path(folder)
-        elif all(name in files for name in _TRACES):
+        elif all(name in files for name in _BEGUN):
             problems.append(f"{folder}: has no results.json yet, its first task is not finished")
 
 
 def _checked_matrix(rows: Any) -> metrics.Matrix:
-    """A matrix of percentages with at least one row and one column.
+    """Reads a matrix of percentages with at least one row and one column.
 
     Raises:
-        ValueError, TypeError: If it is something else.
+        ValueError, TypeError: If it is no such matrix.
     """
     matrix = metrics.from_lists(rows)
     if matrix.ndim != 2 or 0 in matrix.shape or np.any((matrix < 0) | (matrix > 100)):
@@ -275,60 +283,60 @@ def _checked_matrix(rows: Any) -> metrics.Matrix:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    return options.defaults()
+    return Settings().stored()
 
 
 def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """Configurations and flags as on a command line; early runs did not note them."""
+    """Configurations and flags as on a command line; early versions did not store them."""
     command = results.get("command")
     if not command:
         return str(config["dataset"])
-    return options.command_words(command) or "defaults"
+    return command_words(command) or "defaults"
 
 
 def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
-    kept = {name: value for name, value in config.items() if name not in options.NOT_CONFIGURATION}
+    settings = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
     run = results.get("run", {})
-    kept["backbone"] = _backbone(results)[:8]
-    kept["images_per_step"] = run.get("images_per_step")
-    kept["data"] = str(run.get("train_digest"))[:8]
-    return json.dumps(kept, sort_keys=True)
+    settings["backbone"] = _backbone(results)[:8]
+    settings["images_per_step"] = run.get("images_per_step")
+    settings["data"] = str(run.get("train_digest"))[:8]
+    return json.dumps(settings, sort_keys=True)
 
 
 def _key(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """What a configuration comes to, whatever the words: backbone, data, tasks, steps, the rest."""
-    left_out = (*options.NOT_CONFIGURATION, *_TOLD_OTHERWISE)
-    kept = {name: value for name, value in config.items() if name not in left_out}
+    """What identifies a configuration, however it was written on the command line."""
+    left_out = (*_NOT_CONFIGURATION, *_COMPARED_OTHERWISE)
+    key = {name: value for name, value in config.items() if name not in left_out}
     run = results.get("run", {})
-    kept["backbone"] = _backbone(results)
-    kept["data"] = [
+    key["backbone"] = _backbone(results)
+    key["data"] = [
         str(config["dataset"]).lower(),
         sorted(results.get("class_names", [])),
         results.get("test_sets"),
     ]
     order = results.get("class_order", [])
-    kept["tasks"] = len(order) if config["class_order"] is None else order
+    key["tasks"] = len(order) if config["class_order"] is None else order
     rate = ("learning_rate", "images_per_step")
-    is_known = run.keys() >= set(rate)
-    kept["steps"] = [run[name] for name in rate] if is_known else [config[n] for n in _RATE]
-    return json.dumps(kept, sort_keys=True)
+    is_stored = run.keys() >= set(rate)
+    key["steps"] = [run[name] for name in rate] if is_stored else [config[n] for n in _RATE]
+    return json.dumps(key, sort_keys=True)
 
 
 def _backbone(results: dict[str, Any]) -> str:
-    """Its checksum, unless it is drawn anew for each seed."""
+    """The checksum of the backbone, or `random` if its weights depend on the seed."""
     backbone = results.get("backbone", {})
     return "random" if backbone.get("source") == "random" else str(backbone.get("sha256"))
 
 
 def _labels(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The names, with the settings in which configurations of the same name differ."""
+    """The names, followed by the settings in which configurations of the same name differ."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for name, own in zip(names, settings, strict=True):
         alike.setdefault(name, []).append(own)
-    told = {name: differing(ones) for name, ones in alike.items()}
+    shown_settings = {name: differing(ones) for name, ones in alike.items()}
     labels: dict[str, None] = {}
     for name, own in zip(names, settings, strict=True):
-        words = [f"{n} {options.shown(own.get(n))}" for n in told[name]]
-        label = f"{name} ({', '.join(words)})" if words else name
+        values = [f"{n} {shown(own.get(n))}" for n in shown_settings[name]]
+        label = f"{name} ({', '.join(values)})" if values else name
         labels[label if label not in labels else f"{label} #{len(labels) + 1}"] = None
     return list(labels)

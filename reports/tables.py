@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Columns of a terminal at least, and of the label of a row that shares them with many numbers.
-_LEAST_WIDTH, _LABEL_WIDTH = 80, 21
+#: Characters of a line of text, if the terminal is not wider.
+_LEAST_WIDTH = 80
+#: Characters of a row label, at least, where there are too many columns for one line.
+_LABEL_WIDTH = 21
 
 
 @dataclass(frozen=True)
 class Number:
-    """A mean, and the standard deviation behind it if there is one."""
+    """A mean, and its standard deviation if there is one."""
 
     mean: float
     sd: float | None = None
@@ -24,7 +26,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Range:
-    """From one number to another."""
+    """An interval."""
 
     low: float
     high: float
@@ -40,8 +42,8 @@ class Column:
     Attributes:
         heading: Its name.
         cells: Text, numbers, or None where there is nothing.
-        over: What stands above several columns.
-        is_text: Whether the cells are words, which are set on the left.
+        over: Heading that it shares with its neighbours; empty: none.
+        is_text: Whether the cells are text, which is left-aligned.
     """
 
     heading: str
@@ -50,7 +52,7 @@ class Column:
     is_text: bool = False
 
 
-#: Columns of equal length; the first one says what the rows are.
+#: Columns of equal length; the first one labels the rows.
 Table = list[Column]
 
 #: Paragraphs and tables, one below the other.
@@ -73,7 +75,7 @@ def rendered(document: Document, form: str) -> str:
 
 
 def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """Records of the same names, at least one, as a line each below a line of the names."""
+    """A line of names, and a line for each record; there is at least one, all have these names."""
     text = io.StringIO()
     writer = csv.DictWriter(text, records[0], lineterminator="\n")
     writer.writeheader()
@@ -82,7 +84,7 @@ def as_csv(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _plain(cell: Cell) -> str:
-    """A cell as people write it; hundredths are told."""
+    """A cell as text; numbers have two decimals."""
     match cell:
         case Number(mean, None):
             return f"{mean:z.2f}"
@@ -102,7 +104,7 @@ def _wrapped(paragraph: str) -> str:
 
 
 def _text(table: Table) -> str:
-    """Aligned columns; what is too wide for a terminal goes into further blocks of rows."""
+    """Aligned columns; columns that do not fit the terminal follow in further blocks."""
     labels, *columns = table
     laid = [_laid_out(column) for column in columns]
     room = _width() - sum(column.width for column in laid)
@@ -114,7 +116,7 @@ def _text(table: Table) -> str:
 
 @dataclass(frozen=True)
 class _LaidOut:
-    """A column as lines of equal width, the space on its left included."""
+    """A column as lines of equal width, with the space on its left."""
 
     over: str
     head: list[str]
@@ -137,7 +139,7 @@ def _laid_out(column: Column) -> _LaidOut:
 
 
 def _in_line(cells: Sequence[Cell]) -> list[str]:
-    """Numbers with room behind those that have no spread, so that all means are in line."""
+    """Numbers with padding behind those without a standard deviation, so that means align."""
     pairs = [_plain(cell).partition(" ± ") for cell in cells]
     width = max(len(spread) for _, _, spread in pairs)
     return [f"{mean}{sign or '   '}{spread:>{width}}" for mean, sign, spread in pairs]
@@ -149,7 +151,10 @@ def _folded(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def _side_by_side(columns: Sequence[_LaidOut], room: int) -> list[list[_LaidOut]]:
-    """The columns in blocks that fit, each of at least one; what stands over them divides them."""
+    """Divides columns into blocks that fit into `room`, each with one shared heading.
+
+    If all columns fit, they are one block.
+    """
     if sum(column.width for column in columns) <= room:
         return [list(columns)]
     blocks: list[list[_LaidOut]] = [[]]
@@ -194,7 +199,7 @@ def _markdown(table: Table) -> str:
 
 
 def _escaped_markdown(text: str) -> str:
-    """Text in which no character means anything but itself; inside words, underscores do not."""
+    """Text with Markdown's special characters escaped; underscores inside words are none."""
     return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
@@ -210,7 +215,7 @@ def _latex(table: Table) -> str:
 
 
 def _latex_over(table: Table) -> Iterator[str]:
-    """What stands above several columns, and the rules below it."""
+    """The row of shared headings, and the rules below them."""
     names, rules, first = [], [], 1
     for over, run in itertools.groupby(table, key=lambda column: column.over):
         last = first + len(list(run)) - 1
@@ -247,5 +252,5 @@ _LATEX = {
 
 
 def _escaped_latex(text: str) -> str:
-    """Text in which no character means anything but itself; two hyphens stay two."""
+    """Text with LaTeX's special characters escaped; two hyphens do not become a dash."""
     return "".join(_LATEX.get(c, c) for c in text).replace("--", "-{}-")

@@ -17,7 +17,9 @@ from benchmarks.workload import Ours, plain_model, plain_stream, read_workload, 
 from continual_datasets.readers import registry
 from experiment import build, speed
 from experiment.signals import Preempted
-from training import evaluation
+from training.evaluation import evaluate
+from training.losses import class_mask
+from training.update import OptimizerStep
 
 close = torch.testing.assert_close
 
@@ -49,7 +51,7 @@ def pair(workload):
         workload.lr,
         options,
         build.loader_options(workload.plain, workload.processes, 16),
-        build.transform_options(workload.plain),
+        workload.plain.transforms,
     )
     return model, baseline, options
 
@@ -89,12 +91,16 @@ def test_baseline_gives_equal_loss_gradients_and_parameters(workload, pair, trai
     baseline.options = options
     images, targets = pictures()
     classes = (0, 1, 2, 3)
-    mask = evaluation.class_mask(classes, C, workload.device)
-    make_optimizer = partial(build.make_optimizer, workload.args, model, workload.lr)
-    updater = engine.make_updater(model.train(), make_optimizer, options)
+    mask = class_mask(classes, C, workload.device)
+    make_optimizer = partial(
+        build.make_optimizer, workload.settings.optimizer, model, lr=workload.lr
+    )
+    update = OptimizerStep(
+        model.train().parameters(), make_optimizer, options.device, options.clip_grad
+    )
     for _ in range(3):
-        allowed = mask if train_mask else None
-        ours = engine.train_step(model, updater, (images, targets), 0, allowed, 16, options)
+        target = engine.StepTarget(0, mask if train_mask else None, global_size=16)
+        ours = engine.train_step(model, update, (images, targets), target, options)
         theirs = baseline.train_step(images, targets, classes)
         close(torch.tensor(theirs[0]), ours[0], rtol=1e-5, atol=1e-5)
         assert theirs[1:] == pytest.approx((100 * ours[1:3] / 16).tolist())
@@ -116,7 +122,7 @@ def test_baseline_gives_equal_batchwise_accuracy():
     )
     baseline.original.load_state_dict(ours.model.backbone.state_dict())
     part = stream.tasks[-1].test_sets[1]
-    result = evaluation.evaluate(ours.model, ours.run.test_loader(part), part, ours.options)
+    result = evaluate(ours.model, ours.run.test_loader(part), part, ours.loop)
     assert baseline.evaluate(part) == pytest.approx(result.stats["batch"], rel=1e-5)
 
 
@@ -143,7 +149,7 @@ def test_baseline_trains_on_all_images_of_a_task(workload):
     assert 0 <= batches[0][0].min() < batches[0][0].max() <= 1
 
 
-def test_baseline_refuses_a_loss_that_is_no_number(pair):
+def test_baseline_rejects_a_loss_that_is_no_number(pair):
     images, targets = pictures()
     with pytest.raises(RuntimeError, match="loss is nan"):
         pair[1].train_step(images * torch.nan, targets, (0, 1, 2, 3))
@@ -223,13 +229,14 @@ def test_step_is_split_where_its_passes_begin_and_end(workload):
         "query": 3, "prompted forward": 7, "backward": 15, "update": 31
     }  # fmt: skip
     assert ours.model.run_query is run_query
-    assert "backward" not in vars(ours.updater)
+    assert "backward" not in vars(ours.update)
 
 
 def test_share_overruled_counts_images_that_a_later_evaluation_computes_twice(monkeypatch):
     ours = Ours(read_workload([*TINY, "--vote_group_size", "4"]))
     ours.evaluate()
-    queries = [ours.queries.of(part) for part in ours.run.stream.test_sets]
+    version = ours.model.query_version()
+    queries = [ours.loop.queries.of(part, version) for part in ours.run.stream.test_sets]
     ours.model.prompt.prompt_key.data = keys_that_divide(torch.cat(queries))
     share, computed = ours.share_overruled(), 0
     forward = ours.model.forward
@@ -251,7 +258,9 @@ def test_only_later_evaluations_know_the_queries(workload, monkeypatch):
     evaluate = bench.ours.evaluate
 
     def watched():
-        known.append(bench.ours.queries.of(bench.stream.test_sets[0]) is not None)
+        version = bench.ours.model.query_version()
+        part = bench.ours.run.stream.test_sets[0]
+        known.append(bench.ours.loop.queries.of(part, version) is not None)
         evaluate()
 
     monkeypatch.setattr(bench.ours, "evaluate", watched)
@@ -274,7 +283,7 @@ def test_evaluation_begins_with_what_the_first_steps_learned(workload):
     assert all(torch.equal(again[name], value) for name, value in learned.items())
 
 
-def test_product_has_the_shape_that_is_told(workload):
+def test_product_has_the_shape_that_is_reported(workload):
     model = plain_model(workload, C)
     shapes = measure.matrix_products(model, 4, torch.device("cpu"))
     assert shapes["MLP"] == (4 * (1 + P + N), D, MLP)
@@ -291,7 +300,7 @@ def test_checkpoint_of_vit_base_is_counted_without_building_it():
 def test_baseline_rounds_as_torch_does(workload):
     torch.set_float32_matmul_precision("high")
     try:
-        with measure._as_torch_is():
+        with measure._torch_defaults():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -302,22 +311,25 @@ def test_baseline_rounds_as_torch_does(workload):
 
 
 def test_flags_and_configurations_win_over_the_workload():
-    usual = read_workload([]).args
-    assert (usual.model, usual.dataset, usual.num_tasks) == ("vit_tiny_patch16_224", "digits", 2)
-    assert (usual.batch_size, usual.input_size, usual.pretrained) == (16, 224, False)
-    given = read_workload(["digits_l2p", "--epochs", "2", "--output_dir", "x"]).args
-    assert (given.num_tasks, given.classes_per_task, given.epochs) == (5, None, 2)
-    assert given.pretrained == "assets/glyph_vit.safetensors"
-    assert given.output_dir == ""
+    usual = read_workload([]).settings
+    assert (usual.model.model, usual.model.pretrained) == ("vit_tiny_patch16_224", False)
+    assert (usual.data.dataset, usual.tasks.num_tasks) == ("digits", 2)
+    assert (usual.optimizer.batch_size, usual.transforms.input_size) == (16, 224)
+    given = read_workload(["digits_l2p", "--epochs", "2", "--output_dir", "x"]).settings
+    assert (given.tasks.num_tasks, given.tasks.classes_per_task) == (5, None)
+    assert given.optimizer.epochs == 2
+    assert given.model.pretrained == "assets/glyph_vit.safetensors"
+    assert given.run.output_dir == ""
 
 
 def test_baseline_stays_plain():
     workload = read_workload(["--amp", "bf16", "--compile", "--data_on_device", "true"])
-    assert benchmark_workload.compute_dtype(workload.args) == torch.bfloat16
+    assert benchmark_workload.compute_dtype(workload.settings) == torch.bfloat16
     assert benchmark_workload.compute_dtype(workload.plain) == torch.float32
-    assert workload.args.compile
-    assert not workload.plain.compile
-    assert workload.args.data_on_device is not workload.plain.data_on_device is False
+    settings, plain = workload.settings, workload.plain
+    assert settings.precision.compile
+    assert not plain.precision.compile
+    assert settings.data.data_on_device is not plain.data.data_on_device is False
 
 
 @pytest.mark.parametrize(
@@ -327,14 +339,14 @@ def test_baseline_stays_plain():
         (["--repetitions", "0"], "'0' is no whole number of at least 1"),
         (["--synthetic", "5000"], "not two numbers of images"),
         (["--synthetic", "50,1000"], "not two numbers of images"),
-        (["--head_type", "token"], "--head_type token: the baseline knows prompt only"),
-        (["--buffer_size", "20"], "--buffer_size 20: the baseline knows none only"),
+        (["--head_type", "token"], "--head_type token: the baseline supports prompt only"),
+        (["--buffer_size", "20"], "--buffer_size 20: the baseline supports none only"),
         (["--batchsize", "4"], "--batchsize is no option: did you mean --batch"),
         (["--synthetic", "200,100", "--dataset", "digits"], "stands in for CIFAR100 alone"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     ],
 )
-def test_refused_command_line_says_why(argv, message, capsys):
+def test_rejected_command_line_reports_why(argv, message, capsys):
     try:
         code = benchmark.main(argv)
     except SystemExit as end:
@@ -343,21 +355,21 @@ def test_refused_command_line_says_why(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_everything_wrong_is_told_at_once(capsys):
+def test_everything_wrong_is_reported_at_once(capsys):
     assert benchmark.main(["--head_type", "token", "--opt", "sgd", "--epochs", "0"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("  - ") == 3
-    assert told.startswith("benchmark.py: this command line cannot run:\n")
+    printed = capsys.readouterr().err
+    assert printed.count("  - ") == 3
+    assert printed.startswith("benchmark.py: this command line cannot run:\n")
 
 
-def test_launcher_is_refused(monkeypatch, capsys):
+def test_launcher_is_rejected(monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert benchmark.main([]) == 2
     assert "the baseline is a single process" in capsys.readouterr().err
 
 
-def test_missing_weights_are_told(monkeypatch, tmp_path, capsys):
+def test_missing_weights_are_reported(monkeypatch, tmp_path, capsys):
     path = tmp_path / "broken.pth"
     path.write_bytes(b"no weights")
     assert benchmark.main([*TINY, "--pretrained", str(path)]) == 1
@@ -431,7 +443,7 @@ def test_table_shows_the_report():
     text = table(made_up())
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "vit_tiny (weights: random), 224 pixels, bfloat16, compile, data_on_device" in rows
-    assert "digits, 3 tasks, epochs: 1; 16 images a step, votes of 8, 2 workers" in rows
+    assert "digits, 3 tasks, epochs: 1; 16 images a step, vote group of 8, 2 workers" in rows
     assert "A CPU, 2 cores, 1 threads" in rows
     assert "medians of 5 turns, after 1 to warm up" in rows
     assert "1024 x 1024 x 1024 (square 1024) 100.0 best" in rows
@@ -462,8 +474,8 @@ def test_table_leaves_out_what_was_not_measured(part):
 
 def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure, "_SQUARES", {"cpu": (64,)})
-    monkeypatch.setattr(measure, "_ENOUGH_FLOP", {"cpu": 1e6})
-    monkeypatch.setattr(measure, "_LONG_ENOUGH", 0.01)
+    monkeypatch.setattr(measure, "_TURN_FLOP", {"cpu": 1e6})
+    monkeypatch.setattr(measure, "_TURN_SECONDS", 0.01)
     path = tmp_path / "report.json"
     argv = [*TINY, "--only", "stages,step", "--repetitions", "2", "--json", str(path)]
     assert benchmark.main(argv) == 0
@@ -505,13 +517,13 @@ def test_everything_is_measured(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", [".", "gone/x.json"])
-def test_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+def test_file_that_cannot_be_written_is_rejected_before_anything_is_measured(
     file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(SystemExit) as rejection:
         benchmark.main(["--json", file])
-    assert refusal.value.code == 2
+    assert rejection.value.code == 2
     assert "is no file in a folder that exists" in capsys.readouterr().err
 
 

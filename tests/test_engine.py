@@ -10,6 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 
 import engine
+from cli.settings import ModelSettings
 from helpers.engine_doubles import (
     FIRST,
     OPTIONS,
@@ -18,24 +19,31 @@ from helpers.engine_doubles import (
     Loader,
     data,
     evaluate,
+    make_run,
     run,
     sgd,
 )
 from helpers.tiny_model import C, K, M, make_model, pictures
 from reports import metrics
-from vision_transformer import DEFAULT_FREEZE
+from reports.metrics import SELECTIONS
+from training.evaluation import average_stats
+from training.losses import masked_cross_entropy
+from training.state import Evaluation, Monitor, NonFiniteLossError, TrainState
 
 close = torch.testing.assert_close
 
 
-def updating(model, lr=0.1, options=OPTIONS):
-    return engine.make_updater(model, lambda: sgd(model, lr), options)
+def train_epoch(model, loader, task=FIRST, options=OPTIONS, *, lr=0.1, state=None, **parts):
+    """One epoch of a task with SGD; the first one unless `state` says another: statistics."""
+    run = make_run(model, options, make_optimizer=lambda: sgd(model, lr), **parts)
+    update = engine.make_update(model, run)
+    state = state or TrainState(task.index)
+    return engine.train_one_epoch(model, loader, update, task, state, run)
 
 
 def train_step(model, options=OPTIONS, task=FIRST, lr=0.0, **loader):
     """One step on one batch: statistics; the gradients stay in the model."""
-    batches = Loader(*data(task, 8), batch_size=8, **loader)
-    return engine.train_one_epoch(model, batches, updating(model, lr, options), task, 0, options)
+    return train_epoch(model, Loader(*data(task, 8), batch_size=8, **loader), task, options, lr=lr)
 
 
 def local(targets, task):
@@ -110,7 +118,7 @@ def test_smoothing_spreads_over_allowed_classes(smoothing, masked):
     targets = torch.tensor([0, 2, 4, 4, 0])
     classes = list(FIRST.classes) if masked else list(range(C))
     allowed = torch.tensor([c in classes for c in range(C)]) if masked else None
-    found = engine.masked_cross_entropy(logits, targets, allowed, smoothing)
+    found = masked_cross_entropy(logits, targets, allowed, smoothing)
     probability = logits[:, classes].softmax(dim=1)
     hand = 0
     for row, target in zip(probability, targets.tolist(), strict=True):
@@ -138,7 +146,7 @@ def test_cross_entropy_takes_a_mask_for_every_image(smoothing):
     targets = torch.tensor([0, 3, 5, 1])
     rows = [[0, 2, 4], [0, 1, 2, 3, 4, 5], [1, 3, 5], [1, 2]]
     allowed = torch.tensor([[c in row for c in range(C)] for row in rows])
-    found = engine.masked_cross_entropy(logits, targets, allowed, smoothing)
+    found = masked_cross_entropy(logits, targets, allowed, smoothing)
     hand = 0
     for values, target, row in zip(logits, targets.tolist(), rows, strict=True):
         chances = values[row].softmax(dim=0)
@@ -172,7 +180,7 @@ REPLAYING = replace(OPTIONS, replayed_per_group=2, pull_coeff=0)
 def replay_step(model, options=REPLAYING, lr=0.0):
     images = pictures(10, torch.Generator().manual_seed(5))
     loader = Mixed(images, MIXED_TARGETS, AGAIN)
-    stats = engine.train_one_epoch(model, loader, updating(model, lr), SECOND, 0, options)
+    stats = train_epoch(model, loader, SECOND, options, lr=lr)
     return images, stats
 
 
@@ -209,7 +217,7 @@ def test_other_classes_learn_from_replayed_images_alone():
     images = pictures(10, torch.Generator().manual_seed(5))
     targets = MIXED_TARGETS.masked_fill(AGAIN, 1)  # of the task, so that nothing is infinite
     loader = Mixed(images, targets, torch.zeros(10, dtype=torch.bool))
-    engine.train_one_epoch(model, loader, updating(model, 0.0), SECOND, 0, REPLAYING)
+    train_epoch(model, loader, SECOND, REPLAYING, lr=0.0)
     assert (model.head.bias.grad != 0).tolist() == [c in SECOND.classes for c in range(C)]
 
 
@@ -238,7 +246,7 @@ def test_empty_piece_of_a_step_with_replay_changes_nothing():
     empty = torch.empty(0, dtype=torch.long)
     loader = Mixed(torch.empty(0, 3, 8, 8), empty, empty.bool())
     loader.global_batch_size = lambda step: 6
-    engine.train_one_epoch(model, loader, updating(model), SECOND, 0, REPLAYING)
+    train_epoch(model, loader, SECOND, REPLAYING)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -256,13 +264,13 @@ def count_by_hand(model, batches, group=4):
 def test_prompts_count_the_training_images_that_they_serve():
     model = make_model({"diversify": "frequency"})
     loader = Loader(*data(FIRST, 10))
-    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 0, OPTIONS)
+    train_epoch(model, loader, lr=0.0)
     expected = count_by_hand(model, loader)
     assert model.prompt.served_now.tolist() == expected
     assert sum(expected) == 10 * K
     assert len([n for n in expected if n]) > K
     assert model.prompt.served_before.tolist() == [0] * M
-    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 1, OPTIONS)
+    train_epoch(model, loader, lr=0.0, state=TrainState(0, epoch=1))
     assert model.prompt.served_now.tolist() == [2 * n for n in expected]
 
 
@@ -276,7 +284,7 @@ def test_prompts_count_the_images_of_all_processes(monkeypatch):
     model = make_model({"diversify": "frequency"})
     monkeypatch.setattr(engine, "sum_over_processes", lambda values: 3 * values)
     loader = Loader(*data(FIRST, 8), share=3)
-    engine.train_one_epoch(model, loader, updating(model, 0.0), FIRST, 0, OPTIONS)
+    train_epoch(model, loader, lr=0.0)
     assert model.prompt.served_now.tolist() == [3 * n for n in count_by_hand(model, loader)]
 
 
@@ -319,15 +327,8 @@ def test_frequency_changes_no_first_task_and_spreads_the_second():
 def test_step_of_a_non_finite_loss_counts_nothing(value, clip_grad):
     model = make_model({"diversify": "frequency"})
     loader, options = Loader(*data(FIRST, 12)), replace(OPTIONS, clip_grad=clip_grad)
-    with pytest.raises(engine.NonFiniteLossError):
-        engine.train_one_epoch(
-            Spoiled(model, call=2, value=value),
-            loader,
-            updating(model, 0.0, options),
-            FIRST,
-            0,
-            options,
-        )
+    with pytest.raises(NonFiniteLossError):
+        train_epoch(Spoiled(model, call=2, value=value), loader, FIRST, options, lr=0.0)
     assert model.prompt.served_now.tolist() == count_by_hand(model, loader.batches[:1])
 
 
@@ -338,9 +339,7 @@ def test_train_one_epoch_averages_loss_over_batches_and_accuracy_over_images():
     model = make_model({})
     images, targets = data(FIRST, 10)
     options = replace(OPTIONS, pull_coeff=0)
-    stats = engine.train_one_epoch(
-        model, Loader(images, targets), updating(model, lr=0.0), FIRST, 0, options
-    )
+    stats = train_epoch(model, Loader(images, targets), FIRST, options, lr=0.0)
     losses, hits = [], 0
     for x, y in Loader(images, targets):
         logits = model(x, vote_group_size=4)["logits"][:, list(FIRST.classes)]
@@ -354,7 +353,7 @@ def test_train_one_epoch_averages_loss_over_batches_and_accuracy_over_images():
 def test_train_one_epoch_tells_the_sampler_its_epoch_and_trains_in_training_mode():
     model = make_model({}).eval()
     loader = Loader(*data())
-    engine.train_one_epoch(model, loader, updating(model), FIRST, 3, OPTIONS)
+    train_epoch(model, loader, state=TrainState(0, epoch=3))
     assert loader.epochs == [3]
     assert model.training
 
@@ -385,7 +384,7 @@ def test_train_step_without_images_of_its_own_changes_nothing():
     before = copy.deepcopy(model.state_dict())
     loader = Loader(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.long))
     loader.global_batch_size = lambda step: 4  # the images are at other processes
-    engine.train_one_epoch(model, loader, updating(model), FIRST, 0, OPTIONS)
+    train_epoch(model, loader)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
@@ -414,7 +413,7 @@ def test_clip_grad_comes_before_the_step():
     assert 0 < (model.head.weight - before).norm() <= 0.0101
 
 
-@pytest.mark.parametrize("changes", [{}, {"vote_ties": "topk"}, {"learnable_key": False}])
+@pytest.mark.parametrize("changes", [{}, {"vote_ties": "topk"}, {"prompt_key": False}])
 def test_training_leaves_frozen_weights_unchanged(changes):
     model = make_model(changes)
     before = copy.deepcopy(model.state_dict())
@@ -434,6 +433,7 @@ class Spoiled(torch.nn.Module):
         super().__init__()
         self.model, self.call, self.value, self.calls = model, call, value, 0
         self.prompt, self.num_classes = model.prompt, model.num_classes
+        self.observe = model.observe
 
     def forward(self, *args, **kwargs):
         out = self.model(*args, **kwargs)
@@ -450,11 +450,11 @@ def test_non_finite_loss_names_place_and_value_and_keeps_the_last_good_weights(c
     bad = make_model({})
     spoiled, loader = Spoiled(bad, call=2, value=float("nan")), Loader(images, targets)
     message = r"loss is nan in task 2, epoch 3, step 2: lower --lr"
-    with pytest.raises(engine.NonFiniteLossError, match=message):
-        engine.train_one_epoch(spoiled, loader, updating(bad, 0.1, options), SECOND, 2, options)
+    with pytest.raises(NonFiniteLossError, match=message):
+        train_epoch(spoiled, loader, SECOND, options, state=TrainState(1, epoch=2))
     good = make_model({})
     loader = Loader(images[:4], targets[:4])
-    engine.train_one_epoch(good, loader, updating(good, 0.1, options), SECOND, 2, options)
+    train_epoch(good, loader, SECOND, options, state=TrainState(1, epoch=2))
     for name, value in good.state_dict().items():
         assert torch.equal(bad.state_dict()[name], value), name
 
@@ -463,8 +463,8 @@ def test_non_finite_gradient_is_named_before_it_spoils_the_weights():
     model = make_model({})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(engine.NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
-        engine.train_one_epoch(model, Loader(*data(FIRST, 4)), updating(model), FIRST, 0, OPTIONS)
+    with pytest.raises(NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
+        train_epoch(model, Loader(*data(FIRST, 4)))
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -473,102 +473,99 @@ def test_non_finite_loss_of_a_target_outside_the_mask_is_named():
     model = make_model({})
     images, _ = data()
     loader = Loader(images, torch.full((8,), 1))  # class 1 belongs to the second task
-    with pytest.raises(engine.NonFiniteLossError, match=r"loss is inf in task 1, epoch 1, step 1"):
-        engine.train_one_epoch(model, loader, updating(model), FIRST, 0, OPTIONS)
+    with pytest.raises(NonFiniteLossError, match=r"loss is inf in task 1, epoch 1, step 1"):
+        train_epoch(model, loader)
 
 
 # Steps that are read together
 
 
-class Boundaries(engine.Monitor):
-    """Notes where the engine says that a run can go on."""
+class Boundaries(Monitor):
+    """Notes where the engine says that a run can resume."""
 
     def __init__(self, stop_at=None):
-        self.positions, self.asked, self.stop_at = [], 0, stop_at
+        self.boundaries, self.asked, self.stop_at = [], 0, stop_at
 
     def wants_to_stop(self):
         self.asked += 1
         return self.asked == self.stop_at
 
-    def at_boundary(self, position, updater, stop=False):
-        self.positions.append((position.step, copy.deepcopy(position.meters), stop))
+    def at_boundary(self, state, update, stop=False):
+        self.boundaries.append((state.step, copy.deepcopy(state.meters), stop))
 
 
 def read_every(number, steps=7, stop_at=None):
     model, monitor = make_model({}), Boundaries(stop_at)
     options = replace(OPTIONS, read_every=number)
     loader = Loader(*data(FIRST, 4 * steps))
-    stats = engine.train_one_epoch(
-        model, loader, updating(model), FIRST, 0, options, monitor=monitor
-    )
-    return model, stats, monitor.positions
+    stats = train_epoch(model, loader, FIRST, options, monitor=monitor)
+    return model, stats, monitor.boundaries
 
 
 @pytest.mark.parametrize(("number", "steps_read"), [(2, [1, 3, 5, 7]), (3, [1, 4, 7]), (9, [1, 7])])
 def test_steps_read_together_give_the_same_run(number, steps_read):
-    model, stats, positions = read_every(1)
+    model, stats, boundaries = read_every(1)
     other, other_stats, read = read_every(number)
     assert other_stats == stats
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert [step for step, _, _ in read] == steps_read
-    assert read == [positions[step - 1] for step in steps_read]
+    assert read == [boundaries[step - 1] for step in steps_read]
 
 
 def test_wish_to_stop_reads_at_once_where_there_is_nobody_else():
-    _, _, positions = read_every(3, stop_at=3)
-    assert [(step, stop) for step, _, stop in positions] == [
+    _, _, boundaries = read_every(3, stop_at=3)
+    assert [(step, stop) for step, _, stop in boundaries] == [
         *[(1, False), (3, True), (4, False), (7, False)]
     ]
 
 
 def test_wish_to_stop_waits_for_the_others_until_steps_are_read(monkeypatch):
     monkeypatch.setattr(engine, "is_alone", lambda: False)
-    _, _, positions = read_every(3, stop_at=3)
-    assert [(step, stop) for step, _, stop in positions] == [(1, False), (4, True), (7, False)]
+    _, _, boundaries = read_every(3, stop_at=3)
+    assert [(step, stop) for step, _, stop in boundaries] == [(1, False), (4, True), (7, False)]
 
 
 def test_gradients_that_overflow_at_any_scale_are_named():
     model = make_model({})
     model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     options = replace(OPTIONS, loss_scaling=True)
-    updater = updating(model, 0.1, options)
+    run = make_run(model, options)
+    update = engine.make_update(model, run)
     loader = Loader(*data(FIRST, 4 * 30))
-    with pytest.raises(engine.NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
-        engine.train_one_epoch(model, loader, updater, FIRST, 0, options)
-    assert updater.scaler.get_scale() < 0.01
+    with pytest.raises(NonFiniteLossError, match=r"norm of the gradient is .* in task 1"):
+        engine.train_one_epoch(model, loader, update, FIRST, TrainState(), run)
+    assert update.scaler.get_scale() < 0.01
 
 
 def test_non_finite_step_is_named_though_later_ones_were_made():
     options = replace(OPTIONS, read_every=100)
     bad, (images, targets) = make_model({}), data(SECOND, 28)
     spoiled = Spoiled(bad, call=4, value=float("nan"))
-    with pytest.raises(engine.NonFiniteLossError, match=r"loss is nan in task 2, epoch 1, step 4"):
-        engine.train_one_epoch(spoiled, Loader(images, targets), updating(bad), SECOND, 0, options)
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan in task 2, epoch 1, step 4"):
+        train_epoch(spoiled, Loader(images, targets), SECOND, options)
     assert spoiled.calls == 7
     good = make_model({})
     loader = Loader(images[:12], targets[:12])
-    engine.train_one_epoch(good, loader, updating(good), SECOND, 0, options)
+    train_epoch(good, loader, SECOND, options)
     for name, value in good.state_dict().items():
         assert torch.equal(bad.state_dict()[name], value), name
 
 
 def test_resumed_epoch_reads_its_own_steps():
-    _, _, positions = read_every(1)
+    _, _, boundaries = read_every(1)
     model = make_model({})
-    position = engine.Position(0, 0, step=2, meters=positions[1][1])
+    state = TrainState(0, 0, step=2, meters=boundaries[1][1])
     monitor = Boundaries()
 
     class Rest(Loader):
         def __iter__(self):
             return iter(self.batches[2:])
 
-    engine.train_one_epoch(
-        *(model, Rest(*data(FIRST, 28)), updating(model, 0.0), FIRST, 0),
-        *(replace(OPTIONS, read_every=3), position, monitor),
-    )
-    assert [step for step, _, _ in monitor.positions] == [4, 7]
-    assert monitor.positions[-1][1]["Acc@1"][1] == 28
+    loader, options = Rest(*data(FIRST, 28)), replace(OPTIONS, read_every=3)
+    train_epoch(model, loader, FIRST, options, lr=0.0, state=state, monitor=monitor)
+    assert [step for step, _, _ in monitor.boundaries] == [4, 7]
+    assert monitor.boundaries[-1][1]["Acc@1"][1] == 28
 
 
 # Evaluation
@@ -581,7 +578,7 @@ def stubborn(model, favourite):
 
 
 def accuracies(result):
-    return [result.stats[name]["Acc@1"] for name in engine.SELECTIONS]
+    return [result.stats[name]["Acc@1"] for name in SELECTIONS]
 
 
 def test_task_inc_restricts_evaluation_to_classes_of_the_test_set():
@@ -621,6 +618,7 @@ def test_evaluation_counts_five_best():
     assert result.stats["batch"]["Acc@5"] == pytest.approx(100 / 12 * (places < 5).sum().item())
 
 
+DEFAULT_FREEZE = ModelSettings().freeze
 UNFROZEN_POSITIONS = tuple(p for p in DEFAULT_FREEZE if p != "pos_embed")
 
 
@@ -639,7 +637,7 @@ def test_instance_wise_equals_vote_groups_of_one(head_type, freeze, ties):
 
 
 def test_instance_wise_equals_batchwise_off():
-    voting, alone = make_model({}), make_model({"batchwise": False})
+    voting, alone = make_model({}), make_model({"batchwise_prompt": False})
     alone.load_trained_state(voting.trained_state(), "other")
     found = evaluate(voting, size=16)
     assert found.stats["batch"] != found.stats["instance"]
@@ -669,7 +667,7 @@ def test_instance_wise_recomputes_overruled_images_only():
 
 
 @pytest.mark.parametrize(
-    ("pool", "vote_group_size"), [(None, 4), ({"batchwise": False}, 4), ({}, 1)]
+    ("pool", "vote_group_size"), [(None, 4), ({"batchwise_prompt": False}, 4), ({}, 1)]
 )
 def test_instance_wise_needs_no_second_pass_where_nobody_votes(pool, vote_group_size):
     model, calls = make_model(pool), []
@@ -687,7 +685,7 @@ def test_evaluation_does_not_depend_on_the_compute_batch(ties):
     for batch_size in (8, 12, 24):
         found = evaluate(model, size=24, batch_size=batch_size)
         assert found.usage == wanted.usage
-        for name in engine.SELECTIONS:
+        for name in SELECTIONS:
             for key in ("Acc@1", "Acc@5"):
                 assert found.stats[name][key] == wanted.stats[name][key]
             loss = wanted.stats[name]["Loss"]
@@ -747,22 +745,21 @@ def test_evaluation_changes_nothing():
 
 
 def till_now(model, task, matrices):
-    return engine.evaluate_till_now(
-        model, lambda test_set: Loader(*data(test_set)), task, matrices, OPTIONS
-    )
+    run = make_run(model, matrices=matrices, test_loader=lambda test_set: Loader(*data(test_set)))
+    return engine.evaluate_till_now(model, task, TrainState(task.index), None, run)
 
 
 def test_evaluate_till_now_fills_the_column_of_its_task():
-    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    matrices = {name: metrics.empty_matrix(2, 2) for name in SELECTIONS}
     results = till_now(make_model({}), STREAM[1], matrices)
     assert [r.index for r in results] == [0, 1]
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert np.isnan(matrices[name][:, 0]).all()
         assert matrices[name][:, 1].tolist() == [r.stats[name]["Acc@1"] for r in results]
 
 
 def test_evaluate_till_now_says_what_the_original_said(caplog):
-    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    matrices = {name: metrics.empty_matrix(2, 2) for name in SELECTIONS}
     matrices["batch"][0, 0] = matrices["instance"][0, 0] = 100
     with caplog.at_level(logging.INFO):
         results = till_now(make_model({}), STREAM[1], matrices)
@@ -770,7 +767,7 @@ def test_evaluate_till_now_says_what_the_original_said(caplog):
     first = results[0].stats["batch"]
     wanted = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**first)
     assert any(line.startswith(wanted) for line in lines)
-    means = engine.average_stats(results, "batch")
+    means = average_stats(results, "batch")
     lost = 100 - first["Acc@1"]
     summary = (
         f"[Average accuracy till task2]\tAcc@1: {means['Acc@1']:.4f}\t"
@@ -782,7 +779,7 @@ def test_evaluate_till_now_says_what_the_original_said(caplog):
 
 
 def test_evaluate_till_now_says_nothing_of_forgetting_after_the_first_task(caplog):
-    matrices = {name: metrics.empty_matrix(2, 2) for name in engine.SELECTIONS}
+    matrices = {name: metrics.empty_matrix(2, 2) for name in SELECTIONS}
     with caplog.at_level(logging.INFO):
         till_now(make_model({}), STREAM[0], matrices)
     (line,) = [m for m in caplog.messages if m.startswith("[Average accuracy till task1]")]
@@ -821,9 +818,9 @@ def test_one_test_set_of_all_tasks_has_one_row_and_no_forgetting(caplog):
 
 def test_average_stats_weighs_test_sets_equally():
     def result(acc1, acc5, loss):
-        return engine.Evaluation(0, {"batch": {"Acc@1": acc1, "Acc@5": acc5, "Loss": loss}})
+        return Evaluation(0, {"batch": {"Acc@1": acc1, "Acc@5": acc5, "Loss": loss}})
 
-    found = engine.average_stats([result(10.0, 50.0, 1.0), result(30.0, 100.0, 4.0)], "batch")
+    found = average_stats([result(10.0, 50.0, 1.0), result(30.0, 100.0, 4.0)], "batch")
     assert found == {"Acc@1": 20, "Acc@5": 75, "Loss": 2.5}
 
 
@@ -836,7 +833,7 @@ def test_stream_reports_every_task_and_fills_the_matrices():
     matrices = run(make_model({}), options, on_task_end=reports.append)
     assert [r.task for r in reports] == [0, 1]
     assert [len(r.evaluations) for r in reports] == [1, 2]
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert np.isnan(matrices[name]).tolist() == [[False, False], [True, False]]
         for report in reports:
             for result in report.evaluations:
@@ -978,7 +975,7 @@ def test_stream_without_pool_trains_the_head():
 def test_stream_repeats_itself_to_the_bit():
     first, second = make_model({}), make_model({})
     matrices = [run(model, replace(OPTIONS, epochs=2, clip_grad=1.0)) for model in (first, second)]
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert np.array_equal(matrices[0][name], matrices[1][name], equal_nan=True)
     for name, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)

@@ -3,10 +3,14 @@ from itertools import combinations
 import pytest
 import torch
 
+from cli.parser import parse
+from helpers.tiny_model import make_pool
 from prompt import (
-    INITIALIZERS,
+    SELECTION_RULES,
     Prompt,
+    find_selection_rule,
     l2_normalize,
+    selection_rule,
     top_k_lowest_id,
     top_k_penalized,
     vote,
@@ -20,14 +24,13 @@ def seed():
     torch.manual_seed(0)
 
 
-def pool(**changes):
-    settings = {"size": 6, "length": 2, "top_k": 2, "embed_dim": 4, **changes}
-    return Prompt(**settings)
+def pool(embed_dim=4, **changes):
+    return make_pool(embed_dim, **{"size": 6, "length": 2, "top_k": 2, **changes})
 
 
 def pool_with_unit_keys(**changes):
     """A pool whose key i is the unit vector i, so a query's components are its similarities."""
-    made = pool(**{"size": 4, "embed_dim": 4, **changes})
+    made = pool(**{"size": 4, **changes})
     with torch.no_grad():
         made.prompt_key.copy_(torch.eye(4))
     return made
@@ -78,12 +81,12 @@ def test_top_k_ties_go_to_lowest_id_in_large_rows():
 
 
 def test_zero_keys_serve_lowest_ids():
-    made = pool(batchwise=False, key_init="zero")
+    made = pool(batchwise_prompt=False, prompt_key_init="zero")
     assert made(torch.randn(3, 4)).prompt_idx.tolist() == [[0, 1]] * 3
 
 
 def test_zero_query_chooses_lowest_ids_without_nan():
-    out = pool(batchwise=False)(torch.zeros(2, 4))
+    out = pool(batchwise_prompt=False)(torch.zeros(2, 4))
     assert torch.equal(out.similarity, torch.zeros(2, 6))
     assert out.prompt_idx.tolist() == [[0, 1], [0, 1]]
 
@@ -163,7 +166,7 @@ def test_vote_group_defaults_to_whole_batch():
 
 
 def test_batchwise_off_serves_own_choice_best_first():
-    made = pool_with_unit_keys(batchwise=False)
+    made = pool_with_unit_keys(batchwise_prompt=False)
     query = queries([1, 2, 0, 0], [0, 0, 1, 3], [0, 0, 1, 3])
     out = made(query, vote_group_size=3)
     assert out.prompt_idx.tolist() == [[1, 0], [3, 2], [3, 2]]
@@ -174,7 +177,7 @@ def test_batchwise_off_serves_own_choice_best_first():
 
 
 def test_tokens_are_prompts_in_served_order_per_image():
-    made = pool_with_unit_keys(batchwise=False, length=3)
+    made = pool_with_unit_keys(batchwise_prompt=False, length=3)
     out = made(queries([1, 2, 0, 0], [0, 0, 1, 3]))
     first = torch.cat([made.prompt[1], made.prompt[0]])
     second = torch.cat([made.prompt[3], made.prompt[2]])
@@ -183,7 +186,7 @@ def test_tokens_are_prompts_in_served_order_per_image():
 
 
 def test_tokens_of_an_image_do_not_depend_on_others_without_voting():
-    made = pool(batchwise=False)
+    made = pool(batchwise_prompt=False)
     query = torch.randn(5, 4)
     together = made(query).tokens
     for i in range(5):
@@ -191,7 +194,7 @@ def test_tokens_of_an_image_do_not_depend_on_others_without_voting():
 
 
 def test_tokens_gradient_reaches_served_prompts_only():
-    made = pool_with_unit_keys(batchwise=False)
+    made = pool_with_unit_keys(batchwise_prompt=False)
     made(queries([2, 1, 0, 0], [2, 0, 0, 1])).tokens.sum().backward()
     uses = torch.tensor([2.0, 1, 0, 1])
     assert torch.equal(made.prompt.grad, uses[:, None, None].expand(4, 2, 4))
@@ -202,7 +205,7 @@ def test_tokens_gradient_reaches_served_prompts_only():
 
 
 def test_reduce_sim_sums_over_prompts_and_averages_over_images():
-    made = pool_with_unit_keys(batchwise=False)
+    made = pool_with_unit_keys(batchwise_prompt=False)
     out = made(queries([3, 4, 0, 0], [0, 0, 5, 12]))
     close(out.reduce_sim, torch.tensor((0.6 + 0.8 + 5 / 13 + 12 / 13) / 2))
 
@@ -214,7 +217,7 @@ def test_reduce_sim_counts_voted_prompts():
 
 
 def test_keys_learn_through_reduce_sim_alone():
-    made = pool_with_unit_keys(batchwise=False)
+    made = pool_with_unit_keys(batchwise_prompt=False)
     out = made(queries([2, 1, 0, 0]))
     (out.tokens.sum() + out.prompt_idx.sum()).backward(retain_graph=True)
     assert made.prompt_key.grad is None
@@ -232,7 +235,7 @@ def test_learnable_keys_are_parameters():
 
 
 def test_mean_keys_are_recomputed_in_every_forward():
-    made = pool(learnable_key=False)
+    made = pool(prompt_key=False)
     assert [name for name, _ in made.named_parameters()] == ["prompt"]
     query = torch.randn(3, 4)
     for _ in range(2):
@@ -242,7 +245,7 @@ def test_mean_keys_are_recomputed_in_every_forward():
 
 
 def test_mean_keys_send_pull_gradient_to_prompts():
-    made = pool(learnable_key=False, batchwise=False)
+    made = pool(prompt_key=False, batchwise_prompt=False)
     out = made(torch.randn(1, 4))
     out.reduce_sim.backward()
     moved = made.prompt.grad.abs().sum(dim=(1, 2)) > 0
@@ -254,7 +257,9 @@ def test_mean_keys_send_pull_gradient_to_prompts():
     ("initializer", "low", "high"), [("uniform", -1, 1), ("official", 0, 0.01)]
 )
 def test_initializer_draws_uniformly(initializer, low, high):
-    made = pool(size=50, length=10, embed_dim=20, prompt_init=initializer, key_init=initializer)
+    made = pool(
+        size=50, length=10, embed_dim=20, initializer=initializer, prompt_key_init=initializer
+    )
     for values in (made.prompt, made.prompt_key):
         span = high - low
         assert low <= values.min() < low + 0.02 * span
@@ -263,10 +268,10 @@ def test_initializer_draws_uniformly(initializer, low, high):
 
 
 def test_initializer_zero_and_independent_of_each_other():
-    made = pool(prompt_init="zero", key_init="uniform")
+    made = pool(initializer="zero", prompt_key_init="uniform")
     assert not made.prompt.any()
     assert made.prompt_key.all()
-    made = pool(prompt_init="official", key_init="zero")
+    made = pool(initializer="official", prompt_key_init="zero")
     assert made.prompt.any()
     assert not made.prompt_key.any()
 
@@ -297,7 +302,7 @@ def test_mask_leaves_own_choice_visible():
     [("mask", False, 1), ("mask", True, None), ("none", True, 1)],
 )
 def test_mask_needs_option_training_and_task(diversify, training, task_id):
-    made = pool_with_unit_keys(diversify=diversify, batchwise=False).train(training)
+    made = pool_with_unit_keys(diversify=diversify, batchwise_prompt=False).train(training)
     out = made(queries([2, 1, 0, 0]), task_id=task_id)
     assert out.prompt_idx.tolist() == [[0, 1]]
 
@@ -314,15 +319,15 @@ def test_mask_beyond_pool_is_an_error():
 
 def penalized(served, **changes):
     """A pool of unit keys in training whose prompts served so often in earlier tasks."""
-    made = pool_with_unit_keys(diversify="frequency", batchwise=False, **changes).train()
+    made = pool_with_unit_keys(diversify="frequency", batchwise_prompt=False, **changes).train()
     made.count_served(torch.tensor(served, dtype=torch.float32))
     made.begin_task()
     return made
 
 
 def test_frequency_leaves_the_first_task_its_plain_choice():
-    plain = pool(batchwise=False, size=8, top_k=3).train()
-    made = pool(batchwise=False, size=8, top_k=3, diversify="frequency").train()
+    plain = pool(batchwise_prompt=False, size=8, top_k=3).train()
+    made = pool(batchwise_prompt=False, size=8, top_k=3, diversify="frequency").train()
     made.load_state_dict(plain.state_dict(), strict=False)
     query = torch.randn(20, 4)
     made.begin_task()
@@ -332,7 +337,7 @@ def test_frequency_leaves_the_first_task_its_plain_choice():
 
 
 def test_frequency_leaves_ties_of_the_first_task_to_the_lowest_id():
-    made = pool(batchwise=False, key_init="zero", diversify="frequency").train()
+    made = pool(batchwise_prompt=False, prompt_key_init="zero", diversify="frequency").train()
     assert made(torch.randn(3, 4)).prompt_idx.tolist() == [[0, 1]] * 3
 
 
@@ -467,35 +472,83 @@ def test_inherit_does_nothing_for_first_task_full_pool_or_no_wish(task, prompts,
 
 
 def test_inherit_with_mean_keys_copies_prompts_alone():
-    made = pool(learnable_key=False)
+    made = pool(prompt_key=False)
     assert made.inherit(1, prompts=True, keys=True) is True
     assert torch.equal(made.prompt[2:4], made.prompt[0:2])
-    made = pool(learnable_key=False)
+    made = pool(prompt_key=False)
     old = made.prompt.detach().clone()
     made.inherit(1, prompts=False, keys=True)
     assert torch.equal(made.prompt, old)
+
+
+# Other selection rules
+
+
+@pytest.fixture
+def farthest(monkeypatch):
+    """A rule that a project adds: training selects the farthest keys, with a count of tasks."""
+    monkeypatch.setattr("prompt.SELECTION_RULES", dict(SELECTION_RULES))
+
+    @selection_rule("farthest")
+    class FarthestPrompt(Prompt):
+        def __init__(self, settings, embed_dim):
+            super().__init__(settings, embed_dim)
+            self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
+
+        def select(self, similarity):
+            return super().select(-similarity if self.training else similarity)
+
+        def begin_task(self):
+            self.tasks += 1
+
+    return FarthestPrompt
+
+
+def test_selection_rule_is_found_by_its_name(farthest):
+    assert find_selection_rule("farthest") is farthest
+    assert isinstance(pool(diversify="farthest"), farthest)
+    with pytest.raises(ValueError, match="choose one of none, mask, frequency, farthest"):
+        find_selection_rule("nearest")
+
+
+def test_selection_rules_of_the_method_are_three():
+    assert list(SELECTION_RULES) == ["none", "mask", "frequency"]
+
+
+@pytest.mark.usefixtures("farthest")
+def test_selection_rule_selects_before_the_vote():
+    made = pool_with_unit_keys(diversify="farthest", top_k=1).train()
+    query = queries([9, 1, 3, 2], [9, 1, 0.5, 2], [9, 4, 1, 3])
+    out = made(query)
+    assert out.own_prompt_idx.tolist() == [[1], [2], [2]]
+    assert out.prompt_idx.tolist() == [[2]] * 3
+    close(out.reduce_sim, out.similarity[:, 2].mean())
+    assert made.eval()(query).prompt_idx.tolist() == [[0]] * 3
 
 
 # Errors
 
 
 @pytest.mark.parametrize("top_k", [0, 7])
-def test_prompt_refuses_top_k_outside_pool(top_k):
+def test_prompt_rejects_top_k_outside_pool(top_k):
     with pytest.raises(ValueError, match=rf"top_k {top_k} is not in \[1, 6\]"):
         pool(top_k=top_k)
 
 
-@pytest.mark.parametrize("which", ["prompt_init", "key_init"])
-def test_prompt_refuses_unknown_initializer(which):
-    with pytest.raises(ValueError, match=rf"'normal' is not one of {', '.join(INITIALIZERS)}"):
-        pool(**{which: "normal"})
+@pytest.mark.parametrize("name", ["initializer", "prompt_key_init"])
+def test_unknown_initializer_is_an_error(name):
+    with pytest.raises(ValueError, match="initialiser 'normal' is not one of uniform, zero, offic"):
+        pool(**{name: "normal"})
+    _, problems = parse([f"--{name}", "normal"])
+    assert problems == [f"--{name} normal is unknown: choose one of uniform, zero, official"]
 
 
-def test_prompt_refuses_unknown_tie_rule():
-    with pytest.raises(ValueError, match="'random' is not one of lowest, topk"):
-        pool(vote_ties="random")
+def test_unknown_tie_rule_is_an_error():
+    _, problems = parse(["--vote_ties", "random"])
+    assert problems == ["--vote_ties random is unknown: choose one of lowest, topk"]
 
 
-def test_prompt_refuses_unknown_way_to_diversify():
-    with pytest.raises(ValueError, match="'often' is not one of none, mask, frequency"):
-        pool(diversify="often")
+def test_unknown_selection_rule_is_an_error():
+    message = "--diversify often is unknown: choose one of none, mask, frequency"
+    with pytest.raises(ValueError, match=message):
+        find_selection_rule("often")

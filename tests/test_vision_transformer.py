@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import timm
@@ -7,21 +8,19 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch.nn import functional as F
 
+from cli.settings import ModelSettings, find_flag
+from helpers.tiny_model import make_pool, make_prompted
 from model.backbone import without_memory
-from prompt import Prompt
-from vision_transformer import (
-    DEFAULT_FREEZE,
-    EMBEDDING_KEYS,
-    HEAD_TYPES,
-    PromptedVisionTransformer,
-    WeightsError,
-    copy_state,
-)
+from model.weights import WeightsError, copy_state
+from vision_transformer import POOLINGS, Pooling, PromptedVisionTransformer
 
 close = torch.testing.assert_close
 
 D, L, K, M, C = 16, 2, 3, 5, 7
 P = L * K
+
+DEFAULT_FREEZE = ModelSettings().freeze
+EMBEDDING_KEYS = find_flag("embedding_key").choices
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +40,15 @@ def tiny_vit(**changes):
     return randomize(VisionTransformer(num_classes=0, **{**settings, **changes}))
 
 
-def pool(**changes):
-    settings = {"size": M, "length": L, "top_k": K, "embed_dim": D, **changes}
-    return Prompt(**settings)
+def pool(embed_dim=D, **changes):
+    return make_pool(embed_dim, **{"size": M, "length": L, "top_k": K, **changes})
 
 
 def prompted(vit=None, prompt=True, **changes):
-    """A prompted model; `prompt` True: a pool with individual choice."""
+    """A prompted model; `prompt` True: a pool without vote."""
     if prompt is True:
-        prompt = pool(batchwise=False)
-    return PromptedVisionTransformer(vit or tiny_vit(), C, prompt, **changes)
+        prompt = pool(batchwise_prompt=False)
+    return make_prompted(vit or tiny_vit(), C, prompt, **changes)
 
 
 def batch(size=4, pixels=16):
@@ -121,7 +119,7 @@ def two_copy_reference(vit, model, images, head_type, global_pool):
 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", POOLINGS)
 @torch.no_grad()
 def test_forward_equals_two_copy_reference(head_type, global_pool):
     vit = tiny_vit()
@@ -316,7 +314,7 @@ def test_frozen_backbone_serves_both_passes():
 @pytest.mark.parametrize("trains", ["blocks", "patch_embed", "cls_token", "norm", "pos_embed"])
 def test_second_copy_exists_where_backbone_trains(trains):
     vit = tiny_vit()
-    freeze = [prefix for prefix in DEFAULT_FREEZE if prefix != trains]
+    freeze = tuple(prefix for prefix in DEFAULT_FREEZE if prefix != trains)
     model = prompted(vit, freeze=freeze)
     assert model.query_backbone is not None
     assert not any(p.requires_grad for p in model.query_backbone.parameters())
@@ -390,7 +388,7 @@ def prompts_first_reference(vit, model, images, head_type):
     return pooled @ model.head.weight.t() + model.head.bias
 
 
-@pytest.mark.parametrize("head_type", HEAD_TYPES)
+@pytest.mark.parametrize("head_type", POOLINGS)
 @torch.no_grad()
 def test_no_prompt_position_equals_prompts_in_front_of_all(head_type):
     torch.manual_seed(0)
@@ -440,7 +438,9 @@ def test_prompt_order_matters_only_where_rows_train():
     assert prompted(freeze=free).prompt_order_matters
     images = batch()
     for position in ("none", "class"):  # frozen: the same prompts in any order
-        model = prompted(prompt=pool(batchwise=False, size=K), prompt_position=position).eval()
+        model = prompted(
+            prompt=pool(batchwise_prompt=False, size=K), prompt_position=position
+        ).eval()
         found = model(images)["logits"]
         turned = model(images, -model.query(images))
         assert not torch.equal(turned["prompt_idx"], model(images)["prompt_idx"])
@@ -466,9 +466,7 @@ def test_freeze_default_leaves_prompts_keys_and_head():
 def test_freeze_default_trains_122980_parameters_of_vit_base_on_cifar100():
     with without_memory():
         vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-        model = PromptedVisionTransformer(
-            vit, 100, Prompt(size=10, length=5, top_k=5, embed_dim=768)
-        )
+        model = PromptedVisionTransformer(vit, 100, make_pool(768))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 122_980
 
 
@@ -502,7 +500,7 @@ def test_freeze_prefix_without_match_is_an_error():
 
 
 def test_freeze_without_pos_embed_trains_positions_of_prompts():
-    freeze = [prefix for prefix in DEFAULT_FREEZE if prefix != "pos_embed"]
+    freeze = tuple(prefix for prefix in DEFAULT_FREEZE if prefix != "pos_embed")
     model = prompted(freeze=freeze)
     assert {"pos_embed", "pos_embed_prompt"} <= trainable(model)
     assert model.prompt_order_matters
@@ -569,17 +567,54 @@ def test_global_pool_avg_leaves_the_query_normalised():
     close(model(images)["query"], vit.forward_features(images)[:, 0], atol=1e-5, rtol=1e-5)
 
 
+# What the head pools
+
+
+@pytest.fixture
+def patches_alone(monkeypatch):
+    """A pooling that a project adds: the tokens behind class token and prompts."""
+    pooling = Pooling(lambda num_prompts: slice(1 + num_prompts, None))
+    monkeypatch.setitem(POOLINGS, "patches", pooling)
+
+
+@pytest.mark.usefixtures("patches_alone")
+@torch.no_grad()
+def test_pooling_may_be_added():
+    vit, images = tiny_vit(), batch()
+    plain = prompted(vit, None, head_type="patches").eval()
+    close(plain(images)["pre_logits"], vit.forward_features(images)[:, 1:].mean(dim=1))
+    prompts = pool(batchwise_prompt=False)
+    means = {
+        head_type: prompted(vit, prompts, head_type=head_type).eval()(images)["pre_logits"]
+        for head_type in ("token", "prompt", "patches", "gap")
+    }
+    num_patches = vit.patch_embed.num_patches
+    total = means["token"] + P * means["prompt"] + num_patches * means["patches"]
+    close(total / (1 + P + num_patches), means["gap"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("patches_alone")
+def test_pooling_that_is_added_is_known_to_messages():
+    with pytest.raises(ValueError, match=r"choose one of token, prompt, .*, gap, patches$"):
+        prompted(head_type="cls")
+    with pytest.raises(ValueError, match="use --head_type token or gap or patches"):
+        prompted(prompt=None, head_type="prompt")
+
+
 # Constructor errors
 
 
 def test_unknown_head_type_is_an_error():
-    with pytest.raises(ValueError, match=r"head type 'cls' is not one of prompt, token, gap"):
+    message = "--head_type cls is unknown: choose one of token, prompt, token+prompt, gap"
+    with pytest.raises(ValueError, match=re.escape(message)):
         prompted(head_type="cls")
 
 
 @pytest.mark.parametrize("head_type", ["prompt", "token+prompt"])
 def test_head_on_prompts_without_pool_is_an_error(head_type):
-    with pytest.raises(ValueError, match="reads prompt tokens, but there is no"):
+    with pytest.raises(
+        ValueError, match=f"--head_type {re.escape(head_type)} pools prompt tokens, but"
+    ):
         prompted(prompt=None, head_type=head_type)
 
 
@@ -644,6 +679,100 @@ def test_trained_state_holds_counters_of_the_frequency_penalty_alone():
         fresh.load_trained_state(prompted().trained_state(), "file")
 
 
+class Adapter(torch.nn.Module):
+    """Something that is added to a model: what trains, what is frozen, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(D))
+        self.basis = torch.nn.Parameter(torch.randn(2, D), requires_grad=False)
+        self.register_buffer("mean", torch.randn(D))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+
+def add_to_model(model):
+    model.adapter = Adapter()
+    return "adapter"
+
+
+def add_to_backbone(model):
+    model.backbone.blocks[1].adapter = Adapter()
+    return "blocks.1.adapter"
+
+
+@pytest.mark.parametrize("add", [add_to_model, add_to_backbone])
+@pytest.mark.parametrize("freeze", [DEFAULT_FREEZE, ()])
+def test_trained_state_holds_all_of_a_module_that_is_added(add, freeze):
+    model, fresh = prompted(freeze=freeze), prompted(freeze=freeze)
+    basics = model.trained_state().keys()
+    name = add(model)
+    state = model.trained_state()
+    assert state.keys() - basics == {f"{name}.{part}" for part in ("scale", "basis", "mean")}
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)}\.scale has no place in this"):
+        fresh.load_trained_state(state, "file")
+    add(fresh)
+    assert not torch.equal(fresh.trained_state()[f"{name}.mean"], state[f"{name}.mean"])
+    fresh.load_trained_state(state, "file")
+    for tensor, value in fresh.trained_state().items():
+        assert torch.equal(value, state[tensor]), tensor
+
+
+def test_trained_state_holds_all_of_another_head():
+    def with_another_head():
+        model = prompted()
+        model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(D), torch.nn.Linear(D, C))
+        return model
+
+    model, fresh = with_another_head(), with_another_head()
+    model.train()(batch())["logits"].sum().backward()
+    state = model.trained_state()
+    assert {"head.0.running_mean", "head.0.running_var", "head.1.weight"} <= state.keys()
+    fresh.load_trained_state(state, "file")
+    assert fresh.head[0].running_mean.any()
+    assert torch.equal(fresh.head[0].running_mean, model.head[0].running_mean)
+    assert fresh.head[0].num_batches_tracked == 1
+
+
+#: Names and shapes that checkpoints hold, whatever version of this program wrote them.
+STORED = {
+    "prompt.prompt": (M, L, D),
+    "prompt.prompt_key": (M, D),
+    "head.weight": (C, D),
+    "head.bias": (C,),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "extra"),
+    [
+        ("none", {}, {}),
+        ("mask", {"freeze": (*DEFAULT_FREEZE, "prompt", "head")}, {}),
+        ("frequency", {}, {"prompt.served_before": (M,), "prompt.served_now": (M,)}),
+        ("none", {"global_pool": "avg"}, {"fc_norm.weight": (D,), "fc_norm.bias": (D,)}),
+        (
+            "none",
+            {"global_pool": "avg", "freeze": (*DEFAULT_FREEZE, "fc_norm")},
+            {"fc_norm.weight": (D,), "fc_norm.bias": (D,)},
+        ),
+        (
+            "none",
+            {"freeze": ("blocks", "patch_embed", "cls_token", "norm")},
+            {"pos_embed": (1, 5, D), "pos_embed_prompt": (1, P, D)},
+        ),
+    ],
+)
+def test_checkpoints_of_earlier_versions_load(rule, changes, extra):
+    state = {name: torch.rand(shape) for name, shape in {**STORED, **extra}.items()}
+    for name in extra:
+        if "served" in name:
+            state[name] = torch.arange(M)
+    model = prompted(prompt=pool(diversify=rule), **changes)
+    model.load_trained_state(state, "file")
+    found = model.trained_state()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
 def test_trained_state_is_a_copy():
     model = prompted()
     state = model.trained_state()
@@ -655,7 +784,7 @@ def test_trained_state_is_a_copy():
 def test_trained_state_without_pool_or_keys_holds_less():
     plain = prompted(prompt=None, head_type="token")
     assert plain.trained_state().keys() == {"head.weight", "head.bias"}
-    mean_keys = prompted(prompt=pool(learnable_key=False))
+    mean_keys = prompted(prompt=pool(prompt_key=False))
     assert mean_keys.trained_state().keys() == {"prompt.prompt", "head.weight", "head.bias"}
 
 
@@ -769,9 +898,9 @@ def test_load_original_state_gives_the_query_too_where_only_dropout_made_the_cop
     close(target.eval()(images)["query"], source.eval()(images)["query"])
 
 
-def test_load_trained_state_refuses_tensors_of_the_frozen_backbone():
+def test_load_trained_state_rejects_tensors_of_the_frozen_backbone():
     """They would change the queries, which no checkpoint of this model can mean to do."""
-    prompted = PromptedVisionTransformer(tiny_vit(), 3, head_type="token")
-    state = prompted.trained_state() | {"norm.bias": torch.ones(prompted.backbone.embed_dim)}
+    model = prompted(prompt=None, head_type="token")
+    state = model.trained_state() | {"norm.bias": torch.ones(D)}
     with pytest.raises(WeightsError, match=r"x\.pth .*norm\.bias has no place"):
-        prompted.load_trained_state(state, "x.pth")
+        model.load_trained_state(state, "x.pth")

@@ -1,26 +1,25 @@
-"""One update of what trains: gradients summed, scaled back, clipped, checked and applied.
+"""One update of what trains: gradients summed, unscaled, clipped, checked and applied.
 
-Nothing here waits for the device, unless the loss is scaled. A value that is not finite is noticed
-there, and nothing changes from that step on: whoever reads the norms later finds the model as it
-was before.
+Nothing here synchronises with the device, unless the loss is scaled. After a loss or a gradient
+norm that is not finite, this and all later updates are skipped on the device; the caller detects it
+from the returned norms.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from processes import sum_gradients
+from training.state import MakeOptimizer
+from utils import sum_gradients
 
-MakeOptimizer = Callable[[], torch.optim.Optimizer]
-
-#: Below this scale of the loss, gradients that overflow still are no matter of precision.
+#: Below this scale of the loss, gradients that still overflow are no matter of precision.
 _LEAST_SCALE = 2.0**-10
 
 
-class Updater:
+class OptimizerStep:
     """An optimizer and what surrounds its step, the same in all processes.
 
     Args:
@@ -29,11 +28,12 @@ class Updater:
         device: Where they are.
         clip_grad: Largest norm of the gradient; None: no clipping.
         loss_scaling: Whether the loss is scaled against underflow, as half precision needs it. The
-            scale is lowered, and the update left out, where gradients overflow; that alone waits
-            for the device.
+            scale is lowered, and the update skipped, where gradients overflow; only that
+            synchronises with the device.
 
     Attributes:
         optimizer: The one in use.
+        sound: Whether every loss and every norm so far was finite, bool (), on the device.
     """
 
     def __init__(
@@ -54,28 +54,29 @@ class Updater:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
 
     @property
     def may_overflow(self) -> bool:
         """Whether gradients that are not finite only lower the scale of the loss.
 
-        Reading the scale waits for the device.
+        Reading the scale synchronises with the device.
         """
         return self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_SCALE
 
     def renew(self, state: dict[str, Any] | None = None) -> None:
-        """Begins with a fresh optimizer; the scale stays, or is that of a state."""
+        """Starts with a fresh optimizer; the scale stays, or is that of a state."""
         self.optimizer = self.make_optimizer()
         self._load_scale(state or {})
 
     def begin(self) -> None:
-        """Forgets the gradients of the step before."""
+        """Clears the gradients of the step before."""
         self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a loss, which may be scaled."""
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> Tensor:
         """Applies the gradients of all processes, unless they or the loss are not finite.
@@ -84,7 +85,7 @@ class Updater:
             loss: The loss of all processes, ().
 
         Returns:
-            Norm of the gradient before it is clipped, ().
+            Norm of the gradient before clipping, ().
         """
         sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
@@ -102,7 +103,7 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, and of the scale where there is one."""
-        state = self.optimizer.state_dict()
+        state: dict[str, Any] = self.optimizer.state_dict()
         return {**state, "scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

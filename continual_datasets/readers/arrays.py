@@ -43,8 +43,8 @@ def _load_cifar(name: str, kind: type[CIFAR10], data_path: Path) -> tuple[ImageS
     def read() -> tuple[ImageSource, ImageSource]:
         return _cifar_split(kind(data_path, train=True)), _cifar_split(kind(data_path, train=False))
 
-    def download(workshop: Path) -> None:
-        unpack(fetch(kind.url, f"md5:{kind.tgz_md5}", workshop, found_in=data_path), workshop)
+    def download(tmp_dir: Path) -> None:
+        unpack(fetch(kind.url, f"md5:{kind.tgz_md5}", tmp_dir, found_in=data_path), tmp_dir)
 
     files = [file for file, _ in (*kind.train_list, *kind.test_list)]
     return read_or_download(
@@ -82,12 +82,12 @@ def _load_mnist(
     def read() -> tuple[ImageSource, ImageSource]:
         return _idx_split(raw, "train", classes), _idx_split(raw, "t10k", classes)
 
-    def download(workshop: Path) -> None:
-        made = workshop / kind.__name__ / "raw"
+    def download(tmp_dir: Path) -> None:
+        made = tmp_dir / kind.__name__ / "raw"
         made.mkdir(parents=True)
         for file, md5 in kind.resources:
             urls = [f"{mirror}{file}" for mirror in kind.mirrors]
-            packed = fetch_into(workshop, urls, f"md5:{md5}", found_in=raw)
+            packed = fetch_into(tmp_dir, urls, f"md5:{md5}", found_in=raw)
             with gzip.open(packed) as content, (made / packed.stem).open("wb") as unpacked:
                 shutil.copyfileobj(content, unpacked)
 
@@ -103,7 +103,7 @@ def _load_mnist(
 
 
 def _idx_split(raw: Path, prefix: str, classes: list[str]) -> ImageSource:
-    # Nothing but the shapes and the range tells whether unpacked files are whole.
+    # Only shapes and ranges show whether unpacked files are whole.
     image_file, label_file = (
         raw / f"{prefix}-images-idx3-ubyte",
         raw / f"{prefix}-labels-idx1-ubyte",
@@ -136,14 +136,14 @@ def _read_idx(path: Path, read: Callable[[str], Tensor]) -> NDArray:
 def load_svhn(data_path: Path) -> tuple[ImageSource, ImageSource]:
     """Read the cropped digits of SVHN: 73,257 and 26,032 colour images of 32x32 pixels.
 
-    `train_32x32.mat` and `test_32x32.mat` lie in the folder itself, as torchvision has them, or in
+    `train_32x32.mat` and `test_32x32.mat` are in the folder itself, as torchvision has them, or in
     `SVHN`; the further training images published as `extra` are not used. Label 10 means digit 0.
     """
     target = data_path / "SVHN"
     splits = [SVHN.split_list[split] for split in ("train", "test")]  # each: address, file, MD5 sum
 
-    def download(workshop: Path) -> None:
-        made = workshop / target.name
+    def download(tmp_dir: Path) -> None:
+        made = tmp_dir / target.name
         made.mkdir()
         for url, file, md5 in splits:
             found_in = target if (target / file).is_file() else data_path

@@ -1,4 +1,4 @@
-"""Folders of classes: what lies in them, and sources of the images found there."""
+"""Folders of classes: their content, and sources of the images found there."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -94,7 +94,7 @@ def check_same_classes(
         train: sorted(set(classes) - set(test_classes)),
         test: sorted(set(test_classes) - set(classes)),
     }
-    # Two folders of a data set are told apart by their names, or else by their parents', too.
+    # Two folders of a data set differ in their names, or else in their parents' names.
     shown = {path: path.name if train.parent == test.parent else path for path in only}
     problems = [
         f"only in {shown[path]}: {join_names(names)}" for path, names in only.items() if names

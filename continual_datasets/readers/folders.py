@@ -93,7 +93,7 @@ def _image_layout(data_path: Path) -> str:
 def load_image_domains(data_path: Path, file_lists: Path | None) -> Domains:
     """Read any images by domain: `<domain>/train/<class>/*`, with the same classes in all.
 
-    Test images lie once in `test/<class>/*` (or `val`), or else in `<domain>/test` (or `val`).
+    Test images are either in `test/<class>/*` (or `val`), or in `<domain>/test` (or `val`).
     """
     found = _find_domains(data_path, file_lists)
     train, test = (
@@ -235,7 +235,7 @@ def _is_png(path: Path) -> bool:
 # Flowers-102
 
 
-#: Before 0.22, torchvision tells no names.
+#: Before 0.22, torchvision has no class names.
 _FLOWERS = getattr(Flowers102, "classes", [f"flower {number}" for number in range(1, 103)])
 
 
@@ -248,10 +248,10 @@ def load_flowers102(data_path: Path) -> Splits:
     address = Flowers102._download_url_prefix
     (images, images_md5), *others = Flowers102._file_dict.values()  # the others are small
 
-    def download(workshop: Path) -> None:
-        made = workshop / target.name
+    def download(tmp_dir: Path) -> None:
+        made = tmp_dir / target.name
         made.mkdir()
-        unpack(fetch_into(workshop, [address + images], f"md5:{images_md5}", target), made)
+        unpack(fetch_into(tmp_dir, [address + images], f"md5:{images_md5}", target), made)
         for file, md5 in others:
             fetch_into(made, [address + file], f"md5:{md5}", target)
 

@@ -28,7 +28,7 @@ class SourceSpec:
         aliases: Other names of the same data set.
         needs_data_path: Whether anything is read from, or downloaded to, the folder.
         downloadable: Whether a missing data set is downloaded.
-        any_data: Whether it is whatever images lie in the folder.
+        any_data: Whether it is whatever images are in the folder.
         in_files: Whether its images are files, opened when they are needed.
         load_domains: Reads the data by domain: training sources, test sources. Takes the folder
             and that of the file lists.
@@ -126,7 +126,7 @@ def find_sources(names: str) -> dict[str, SourceSpec]:
 
     Raises:
         ValueError: With all that is wrong: unknown, empty or repeated entries, or a set in the list
-            that is whatever lies in `--data-path`.
+            that is whatever is in `--data-path`.
     """
     entries = _entries(names)
     unknown = [entry for entry in entries if entry.lower() not in _BY_LABEL]
@@ -134,7 +134,7 @@ def find_sources(names: str) -> dict[str, SourceSpec]:
     problems = [*_unknown(unknown), *_repeated(known)]
     if len(entries) > 1:
         problems += [
-            f"--dataset {names}: {name} cannot be one of several, since it is whatever lies in "
+            f"--dataset {names}: {name} cannot be one of several, since it is whatever is in "
             "--data-path, where the others are looked for: name it alone"
             for name in dict.fromkeys(known)
             if SOURCES[name].any_data
@@ -176,7 +176,7 @@ def count_classes(names: str, data_path: Path) -> int:
 
     Raises:
         ValueError: If a name is wrong.
-        DataError: If data are missing that are not downloaded (the message tells where they were
+        DataError: If data are missing that are not downloaded (the message says where they were
             looked for, in which layout, and where to get them), or folders do not fit.
     """
     total = 0

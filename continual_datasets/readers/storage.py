@@ -7,8 +7,8 @@ than once. A data set that is not there is made so:
 
     with one_at_a_time(data_path):
         ...  # look again: another process may have finished meanwhile
-        with new_folder(data_path / "flowers") as workshop:
-            unpack(fetch(url, checksum, workshop, found_in=data_path), workshop)
+        with new_folder(data_path / "flowers") as tmp_dir:
+            unpack(fetch(url, checksum, tmp_dir, found_in=data_path), tmp_dir)
 """
 
 import errno
@@ -38,7 +38,7 @@ from continual_datasets.readers.class_folders import folders_in
 logger = logging.getLogger(__name__)
 
 _LOCK = ".l2p.lock"
-_WORKSHOP = ".l2p-unfinished-"
+_TMP_PREFIX = ".l2p-unfinished-"
 _LEFT_OVER_AFTER = 24 * 3600.0  # seconds
 _WAIT_UNTOLD = 3.0  # seconds
 
@@ -58,7 +58,7 @@ def read_or_download(
 
     Args:
         name: What to call the data set.
-        target: Folder of its own that it lies in; everything is written beside it.
+        target: Folder of its own for it; everything is written beside it.
         contents: What belongs in that folder, in words.
         url: Where it comes from.
         read: Reads it. Where that cannot be done it raises RuntimeError, as torchvision's readers
@@ -82,8 +82,8 @@ def read_or_download(
             except (RuntimeError, DataError) as error:
                 damage = f" ({error})" if isinstance(error, DataError) else ""
             logger.info("%s is not in %s%s: downloading %s", name, data_path, damage, url)
-            with new_folder(target) as workshop:
-                download(workshop)
+            with new_folder(target) as tmp_dir:
+                download(tmp_dir)
             return read()
     except Exception as error:  # sockets, HTTP, tar and the file system each have their own
         raise DataError(
@@ -164,8 +164,8 @@ def unpack_once(archive: Path, target: Path) -> None:
             if target.exists():
                 return
             logger.info("unpacking %s", archive)
-            with new_folder(target) as workshop:
-                _unpack_as(archive, workshop / target.name)
+            with new_folder(target) as tmp_dir:
+                _unpack_as(archive, tmp_dir / target.name)
     except Exception as error:  # tar, zip and the file system each have their own
         raise DataError(
             f"{archive} cannot be unpacked ({_reason(error)}): get it anew, or unpack it yourself "
@@ -196,7 +196,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     try:
         _acquire(lock, folder)
     except OSError as error:
-        logger.info("%s cannot be locked (%s): going on without a lock", folder, error)
+        logger.info("%s cannot be locked (%s): continuing without a lock", folder, error)
     try:
         yield
     finally:
@@ -214,28 +214,28 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Gives an empty folder to work in; what then lies there under target's name is put in place.
+    """Gives an empty folder to work in; what is then in it under target's name becomes the target.
 
     The place is taken in one step, after the body and only if it succeeds. What stood there
     before is moved aside, never removed, unless another process put it there meanwhile: that is
     as good as ours and stays. The rest of the working folder goes, also on errors; what a killed
-    process leaves is hidden, in nobody's way, and removed by a later call, a day on.
+    process leaves is hidden, and deleted by a later call after 24 hours.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(target.parent)
     before = _identity(target)
-    workshop = Path(tempfile.mkdtemp(prefix=_WORKSHOP, dir=target.parent))  # the same file system
+    tmp_dir = Path(tempfile.mkdtemp(prefix=_TMP_PREFIX, dir=target.parent))  # the same file system
     try:
-        yield workshop
+        yield tmp_dir
         if before is not None and _identity(target) == before:
             _move_aside(target)
-        _put_in_place(workshop / target.name, target)
+        _put_in_place(tmp_dir / target.name, target)
     finally:
-        shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
 
 
 def _remove_left_overs(folder: Path) -> None:
-    for path in folder.glob(f"{_WORKSHOP}*"):
+    for path in folder.glob(f"{_TMP_PREFIX}*"):
         with suppress(OSError):  # another process removes it, or it is another user's
             if time.time() - path.lstat().st_mtime > _LEFT_OVER_AFTER:
                 shutil.rmtree(path)
@@ -340,7 +340,7 @@ def unpack(archive: Path, folder: Path) -> None:
     for name, plain, file in _members(archive):
         if not plain or Path(name).anchor or ".." in Path(name).parts:
             raise ValueError(
-                f"{archive.name} is refused: its member {name!r} is not a file or folder that "
+                f"{archive.name} is rejected: its member {name!r} is not a file or folder that "
                 "stays inside the folder it is unpacked in"
             )
         path = folder / name

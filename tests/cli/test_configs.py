@@ -1,4 +1,4 @@
-"""Configurations and overlays: what they say, how they combine; and command lines refused."""
+"""Shipped configurations and overlays: what they say, how they combine; rejected command lines."""
 
 import itertools
 import re
@@ -9,12 +9,18 @@ import torch
 import yaml
 
 import main
-from cli import options
+from cli import configurations
+from cli.parser import UsageError
+from cli.parser import parse as read
+from cli.settings import all_flags, names_of, plain
 from continual_datasets.readers import registry
-from experiment import assemble, build, validate
+from continual_datasets.scenarios import find_scenario
+from experiment import build
+from experiment.validate import validate
 from helpers import true_formats
 from model.backbone import without_memory
-from processes import Processes
+from prompt import find_selection_rule
+from utils import Processes
 
 #: Configurations of a paper's or a program's experiment: they name the table that they stand for.
 PUBLISHED = (
@@ -63,7 +69,7 @@ OVERLAYS = {
     },
 }
 
-#: Combinations without a meaning of their own, or refused.
+#: Combinations without a meaning of their own, or rejected.
 CONTRADICTORY = (
     {"joint", "replay_small"},
     {"joint", "replay_large"},
@@ -212,29 +218,34 @@ def domains(tmp_path_factory):
 
 
 def parse(*argv):
-    args, problems = options.parse_args([str(a) for a in argv])
+    settings, problems = read([str(a) for a in argv])
     assert problems == []
-    return args
+    return settings
+
+
+def values(settings):
+    """Every setting by name, as configurations hold it."""
+    return {one.name: plain(settings[one.name]) for one in all_flags()}
 
 
 def problems_of(*argv, elsewhere=False):
     """Everything that is wrong with a command line."""
-    args, problems = options.parse_args([str(a) for a in argv])
+    settings, problems = read([str(a) for a in argv])
     try:
-        validate.validate_args(args, problems, elsewhere=elsewhere)
-    except options.UsageError as error:
+        validate(settings, problems, elsewhere=elsewhere)
+    except UsageError as error:
         return error.problems
     return []
 
 
-def test_pool_that_is_too_small_for_a_mask_is_refused_without_the_data(tmp_path):
+def test_pool_that_is_too_small_for_a_mask_is_rejected_without_the_data(tmp_path):
     flags = ["five_datasets_l2p", "--size", "5", "--data-path", tmp_path / "nowhere", *SHALLOW]
     (problem,) = problems_of(*flags, elsewhere=True)
     assert "--size 5 is too small" in problem
 
 
 def content(name):
-    return (options.CONFIG_DIR / f"{name}.yaml").read_text()
+    return (configurations.CONFIG_DIR / f"{name}.yaml").read_text()
 
 
 def header(name):
@@ -242,10 +253,10 @@ def header(name):
     return list(itertools.takewhile(lambda line: line[:1] == "#", content(name).splitlines()))
 
 
-def model_of(args, num_classes=2):
+def model_of(settings, num_classes=2):
     """The model of some settings, without memory."""
     with without_memory():
-        return build.build_model(args, build.build_backbone(args), num_classes)
+        return build.build_model(settings, build.build_backbone(settings), num_classes)
 
 
 def trained_names(model):
@@ -256,7 +267,7 @@ def trained_names(model):
 
 
 def test_all_configurations_are_there():
-    assert set(options.config_names()) == {*CONFIGS, *OVERLAYS}
+    assert set(configurations.names()) == {*CONFIGS, *OVERLAYS}
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OVERLAYS])
@@ -327,7 +338,7 @@ def test_header_names_the_papers_table(name):
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OVERLAYS])
-def test_numbers_in_the_header_tell_where_they_are_from(name):
+def test_numbers_in_the_header_say_where_they_are_from(name):
     """A paragraph with results says that they are quoted, or measured here."""
     text = "\n".join(line[1:].strip() for line in header(name))
     for paragraph in text.split("\n\n"):
@@ -340,21 +351,22 @@ def test_numbers_in_the_header_tell_where_they_are_from(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_resolved_settings_are_those_of_the_table(name, data):
-    args = parse(name, "--data-path", data)
+    settings = parse(name, "--data-path", data)
+    prompts, optimizer = settings.prompts, settings.optimizer
     found = (
-        list(registry.find_sources(args.dataset)),
-        args.scenario,
-        build.num_tasks(args),
-        args.shuffle,
-        (args.size, args.length, args.top_k, args.pull_constraint_coeff),
-        (args.diversify, args.shared_prompt_pool, args.shared_prompt_key),
-        args.prompt_position,
-        pytest.approx(build.learning_rate(args, global_batch=args.batch_size), rel=1e-12),
-        args.batch_size,
-        build.vote_group_size(args) if args.batchwise_prompt else None,
-        (args.initializer, args.prompt_key_init, args.head_init),
-        args.epochs,
-        args.scale,
+        list(registry.find_sources(settings.data.dataset)),
+        settings.tasks.scenario,
+        find_scenario(settings).num_tasks(),
+        settings.tasks.shuffle,
+        (prompts.size, prompts.length, prompts.top_k, prompts.pull_constraint_coeff),
+        (prompts.diversify, prompts.shared_prompt_pool, prompts.shared_prompt_key),
+        settings.model.prompt_position,
+        pytest.approx(optimizer.learning_rate(global_batch=optimizer.batch_size), rel=1e-12),
+        optimizer.batch_size,
+        settings.vote_group_size if prompts.batchwise_prompt else None,
+        (prompts.initializer, prompts.prompt_key_init, settings.model.head_init),
+        optimizer.epochs,
+        plain(settings.transforms.scale),
     )
     wanted = dict(zip(COLUMNS, TABLE[name], strict=True))
     assert dict(zip(COLUMNS, found, strict=True)) == wanted
@@ -374,61 +386,63 @@ def test_settings_beyond_the_table(name):
         "reprob": 0.0, "vote_ties": "lowest",
     }  # fmt: skip
     wanted = usual | EXCEPTIONS.get(name, {})
-    found = vars(parse(name))
+    found = values(parse(name))
     assert {key: found[key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_jax_arithmetic_belongs_to_the_official_configurations(name):
     """GELU by tanh, and only whole batches."""
-    args = parse(name)
-    official = args.initializer == "official"
-    assert args.drop_last is official
-    assert args.model_kwargs.get("act_layer") == ("gelu_tanh" if official else None)
+    settings = parse(name)
+    official = settings.prompts.initializer == "official"
+    assert settings.optimizer.drop_last is official
+    assert settings.model.model_kwargs.get("act_layer") == ("gelu_tanh" if official else None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_released_image_pipeline_belongs_to_the_released_configurations(name):
-    args = parse(name)
-    released = args.vote_group_size == 16
+    settings = parse(name)
+    options = settings.transforms
+    released = settings.prompts.vote_group_size == 16
     assert released == any(word in name for word in ("official", "core50", "gaussian"))
     wanted = (256, 95, "bilinear") if released else (None, None, "bicubic")
-    assert (args.train_resize, args.train_jpeg, args.test_interpolation) == wanted
+    assert (options.train_resize, options.train_jpeg, options.test_interpolation) == wanted
 
 
 def test_official_rates_do_not_depend_on_the_number_of_processes():
     """128 images of eight processes are trained as those of one."""
     for name in ("cifar100_l2p_official_v1", "cifar100_l2p_official_v2", "core50_l2p_frozen"):
-        args = parse(name, "--batch-size", "16")
-        assert build.learning_rate(args, global_batch=128) == pytest.approx(0.015)
+        settings = parse(name, "--batch-size", "16")
+        assert settings.optimizer.learning_rate(global_batch=128) == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_number_of_trained_parameters(name, data):
-    args = parse(name, "--data-path", data)
-    num_classes = 50 if "core50" in name else registry.count_classes(args.dataset, data)
-    model = model_of(args, num_classes)
+    settings = parse(name, "--data-path", data)
+    num_classes = 50 if "core50" in name else registry.count_classes(settings.data.dataset, data)
+    model = model_of(settings, num_classes)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == NUM_TRAINED[name]
 
 
 def test_core50_as_released_has_nesterov_momentum():
-    args = parse("core50_l2p")
-    for group in build.make_optimizer(args, model_of(args), lr=0.015).param_groups:
+    settings = parse("core50_l2p")
+    optimizer = build.make_optimizer(settings.optimizer, model_of(settings), lr=0.015)
+    for group in optimizer.param_groups:
         assert (group["nesterov"], group["momentum"], group["lr"]) == (True, 0.9, 0.015)
 
 
 def test_cifar100_l2p_without_a_configuration_is_the_same():
-    ours, bare = vars(parse("cifar100_l2p")), vars(parse())
-    assert {k for k in ours if ours[k] != bare[k]} == {"num_tasks", "explicit", "command"}
-    assert build.num_tasks(parse()) == 10
+    ours, bare = values(parse("cifar100_l2p")), values(parse())
+    assert {k for k in ours if ours[k] != bare[k]} == {"num_tasks"}
+    assert find_scenario(parse()).num_tasks() == 10
 
 
 def test_readings_of_the_gaussian_schedule():
     paper, released = parse("cifar100_gaussian_l2p"), parse("cifar100_gaussian_l2p_released")
-    assert build.schedule_steps(paper) == 5
-    assert build.images_per_episode(paper, global_batch=128) == 640
-    assert build.schedule_steps(released) == 1
-    assert build.images_per_episode(released, global_batch=128) is None
+    assert paper.tasks.schedule_steps == 5
+    assert paper.tasks.images_per_episode(128) == 640
+    assert released.tasks.schedule_steps == 1
+    assert released.tasks.images_per_episode(128) is None
 
 
 # Overlays
@@ -448,11 +462,9 @@ def test_overlay_goes_with_every_configuration(name, overlay, data):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_overlay_changes_what_it_names_and_nothing_else(name, overlay):
-    before, after = vars(parse(name)), vars(parse(name, overlay))
-    told = {name: after[name] for name in ("explicit", "command")}
-    changes = {**told, **OVERLAYS[overlay]}
-    assert after == {**before, **changes}
-    assert after["explicit"] == before["explicit"] | set(OVERLAYS[overlay])
+    before, after = parse(name), parse(name, overlay)
+    assert values(after) == values(before) | OVERLAYS[overlay]
+    assert after.given.explicit == before.given.explicit | set(OVERLAYS[overlay])
 
 
 def test_overlays_go_with_each_other():
@@ -478,20 +490,20 @@ def test_ft_seq_trains_everything(name):
 
 @pytest.mark.parametrize("name", VARIED)
 def test_single_prompt_has_one_prompt_and_no_use_for_its_key(name):
-    args = parse(name, "single_prompt", *SHALLOW)
-    model = model_of(args)
+    settings = parse(name, "single_prompt", *SHALLOW)
+    model = model_of(settings)
     length = TABLE[name][COLUMNS.index("pool")][1]
     assert model.prompt.prompt.shape[:2] == (1, length)
     assert not model.prompt.prompt_key.requires_grad
-    assert build.engine_options(args, torch.device("cpu"), (0, 1)).pull_coeff == 0
+    assert build.engine_options(settings, torch.device("cpu"), (0, 1)).pull_coeff == 0
     pool = model_of(parse(name, *SHALLOW))
     assert trained_names(model) == trained_names(pool) - {"prompt.prompt_key"}
 
 
 def test_single_prompt_is_given_to_every_image():
-    args = parse("digits_l2p", "single_prompt")
+    settings = parse("digits_l2p", "single_prompt")
     torch.manual_seed(0)
-    model = build.build_model(args, build.build_backbone(args), num_classes=10).train()
+    model = build.build_model(settings, build.build_backbone(settings), num_classes=10).train()
     output = model(torch.rand(4, 3, 32, 32), task_id=0)
     assert output["prompt_idx"].tolist() == [[0]] * 4
     (output["logits"].square().sum() - output["reduce_sim"]).backward()
@@ -511,29 +523,29 @@ def test_no_class_mask_lets_training_predict_any_class(name):
 @pytest.mark.parametrize(("overlay", "per_class"), [("replay_small", 10), ("replay_large", 50)])
 def test_replay_doubles_each_vote_group(overlay, per_class):
     for name in CONFIGS:
-        assert build.replayed_per_group(parse(name)) == 0
-        args = parse(name, overlay)
-        assert build.replayed_per_group(args) == build.vote_group_size(args)
-    args = parse("digits_l2p", overlay)
-    run = assemble.assemble(args, Processes(0, 1, torch.device("cpu")))
+        assert parse(name).replayed_per_group == 0
+        settings = parse(name, overlay)
+        assert settings.replayed_per_group == settings.vote_group_size
+    settings = parse("digits_l2p", overlay)
+    run = main.assemble(settings, Processes(0, 1, torch.device("cpu")))
     assert (run.buffer.per_class, run.buffer.size) == (per_class, None)
 
 
 @pytest.mark.parametrize("name", VARIED)
 def test_diversified_penalizes_what_was_selected(name):
     model = model_of(parse(name, "diversified", *SHALLOW))
-    assert model.prompt.diversify == "frequency"
+    assert type(model.prompt) is find_selection_rule("frequency")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_joint_is_one_task_wherever_the_data_are(name, tmp_path):
-    args = parse(name, "joint", "--data-path", tmp_path / "nowhere")
-    assert build.num_tasks(args) == 1
+    settings = parse(name, "joint", "--data-path", tmp_path / "nowhere")
+    assert find_scenario(settings).num_tasks() == 1
 
 
 def test_joint_puts_all_tasks_into_one_and_tests_them_apart():
     plain, joint = (
-        assemble.build_stream(parse("digits_l2p", *overlay), 16, torch.device("cpu"))[0]
+        build.build_stream(parse("digits_l2p", *overlay), 16, torch.device("cpu"))
         for overlay in ([], ["joint"])
     )
     assert (plain.num_tasks, joint.num_tasks) == (5, 1)
@@ -543,7 +555,7 @@ def test_joint_puts_all_tasks_into_one_and_tests_them_apart():
     assert [t.classes for t in task.test_sets] == [t.classes for t in plain.tasks]
 
 
-# What is refused
+# What is rejected
 
 
 def quietly(*argv):
@@ -554,12 +566,15 @@ def quietly(*argv):
 
 
 #: A command line, and pieces of each message: the flag with its value, and what to do.
-REFUSED = [
-    ("--scenario online", ["--scenario online is unknown", *(SPLIT, DOMAINS, GAUSSIAN)]),
+REJECTED = [
+    (
+        "--scenario online",
+        ["--scenario online is unknown", SPLIT, DOMAINS, GAUSSIAN, "dataset-incremental", "joint"],
+    ),
     ("--diversify most", ["--diversify most is unknown: choose one of none, mask, frequency"]),
     ("--prompt_position first", ["--prompt_position first is unknown: choose one of class, none"]),
     (
-        "--scenario gaussian --gaussian_reading loose",
+        "--scenario gaussian --epochs 1 --gaussian_reading loose",
         ["--gaussian_reading loose is unknown: choose one of paper, released"],
     ),
     # Data sets
@@ -591,27 +606,31 @@ REFUSED = [
     ),
     (
         "--dataset MNIST,SVHN --classes_per_task 2",
-        ["--classes_per_task: each of MNIST, SVHN is one task with all its classes"],
+        ["--classes_per_task 2: needs a single data set and --scenario class-incremental"],
     ),
     (
         "--dataset MNIST,SVHN --class_order ORDER",
-        ["--class_order: each of MNIST, SVHN is one task with all its classes"],
+        ["--class_order /", "order.txt: needs a single data set and --scenario class-incremental"],
     ),
     (
         "core50_l2p --classes_per_task 2",
-        ["--classes_per_task: --scenario domain-incremental does not split the classes"],
+        ["--classes_per_task 2: needs --scenario class-incremental"],
     ),
     (
         "core50_l2p --class_order ORDER",
-        ["--class_order: every task of --scenario domain-incremental has all classes"],
+        ["--class_order /", "order.txt: needs --scenario class-incremental or gaussian"],
     ),
     (
         "cifar100_gaussian_l2p --classes_per_task 2",
-        ["--classes_per_task: --scenario gaussian does not split the classes"],
+        ["--classes_per_task 2: needs --scenario class-incremental"],
     ),
     (
         "cifar100_gaussian_l2p --dataset MNIST,SVHN",
         ["--scenario gaussian takes one data set; several (MNIST,SVHN)", "leave --scenario out"],
+    ),
+    (
+        "--scenario dataset-incremental",
+        ["--scenario dataset-incremental makes a task of each data set: name several in --dataset"],
     ),
     (
         "--scenario domain-incremental",
@@ -619,12 +638,12 @@ REFUSED = [
     ),
     (
         "--dataset CIFAR100 --file_lists DATA",
-        ["--file_lists tells domains: give --scenario domain-incremental"],
+        ["--file_lists /", ": needs --scenario domain-incremental"],
         ["--file_lists are those of CORe50: leave them out with --dataset CIFAR100"],
     ),
     (
         "core50_l2p --scenario class-incremental --num_tasks 3 --file_lists DATA",
-        ["--file_lists tells domains: give --scenario domain-incremental"],
+        ["--file_lists /", ": needs --scenario domain-incremental"],
     ),
     # The Gaussian schedule
     (
@@ -646,7 +665,7 @@ REFUSED = [
         ["--gaussian_sigma 9.0: needs --scenario gaussian"],
     ),
     ("cifar100_gaussian_l2p --steps_per_task 0", ["--steps_per_task 0: must be at least 1"]),
-    ("--domains a b", ["--domains names domains: give --scenario domain-incremental"]),
+    ("--domains a b", ["--domains a b: needs --scenario domain-incremental"]),
     (
         "core50_l2p --domains s1 s3 s1",
         ["--domains s1 s3 s1: s3 is no domain, the domains are s1, s2, s4, s5, s6, s8, s9, s11"],
@@ -661,7 +680,7 @@ REFUSED = [
         ["--buffer_size and --buffer_per_class replay earlier tasks: one task has none"],
     ),
     ("--eval_every 0", ["--eval_every 0: must be at least 1"]),
-    ("cifar100_gaussian_l2p --gaussian_sigma 0", ["--gaussian_sigma 0.0: must be positive"]),
+    ("cifar100_gaussian_l2p --gaussian_sigma 0", ["--gaussian_sigma 0: must be positive"]),
     ("cifar100_gaussian_l2p --gaussian_sigma inf", ["--gaussian_sigma inf: must be positive"]),
     ("--num_tasks 0", ["--num_tasks 0: must be at least 1"]),
     # Replay
@@ -718,8 +737,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line[0])
-def test_refusal_names_flag_and_remedy(line, data, domains, tmp_path):
+@pytest.mark.parametrize("line", REJECTED, ids=lambda line: line[0])
+def test_rejection_names_flag_and_remedy(line, data, domains, tmp_path):
     argv, *wanted = line
     order = tmp_path / "order.txt"
     order.write_text("\n".join(map(str, range(100))))
@@ -731,14 +750,14 @@ def test_refusal_names_flag_and_remedy(line, data, domains, tmp_path):
             assert piece in problem
 
 
-def test_refusal_is_told_by_the_program(tmp_path, capsys):
+def test_rejection_is_printed_by_the_program(tmp_path, capsys):
     argv = ["five_datasets_l2p", "--size", "19", "--data-path", tmp_path, "--output_dir", tmp_path]
     assert main.main([str(a) for a in argv]) == 2
     assert "  - --diversify mask gives each of 5 tasks" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_refusals_are_told_at_once(data):
+def test_several_rejections_are_reported_at_once(data):
     argv = "cifar100_gaussian_l2p --epochs 5 --num_tasks 7 --buffer_size 9 --replay_batch 3 --joint"
     more = "--diversify most --eval_every 0 --classes_per_task 3 --file_lists DATA --bogus"
     found = "\n".join(quietly("--data-path", data, *argv.split(), *more.split()))
@@ -746,8 +765,8 @@ def test_several_refusals_are_told_at_once(data):
         "--bogus is no option",
         "--diversify most is unknown",
         "--eval_every 0: must be at least 1",
-        "--file_lists tells domains",
-        "--classes_per_task: --scenario gaussian",
+        "--file_lists DATA: needs --scenario domain-incremental",
+        "--classes_per_task 3: needs --scenario class-incremental",
         "--joint learns all tasks at once",
         "--replay_batch 3 cannot be shared by the 8 vote groups",
         "--file_lists are those of CORe50",
@@ -757,13 +776,13 @@ def test_several_refusals_are_told_at_once(data):
         assert piece in found
 
 
-def test_everything_wrong_with_a_list_is_told_at_once(data):
+def test_everything_wrong_with_a_list_is_reported_at_once(data):
     (problem,) = quietly("--data-path", data, "--dataset", ",x,MNIST,MNIST,ImageFolder")
     for piece in ("(an empty entry), x are unknown", "names MNIST 2 times", "ImageFolder cannot"):
         assert piece in problem
 
 
-def test_task_smaller_than_a_step_is_refused(tmp_path, capsys):
+def test_task_smaller_than_a_step_is_rejected(tmp_path, capsys):
     """With --drop_last; the images of a task are counted when they are loaded."""
     argv = ["digits_l2p", "--batch-size", "500", "--output_dir", str(tmp_path), "--device", "cpu"]
     assert main.main([*argv, "--drop_last"]) == 1
@@ -771,12 +790,12 @@ def test_task_smaller_than_a_step_is_refused(tmp_path, capsys):
     found = re.search(r"error: --drop_last leaves no step of task1: it has (\d+) images, a step 500"
                       r"; lower --batch-size or leave --drop_last out", text)  # fmt: skip
     assert found, text
-    plain, _ = assemble.build_stream(parse(*argv), 500, torch.device("cpu"))
-    assert int(found[1]) == len(plain.tasks[0].data) < 500
+    stream = build.build_stream(parse(*argv), 500, torch.device("cpu"))
+    assert int(found[1]) == len(stream.tasks[0].data) < 500
     assert not (tmp_path / "results.json").exists()
 
 
-def test_results_beside_domains_are_refused(domains, monkeypatch):
+def test_results_beside_domains_are_rejected(domains, monkeypatch):
     monkeypatch.chdir(domains)
     argv = [
         "--scenario",
@@ -794,15 +813,15 @@ def test_results_beside_domains_are_refused(domains, monkeypatch):
     assert problems_of(*argv, "--output_dir", "./output/run") == []
 
 
-def test_overlay_before_a_configuration_is_refused():
-    _, problems = options.parse_args(["single_prompt", "digits_l2p", "joint"])
+def test_overlay_before_a_configuration_is_rejected():
+    _, problems = read(["single_prompt", "digits_l2p", "joint"])
     assert problems == [
         "single_prompt is an overlay: put it behind digits_l2p, which would overwrite it"
     ]
-    assert options.parse_args(["digits_l2p", "single_prompt", "joint"])[1] == []
+    assert read(["digits_l2p", "single_prompt", "joint"])[1] == []
 
 
-def test_task_free_order_with_too_few_classes_is_refused(tmp_path, capsys):
+def test_task_free_order_with_too_few_classes_is_rejected(tmp_path, capsys):
     (tmp_path / "order.txt").write_text("3 1 2")
     argv = ["digits_l2p", "--scenario", "gaussian", "--num_tasks", "20", "--epochs", "1"]
     argv += ["--class_order", str(tmp_path / "order.txt"), "--output_dir", str(tmp_path)]
@@ -856,14 +875,14 @@ def test_evaluation_takes_other_batches_whatever_was_replayed():
 def test_written_settings_read_back_to_the_same(name, tmp_path):
     """As config.yaml of a run holds them: alone, and with each overlay."""
     of_the_command = {
-        "explicit", "command", "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank",
-        "dist_url", "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots",
-        "tensorboard", "wandb",
+        "eval", "checkpoint", "speed_test", "speed_test_only", "local_rank", "dist_url",
+        "world_size", "resume", "save_every", "list", "seeds", "dry_run", "plots", "tensorboard",
+        "wandb",
     }  # fmt: skip
+    assert of_the_command == set(names_of("command"))
     path = tmp_path / "config.yaml"
     for overlay in ([], *([overlay] for overlay in OVERLAYS)):
-        run = vars(parse(name, *overlay))
-        path.write_text(options.to_yaml(build.resolved(parse(name, *overlay))))
-        again = vars(parse(path))
-        assert {k for k in run if run[k] != again[k]} == {"explicit", "command"}
-        assert set(yaml.safe_load(path.read_text())) == set(run) - of_the_command
+        run = parse(name, *overlay)
+        path.write_text(configurations.to_yaml(run.stored()))
+        assert values(parse(path)) == values(run)
+        assert set(yaml.safe_load(path.read_text())) == set(values(run)) - of_the_command

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from cli.settings import TransformSettings
 from continual_datasets.device_transforms import (
     DeviceImages,
     Place,
@@ -18,8 +19,8 @@ from continual_datasets.device_transforms import (
     why_not_on_device,
 )
 from continual_datasets.images import ArraySource, ConcatSource, FileSource
-from continual_datasets.scenarios import Preparation, class_incremental, several_data_sets
-from continual_datasets.transforms import TransformOptions, build_transform
+from continual_datasets.task_splits import Transforms, class_incremental, several_data_sets
+from continual_datasets.transforms import build_transform
 
 CPU = torch.device("cpu")
 #: Grey and colour, square and not, smaller and larger than the input.
@@ -87,8 +88,10 @@ def assert_as_workers(device, train, arrays, options, first_seed=0):
 
 
 def make_options(input_size, interpolation):
-    return TransformOptions(
-        input_size=input_size, interpolation=interpolation, test_interpolation=interpolation
+    return TransformSettings(
+        input_size=input_size,
+        train_interpolation=interpolation,
+        test_interpolation=interpolation,
     )
 
 
@@ -157,10 +160,10 @@ def test_shrinking_keeps_the_order_of_pillows_passes(train, shape):
 
 
 @pytest.mark.parametrize("options", [
-    TransformOptions(input_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=1.0),  # a copy
-    TransformOptions(input_size=32, scale=(0.01, 0.02)),  # a few pixels
-    TransformOptions(input_size=20, scale=(0.5, 1.0), ratio=(0.2, 5.0), interpolation="bicubic"),
-    TransformOptions(input_size=8, scale=(1.0, 1.0), ratio=(3.0, 4.0)),  # the central crop
+    TransformSettings(input_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=1.0),  # a copy
+    TransformSettings(input_size=32, scale=(0.01, 0.02)),  # a few pixels
+    replace(make_options(20, "bicubic"), scale=(0.5, 1.0), ratio=(0.2, 5.0)),
+    TransformSettings(input_size=8, scale=(1.0, 1.0), ratio=(3.0, 4.0)),  # the central crop
 ])  # fmt: skip
 def test_pixels_of_all_crops_are_those_of_pillow(options):
     arrays = [make_array((32, 32, 3), 60), make_array((28, 28), 60)]
@@ -191,7 +194,7 @@ def test_batch_without_images_has_no_pixels():
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (2.0, 3.0), (0.2, 0.3)])
 @pytest.mark.parametrize("hflip", [0.0, 0.3, 1.0])
 def test_draw_is_what_the_transform_does(monkeypatch, scale, ratio, hflip):
-    options = TransformOptions(input_size=4, scale=scale, ratio=ratio, hflip=hflip)
+    options = TransformSettings(input_size=4, scale=scale, ratio=ratio, hflip=hflip)
     done = []
     monkeypatch.setattr(
         transforms.functional,
@@ -217,20 +220,20 @@ def test_draw_is_what_the_transform_does(monkeypatch, scale, ratio, hflip):
 
 
 def test_draw_falls_back_to_the_central_crop():
-    draw = build_draw(True, TransformOptions(scale=(1.0, 1.0), ratio=(2.0, 3.0), hflip=0.0))
+    draw = build_draw(True, TransformSettings(scale=(1.0, 1.0), ratio=(2.0, 3.0), hflip=0.0))
     assert draw(Place(7, 30, 30)).tolist() == [7, 7, 0, 15, 30, 0]
 
 
 def test_draw_of_a_test_image_is_the_whole_and_draws_nothing():
     before = torch.get_rng_state()
-    drawn = build_draw(False, TransformOptions())(Place(5, 40, 24))
+    drawn = build_draw(False, TransformSettings())(Place(5, 40, 24))
     assert (drawn.tolist(), drawn.dtype) == ([5, 0, 0, 40, 24, 0], torch.int64)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_draws_can_be_sent_to_workers(train):
-    draw = build_draw(train, TransformOptions())
+    draw = build_draw(train, TransformSettings())
     again = pickle.loads(pickle.dumps(draw))
     torch.manual_seed(1)
     expected = draw(Place(0, 32, 32))
@@ -289,10 +292,10 @@ def compare_streams(make_stream, sources, options):
     placed = [PlacedSource(s, row) for s, row in zip(sources, first_rows[:-1], strict=True)]
     images = DeviceImages([array for source in sources for array in source.arrays()], CPU)
     worked = make_stream(
-        sources, Preparation(build_transform(True, options), build_transform(False, options), 42)
+        sources, Transforms(build_transform(True, options), build_transform(False, options), 42)
     )
     drawn = make_stream(
-        placed, Preparation(build_draw(True, options), build_draw(False, options), 42)
+        placed, Transforms(build_draw(True, options), build_draw(False, options), 42)
     )
     assert worked.train_digest == drawn.train_digest
     for mine, other in zip(worked.tasks, drawn.tasks, strict=True):
@@ -371,23 +374,23 @@ def test_pictures_are_placed_unchanged_however_they_lie_in_memory():
         ({"reprob": 0.25}, "--reprob 0.25 needs"),
         ({"train_resize": 256}, "--train_resize 256 needs"),
         ({"train_jpeg": 72}, "--train_jpeg 72 needs"),
-        ({"interpolation": "nearest"}, "--train-interpolation nearest needs"),
-        ({"interpolation": "random"}, "--train-interpolation random needs"),
+        ({"train_interpolation": "nearest"}, "--train-interpolation nearest needs"),
+        ({"train_interpolation": "random"}, "--train-interpolation random needs"),
         ({"train_jpeg": 72, "reprob": 0.5}, "--reprob 0.5, --train_jpeg 72 need the loader"),
     ],
 )
 def test_options_that_need_the_workers_are_named(changes, flag):
-    assert flag in why_not_on_device(replace(TransformOptions(), **changes))
+    assert flag in why_not_on_device(replace(TransformSettings(), **changes))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"input_size": 32, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0},
-        {"interpolation": "bicubic", "test_interpolation": "bilinear"},
+        {"train_interpolation": "bicubic", "test_interpolation": "bilinear"},
         {"norm": "imagenet"},
         {"aa": "", "color_jitter": 0.0, "remode": "const", "recount": 3},
     ],
 )
 def test_other_options_do_not_need_the_workers(changes):
-    assert why_not_on_device(replace(TransformOptions(), **changes)) is None
+    assert why_not_on_device(replace(TransformSettings(), **changes)) is None

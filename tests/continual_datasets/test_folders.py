@@ -36,8 +36,8 @@ from helpers.true_formats import (
 )
 
 
-def refused(call, *args):
-    """The one-line message with which something is refused."""
+def rejected(call, *args):
+    """The one-line message with which something is rejected."""
     with pytest.raises(DataError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
@@ -226,26 +226,26 @@ def test_domain_layout_problem_is_named_with_the_layout(tmp_path, problem):
     true_formats.write_domains(root)
     change, expected = DOMAIN_PROBLEMS[problem]
     change(root)
-    message = refused(list_domains, "ImageFolder", root)
+    message = rejected(list_domains, "ImageFolder", root)
     for part in (str(root), "<domain>/train/<class>", "test/<class>", *expected):
         assert part in message
-    assert refused(load_domains, "ImageFolder", root) == message
+    assert rejected(load_domains, "ImageFolder", root) == message
 
 
 @pytest.mark.parametrize("problem", CLASS_PROBLEMS)
-def test_domains_with_other_classes_are_refused(tmp_path, problem):
+def test_domains_with_other_classes_are_rejected(tmp_path, problem):
     true_formats.write_domains(tmp_path)
     change, folder, name = CLASS_PROBLEMS[problem]
     change(tmp_path / folder / name)
-    message = refused(list_domains, "ImageFolder", tmp_path)
+    message = rejected(list_domains, "ImageFolder", tmp_path)
     for part in (str(tmp_path / "paint" / "train"), str(tmp_path / folder), f": {name}"):
         assert part in message
 
 
-def test_common_test_images_of_other_classes_are_refused(tmp_path):
+def test_common_test_images_of_other_classes_are_rejected(tmp_path):
     true_formats.write_domains_with_common_test(tmp_path)
     (tmp_path / "test" / "fly").mkdir()
-    message = refused(list_domains, "ImageFolder", tmp_path)
+    message = rejected(list_domains, "ImageFolder", tmp_path)
     assert f"only in {tmp_path / 'test'}: fly" in message
 
 
@@ -253,13 +253,13 @@ def test_domains_without_images_are_named(tmp_path):
     true_formats.write_domains(tmp_path)
     remove_images(tmp_path, "photo/train/bee")
     assert len(list_domains("ImageFolder", tmp_path).names) == 3
-    assert "photo/train" in refused(load_domains, "ImageFolder", tmp_path)
+    assert "photo/train" in rejected(load_domains, "ImageFolder", tmp_path)
 
 
 def test_image_folder_has_no_file_lists(tmp_path):
     true_formats.write_domains(tmp_path)
     for call in (list_domains, load_domains):
-        assert "belong to CORe50" in refused(call, "ImageFolder", tmp_path, tmp_path)
+        assert "belong to CORe50" in rejected(call, "ImageFolder", tmp_path, tmp_path)
 
 
 # notMNIST
@@ -305,7 +305,7 @@ def test_not_mnist_names_a_png_that_is_broken_further_in(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     train, _ = load_source("NotMNIST", tmp_path)
     assert len(train) == 40
-    assert refused(train.__getitem__, 6).startswith(f"{path}: ")
+    assert rejected(train.__getitem__, 6).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("prefix", ["notMNIST/", ""])
@@ -328,17 +328,17 @@ def test_not_mnist_zip_is_unpacked_once(tmp_path, monkeypatch, prefix):
 def test_not_mnist_incomplete_folder_is_named_at_once(tmp_path, gone):
     true_formats.write_not_mnist(tmp_path)
     shutil.rmtree(tmp_path / "notMNIST" / gone)
-    message = refused(count_classes, "NotMNIST", tmp_path)
+    message = rejected(count_classes, "NotMNIST", tmp_path)
     for part in (str(tmp_path / "notMNIST"), gone[-1], "Train/<A to J>/*.png", "Adversarial"):
         assert part in message
-    assert refused(load_source, "NotMNIST", tmp_path) == message
+    assert rejected(load_source, "NotMNIST", tmp_path) == message
 
 
 def test_not_mnist_letter_without_an_image_is_named(tmp_path):
     true_formats.write_not_mnist(tmp_path)
     for path in (tmp_path / "notMNIST" / "Test" / "C").iterdir():
         path.write_bytes(b"")
-    assert f"{tmp_path}/notMNIST/Test/C" in refused(load_source, "NotMNIST", tmp_path)
+    assert f"{tmp_path}/notMNIST/Test/C" in rejected(load_source, "NotMNIST", tmp_path)
 
 
 # What people get by hand
@@ -351,13 +351,13 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_missing_data_tell_the_place_the_layout_and_the_origin(tmp_path, name):
+def test_missing_data_name_the_place_the_layout_and_the_origin(tmp_path, name):
     folder, archive, layout, url = BY_HAND[name]
-    message = refused(count_classes, name, tmp_path)
+    message = rejected(count_classes, name, tmp_path)
     for part in (f"{tmp_path / folder}/{layout}", archive, url):
         assert part in message
-    assert refused(load_source, name, tmp_path) == message
-    assert refused(count_classes, name, tmp_path / "nowhere").startswith(
+    assert rejected(load_source, name, tmp_path) == message
+    assert rejected(count_classes, name, tmp_path / "nowhere").startswith(
         message.split(" is not")[0]
     )
 
@@ -366,14 +366,14 @@ def test_missing_data_tell_the_place_the_layout_and_the_origin(tmp_path, name):
 def test_damaged_archive_is_named(tmp_path, name):
     folder, archive, *_ = BY_HAND[name]
     (tmp_path / archive).write_bytes(b"half of it")
-    message = refused(load_source, name, tmp_path)
+    message = rejected(load_source, name, tmp_path)
     assert str(tmp_path / archive) in message
     assert not (tmp_path / folder).exists()
 
 
-def test_archive_with_a_member_outside_is_refused(tmp_path):
+def test_archive_with_a_member_outside_is_rejected(tmp_path):
     write_tar(tmp_path / "imagenet-r.tar", {"imagenet-r/n01443537/0.jpg": b"", "../evil": b""})
-    assert "'../evil'" in refused(load_source, "Imagenet-R", tmp_path)
+    assert "'../evil'" in rejected(load_source, "Imagenet-R", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".l2p.lock", "imagenet-r.tar"]
 
 
@@ -439,7 +439,7 @@ def test_flowers_missing_images_are_named(tmp_path, monkeypatch, flowers):
     train, _ = load_source("Flowers102", tmp_path / "data")
     os.remove(train.paths[5])
     monkeypatch.setattr(Flowers102, "_download_url_prefix", "http://127.0.0.1:1/")
-    message = refused(load_source, "Flowers102", tmp_path / "data")
+    message = rejected(load_source, "Flowers102", tmp_path / "data")
     for part in (os.path.basename(train.paths[5]), str(tmp_path / "data"), "http://127.0.0.1:1/"):
         assert part in message
 
@@ -506,7 +506,7 @@ def test_core50_damage_is_named_at_once(tmp_path, damage):
     change, expected = CORE50_DAMAGE[damage]
     change(tmp_path / "core50_128x128")
     for call in (count_classes, list_domains, load_source, load_domains):
-        message = refused(call, "CORe50", tmp_path)
+        message = rejected(call, "CORe50", tmp_path)
         for part in (str(tmp_path / "core50_128x128"), *expected):
             assert part in message
 
@@ -516,7 +516,7 @@ def test_core50_object_without_images_is_named(tmp_path):
     for path in (tmp_path / "core50_128x128" / "s9" / "o2").iterdir():
         path.unlink()
     for call in (load_source, load_domains):
-        assert f"{tmp_path}/core50_128x128/s9/o2" in refused(call, "CORe50", tmp_path)
+        assert f"{tmp_path}/core50_128x128/s9/o2" in rejected(call, "CORe50", tmp_path)
 
 
 # CORe50's file lists
@@ -586,11 +586,11 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("name", ["train_batch_02_filelist.txt", "test_filelist.txt"])
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_file_list_line_is_refused_with_its_number(tmp_path, lists, bad, name):
+def test_file_list_line_is_rejected_with_its_number(tmp_path, lists, bad, name):
     line, reason = BAD_LINES[bad]
     before = (lists / name).read_text().splitlines()
     (lists / name).write_text("\n".join([*before[:3], line, *before[3:]]))
-    message = refused(load_domains, "CORe50", tmp_path, lists)
+    message = rejected(load_domains, "CORe50", tmp_path, lists)
     assert message.startswith(f"{lists / name}, line 4: ")
     assert reason in message
 
@@ -603,7 +603,7 @@ def test_blank_lines_of_a_file_list_are_skipped(tmp_path, lists):
     assert list(after.paths) == list(before.paths)
     assert after.targets.tolist() == before.targets.tolist()
     path.write_text("\n\n")
-    assert "the list is empty" in refused(load_domains, "CORe50", tmp_path, lists)
+    assert "the list is empty" in rejected(load_domains, "CORe50", tmp_path, lists)
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("CORe50", ["s11", "s2"]), ("ImageFolder", None)])
@@ -635,12 +635,12 @@ def test_digest_tells_files_and_labels_apart(tmp_path):
     assert joined.digest() != swapped.digest()
 
 
-def test_file_list_with_an_unknown_object_is_refused(tmp_path, lists):
+def test_file_list_with_an_unknown_object_is_rejected(tmp_path, lists):
     root = tmp_path / "core50_128x128"
     shutil.copytree(root / "s1" / "o1", root / "s12" / "o7")
     with (lists / "test_filelist.txt").open("a") as file:
         file.write("s12/o7/C_01_01_000.png 0\n")
-    assert "line 19: object o7" in refused(load_domains, "CORe50", tmp_path, lists)
+    assert "line 19: object o7" in rejected(load_domains, "CORe50", tmp_path, lists)
 
 
 @pytest.mark.parametrize(
@@ -649,19 +649,21 @@ def test_file_list_with_an_unknown_object_is_refused(tmp_path, lists):
 def test_missing_file_lists_are_named_at_once(tmp_path, lists, gone):
     for path in lists.glob(gone):
         path.unlink()
-    message = refused(list_domains, "CORe50", tmp_path, lists)
+    message = rejected(list_domains, "CORe50", tmp_path, lists)
     expected = "train_batch_00_filelist.txt, test_filelist.txt" if gone == "*" else gone
     assert message.startswith(f"no {expected} in {lists}; expected train_batch_00_filelist.txt")
-    assert refused(load_domains, "CORe50", tmp_path, lists) == message
+    assert rejected(load_domains, "CORe50", tmp_path, lists) == message
 
 
 def test_file_lists_that_cannot_be_read_are_named(tmp_path, lists):
-    assert str(tmp_path / "none") in refused(list_domains, "CORe50", tmp_path, tmp_path / "none")
+    assert str(tmp_path / "none") in rejected(list_domains, "CORe50", tmp_path, tmp_path / "none")
     path = lists / "train_batch_01_filelist.txt"
     path.write_bytes(b"")
-    assert refused(load_domains, "CORe50", tmp_path, lists).startswith(f"{path}: the list is empty")
+    assert rejected(load_domains, "CORe50", tmp_path, lists).startswith(
+        f"{path}: the list is empty"
+    )
     path.write_bytes(b"\xff\xfe")
-    assert refused(load_domains, "CORe50", tmp_path, lists).startswith(f"{path}: not a text file")
+    assert rejected(load_domains, "CORe50", tmp_path, lists).startswith(f"{path}: not a text file")
 
 
 def test_file_lists_look_into_every_folder_once(tmp_path, lists, monkeypatch):
@@ -771,11 +773,11 @@ def test_imagenet_r_fifth_is_rounded(tmp_path, images, tests):
     assert np.bincount(train.targets).tolist() == [images - tests] * 3
 
 
-def test_imagenet_r_class_with_one_image_is_refused(tmp_path):
+def test_imagenet_r_class_with_one_image_is_rejected(tmp_path):
     true_formats.write_imagenet_r(tmp_path)
     for path in sorted((tmp_path / "imagenet-r" / WNIDS[1]).iterdir())[1:]:
         path.unlink()
-    assert WNIDS[1] in refused(load_source, "Imagenet-R", tmp_path)
+    assert WNIDS[1] in rejected(load_source, "Imagenet-R", tmp_path)
 
 
 def test_imagenet_r_needs_two_classes(tmp_path):
@@ -783,7 +785,7 @@ def test_imagenet_r_needs_two_classes(tmp_path):
     for wnid in WNIDS[1:]:
         shutil.rmtree(tmp_path / "imagenet-r" / wnid)
     for call in (count_classes, load_source):
-        message = refused(call, "Imagenet-R", tmp_path)
+        message = rejected(call, "Imagenet-R", tmp_path)
         assert "1 classes" in message
         assert "hendrycks" in message
 
@@ -803,7 +805,7 @@ def test_imagenet_r_names_a_broken_image(tmp_path):
     train, _ = load_source("Imagenet-R", tmp_path)
     with open(train.paths[4], "r+b") as file:
         file.truncate(200)
-    assert refused(train.__getitem__, 4).startswith(f"{train.paths[4]}: ")
+    assert rejected(train.__getitem__, 4).startswith(f"{train.paths[4]}: ")
 
 
 # Memory and processes
@@ -815,11 +817,13 @@ LAZY = ["NotMNIST", "Flowers102", "CORe50", "Imagenet-R", "ImageFolder"]
 def test_folders_hold_paths_and_no_pixels(tmp_path, monkeypatch, name):
     true_formats.TRUE_FORMATS[name](tmp_path, monkeypatch)
     load_source(name, tmp_path)  # what is imported on the way is not counted
-    tracemalloc.start()
-    sources = load_source(name, tmp_path)
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert held < 20_000 + 100 * sum(len(source) for source in sources)
+    held = []
+    for _ in range(3):  # the servers of other tests, in threads, may still allocate
+        tracemalloc.start()
+        sources = load_source(name, tmp_path)
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert min(held) < 20_000 + 100 * sum(len(source) for source in sources)
     for source in sources:
         letters = sum(len(os.path.basename(os.path.dirname(path))) + 40 for path in source.paths)
         assert len(pickle.dumps(source)) < 6_000 + letters
@@ -831,4 +835,4 @@ def test_folders_open_images_only_when_asked(tmp_path, monkeypatch, name):
     for path in (*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")):
         path.write_bytes(b"\x89PNG\r\n\x1a\nand so on")
     for source in load_source(name, tmp_path):
-        assert refused(source.__getitem__, 0).startswith(f"{source.paths[0]}: ")
+        assert rejected(source.__getitem__, 0).startswith(f"{source.paths[0]}: ")

@@ -643,7 +643,7 @@ def test_list_of_names_keeps_its_order():
         ("foo,SVHN,SVHN,imagefolder", ["foo is unknown", "SVHN 2 times", "ImageFolder cannot"]),
     ],
 )
-def test_list_of_names_is_refused_with_all_that_is_wrong(names, expected):
+def test_list_of_names_is_rejected_with_all_that_is_wrong(names, expected):
     with pytest.raises(ValueError) as caught:
         find_sources(names)
     assert not isinstance(caught.value, DataError)

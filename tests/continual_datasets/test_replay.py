@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from cli.settings import TransformSettings
 from continual_dataloader import Loaders
 from continual_datasets.images import ArraySource
 from continual_datasets.pipeline import ToImages
 from continual_datasets.replay import ReplayBuffer, even_shares
 from continual_datasets.samplers import GlobalBatchSampler, LoaderOptions, ReplaySampler
-from continual_datasets.scenarios import Preparation, class_incremental
 from continual_datasets.task_data import Replayed, RunData
-from continual_datasets.transforms import TransformOptions, build_transform, to_input
+from continual_datasets.task_splits import Transforms, class_incremental
+from continual_datasets.transforms import build_transform, to_input
 
 # Shares
 
@@ -298,7 +299,7 @@ def test_epoch_with_replay_can_begin_with_a_later_step(rank):
 
 # What is loaded
 
-SMALL = TransformOptions(input_size=16)
+SMALL = TransformSettings(input_size=16)
 CPU = torch.device("cpu")
 TO_INPUT = to_input(SMALL, CPU)
 
@@ -309,7 +310,7 @@ def make_stream(options=SMALL, per_class=9, seed=42):
     targets = rng.permutation(np.repeat(np.arange(6), per_class))
     images = rng.integers(0, 256, (len(targets), 20, 24, 3), dtype=np.uint8)
     source = ArraySource(images, targets, [f"name{i}" for i in range(6)])
-    prepare = Preparation(build_transform(True, options), build_transform(False, options), seed)
+    prepare = Transforms(build_transform(True, options), build_transform(False, options), seed)
     return class_incremental(source, source, range(6), 3, 2, prepare)
 
 

@@ -1,6 +1,5 @@
 """README.md and docs/ say what the program has: its flags, configurations, files, commands."""
 
-import argparse
 import itertools
 import re
 import shlex
@@ -10,8 +9,11 @@ import pytest
 import plots
 import summarize
 import sweep
-from cli import options
+from cli import configurations
+from cli.flags import flags_of
+from cli.parser import parse
 from cli.paths import ROOT
+from cli.settings import GROUPS, LEGACY_FLAGS, all_flags
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -94,15 +96,17 @@ def table(heading):
 
 
 def groups():
-    """First spelling of the flags that `--help` shows, by group."""
-    parser = options._build().parser
+    """Spelling of the flags that `--help` shows, by group."""
+    old_names = {new: f"--{old}" for old, (new, _) in LEGACY_FLAGS.items()}
     return {
-        group.title: [
-            action.option_strings[0]
-            for action in group._group_actions
-            if action.help != argparse.SUPPRESS
+        (group.__doc__ or "").rstrip("."): [
+            spelling
+            for one in flags_of(group)
+            if one.help
+            for spelling in (one.spelling, old_names.get(one.name))
+            if spelling
         ]
-        for group in parser._action_groups[2:]
+        for group in GROUPS.values()
     }
 
 
@@ -129,7 +133,8 @@ def test_option_table_has_each_flag_in_the_row_of_its_group():
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_flags_in_the_text_exist(page):
-    known = {s for a in options._build().parser._actions for s in a.option_strings}
+    names = [*(one.name for one in all_flags()), *LEGACY_FLAGS, "help"]
+    known = {f"--{name}" for name in names} | {f"--{name.replace('_', '-')}" for name in names}
     known |= {f"--no-{flag[2:]}" for flag in known} | OTHER_FLAGS | set().union(*PROGRAMS.values())
     known |= {s for a in summarize._parser()._actions for s in a.option_strings}
     known |= {s for a in sweep._parser()._actions for s in a.option_strings}
@@ -143,7 +148,7 @@ def test_flags_in_the_text_exist(page):
 
 def test_every_configuration_and_overlay_is_in_the_readme_and_no_other():
     named = [name for row in table("Configurations") for name in inline_code(row[0])]
-    assert sorted(named) == options.config_names()
+    assert sorted(named) == configurations.names()
 
 
 # Commands
@@ -152,7 +157,7 @@ def test_every_configuration_and_overlay_is_in_the_readme_and_no_other():
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_are_typed_correctly(page):
     for line, argv in commands(page):
-        _, problems = options.parse_args(argv)
+        _, problems = parse(argv)
         assert not problems, line
 
 

@@ -17,14 +17,15 @@ import torch
 import yaml
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST, Flowers102
 
-import engine
 import main
-from cli import options
+from cli import configurations
+from cli.parser import parse
 from continual_datasets.readers import registry
 from experiment import checkpoints, resume, training_run
 from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from helpers.true_formats import DOMAINS, TRAIN_SESSIONS, TRUE_FORMATS, WNIDS, core50_list
 from reports import figures
+from reports.metrics import SELECTIONS
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -75,7 +76,7 @@ class Lab:
     def flags(self, *argv, to="out"):
         """The command line, with a tiny model in the place of the configuration's."""
         argv = [str(arg).replace("{data}", str(self.data)) for arg in argv]
-        configs = [arg for arg in argv[:2] if arg in options.config_names()]
+        configs = [arg for arg in argv[:2] if arg in configurations.names()]
         kwargs = dict(TINY_VIT)
         for name in configs:
             kwargs = (configuration(name).get("model_kwargs") or {}) | kwargs
@@ -116,11 +117,11 @@ def read(path):
 
 
 def configuration(name):
-    return yaml.safe_load((options.CONFIG_DIR / f"{name}.yaml").read_text())
+    return yaml.safe_load((configurations.CONFIG_DIR / f"{name}.yaml").read_text())
 
 
 def is_overlay(name):
-    return (options.CONFIG_DIR / f"{name}.yaml").read_text().startswith("# Overlay: ")
+    return (configurations.CONFIG_DIR / f"{name}.yaml").read_text().startswith("# Overlay: ")
 
 
 # What every run must satisfy
@@ -142,7 +143,7 @@ def check(run, images, seen, names=PER_TASK):
     """
     results = run.results
     seen = np.asarray(seen, dtype=bool)
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         matrix = results[name]["accuracy_matrix"]
         assert [[value is not None for value in row] for row in matrix] == seen.tolist()
         for row, number in zip(matrix, images, strict=True):
@@ -183,7 +184,7 @@ def check_usage(results, images, seen):
     expected = [(task + 1, row) for task, row in np.argwhere(seen.T)]
     assert [(entry["after_task"], entry["test_set"]) for entry in usage] == expected
     for entry in usage:
-        for name in engine.SELECTIONS:
+        for name in SELECTIONS:
             assert len(entry[name]) == config["size"]
             assert sum(entry[name]) == images[entry["test_set"]] * config["top_k"]
             assert min(entry[name]) >= 0
@@ -200,7 +201,7 @@ def check_reproduced(lab, run):
     for word in ("Differs", "lacks", "error"):
         assert word not in text
     kept = (
-        *engine.SELECTIONS, "prompt_usage", "class_order", "class_names", "tasks", "test_sets",
+        *SELECTIONS, "prompt_usage", "class_order", "class_names", "tasks", "test_sets",
         "backbone",
     )  # fmt: skip
     assert {name: again[name] for name in kept} == {name: run.results[name] for name in kept}
@@ -519,7 +520,7 @@ def images_of(lab, case, order):
 def check_known_tasks(lab, run, narrow):
     """Who is told the task of an image errs less, unless every test set has all classes."""
     _, told = lab.evaluate(run, "--task_inc")
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         plain, better = (
             np.array(results[name]["accuracy_matrix"], dtype=float)
             for results in (run.results, told)
@@ -536,12 +537,12 @@ def test_task_incremental_training_run_evaluates_as_told(lab):
     plain, told = lab.train(*argv, to="a"), lab.train(*argv, "--task_inc", to="b")
     assert changed(plain.checkpoint(5), told.checkpoint(5)) == set()
     _, expected = lab.evaluate(plain, "--task_inc")
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert told.results[name] == expected[name] != plain.results[name]
     check_reproduced(lab, told)
 
 
-def test_names_of_several_data_sets_tell_the_set(lab):
+def test_names_of_several_data_sets_name_the_set(lab):
     lab.write("FashionMNIST", "Imagenet-R", "SVHN")
     names = lab.train(*A_LIST).results["class_names"]
     assert len(names) == 23
@@ -562,7 +563,7 @@ def test_core50_trains_what_its_configuration_says(lab):
     assert "Training:  sgd, " in free.log
 
 
-def test_run_on_other_images_is_not_gone_on_with(lab):
+def test_run_on_other_images_is_not_resumed(lab):
     """Other file lists with equally many images of the same classes."""
     lab.write("CORe50")
     argv = SCENARIOS["core50 lists"].argv
@@ -800,11 +801,11 @@ def test_run_with_replay_ends_the_same_from_the_state_before_its_last(lab, repla
     (run.path / "checkpoint" / "last.pth").unlink()
     checkpoints.task_path(run.path, number).unlink()
     again = lab.train(*argv, "--resume", "auto")
-    assert f"Going on from {run.path / 'checkpoint' / 'last_but_one.pth'}" in again.log
+    assert f"Resuming from {run.path / 'checkpoint' / 'last_but_one.pth'}" in again.log
     found = again.checkpoint(number)
     assert changed(found, last) == set()
     assert torch.equal(found.buffer, last.buffer)
-    for name in (*engine.SELECTIONS, "prompt_usage"):
+    for name in (*SELECTIONS, "prompt_usage"):
         assert again.results[name] == results[name]
 
 
@@ -880,7 +881,7 @@ def test_every_data_set_trains_prompts_of_its_own(lab):
 # What is selected
 
 
-def test_usage_tells_votes_and_images_apart(lab):
+def test_usage_counts_votes_and_images_apart(lab):
     """With queries that differ, so that an image can be overruled."""
     lab.write("CIFAR10")
     argv = ["--dataset", "CIFAR10", "--num_tasks", "1", "--size", "12", "--norm", "half"]
@@ -933,14 +934,14 @@ HEAD = {"head.weight", "head.bias"}
 PROMPTS = {"prompt.prompt", "prompt.prompt_key"}
 
 
-def configurations():
+def every_configuration():
     return [
         pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
-        for name in options.config_names()
+        for name in configurations.names()
     ]
 
 
-@pytest.mark.parametrize("name", configurations())
+@pytest.mark.parametrize("name", every_configuration())
 def test_configuration_runs_as_it_says(lab, name):
     base = ["cifar100_l2p"] if is_overlay(name) else []
     said = configuration(name)
@@ -952,7 +953,7 @@ def test_configuration_runs_as_it_says(lab, name):
     kept = said.keys() - given - {"model_kwargs", "output_dir"}
     assert {key: config[key] for key in kept} == {key: said[key] for key in kept}
     assert config["model_kwargs"] == (said.get("model_kwargs") or {}) | TINY_VIT
-    without = vars(options.parse_args([*base, *TINY_ANY, *flags])[0])
+    without = parse([*base, *TINY_ANY, *flags])[0].stored()
     told_here = {"vote_group_size", "model_kwargs", "data_path", "output_dir"}
     others = config.keys() - said.keys() - given - told_here
     assert {key: config[key] for key in others} == {key: without[key] for key in others}
@@ -997,7 +998,7 @@ def test_joint_overlay_learns_all_classes_in_one_task(lab):
     assert sorted(run.results["class_order"][0]) == list(range(100))
 
 
-OVERLAYS = [name for name in options.config_names() if is_overlay(name)]
+OVERLAYS = [name for name in configurations.names() if is_overlay(name)]
 #: A configuration of each other scenario: data, flags with which it fits tiny data, shape.
 BASES = {
     "five_datasets_l2p": (FIVE, [], (5, 5)),
@@ -1046,7 +1047,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_missing_data_tell_the_place_the_layout_and_the_origin(lab, name):
+def test_missing_data_name_the_place_the_layout_and_the_origin(lab, name):
     argv, folder, layout, origin = BY_HAND[name]
     code, _, err = lab.main(*argv)
     assert code == 2
@@ -1065,7 +1066,7 @@ def test_all_missing_data_sets_are_named_at_once(lab):
     assert "MNIST/raw" not in err
 
 
-def test_missing_file_lists_tell_what_is_expected(lab):
+def test_missing_file_lists_say_what_is_expected(lab):
     lab.write("CORe50")
     code, _, err = lab.main("core50_l2p_frozen", "--file_lists", lab.folder / "gone")
     assert code == 2
@@ -1114,7 +1115,7 @@ def test_every_data_set_can_be_missing():
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
-def test_failed_download_is_told_in_a_line(lab, name):
+def test_failed_download_is_reported_in_a_line(lab, name):
     cut_off(lab.monkeypatch)
     called, folder = DOWNLOADED[name]
     code, out, err = lab.main("--dataset", name, "--num_tasks", "2")
@@ -1194,13 +1195,13 @@ def test_broken_replayed_image_is_named(lab, monkeypatch):
     """One that is met again after its task; broken meanwhile."""
     lab.write("domains")
     path = paths_of("domains", lab.data, 0)[0]
-    at_task_end = training_run.Keeper.at_task_end
+    at_task_end = training_run.Checkpointer.at_task_end
 
-    def and_break_an_image(keeper, report):
-        at_task_end(keeper, report)
+    def and_break_an_image(checkpointer, report):
+        at_task_end(checkpointer, report)
         path.write_bytes(b"")
 
-    monkeypatch.setattr(training_run.Keeper, "at_task_end", and_break_an_image)
+    monkeypatch.setattr(training_run.Checkpointer, "at_task_end", and_break_an_image)
     code, out, _ = lab.main(*FOLDERS, "--buffer_per_class", "100")
     assert code == 1
     assert error_lines(out) == [f"error: {path}: the file is empty"]

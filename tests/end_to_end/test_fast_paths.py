@@ -11,11 +11,12 @@ import torch
 
 import engine
 import main
-import processes
-from cli import options
+import utils
+from cli import parser
 from experiment import build, training_run
 from helpers.finished_runs import Run
 from helpers.tiny_flags import TINY_DIGITS
+from reports.metrics import SELECTIONS
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -35,7 +36,7 @@ def assert_same(run, plain):
     assert run.model.keys() == plain.model.keys()
     for name, value in plain.model.items():
         assert torch.equal(run.model[name], value), name
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert run.results[name] == plain.results[name]
     assert run.results["prompt_usage"] == plain.results["prompt_usage"]
     assert run.stats == plain.stats
@@ -99,7 +100,7 @@ def test_images_on_the_device_can_be_replayed(tmp_path):
 def test_large_evaluation_batches_keep_the_votes(plain, tmp_path):
     run = train(tmp_path / "out", "--eval_batch_size", "64")
     assert run.results["prompt_usage"] == plain.results["prompt_usage"]
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert run.results[name]["accuracy_matrix"] == plain.results[name]["accuracy_matrix"]
 
 
@@ -155,8 +156,8 @@ def high_scale(monkeypatch):
 @pytest.mark.parametrize(
     "is_place",
     [
-        lambda number, position: number == 8,
-        lambda number, position: position.task == 1 and not position.inside_task,
+        lambda number, state: number == 8,
+        lambda number, state: state.task == 1 and not state.inside_task,
     ],
     ids=["inside a task", "between tasks"],
 )
@@ -165,20 +166,19 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags, is_p
     whole = train(tmp_path / "whole", *flags)
     folder, count = tmp_path / "out", iter(range(100))
     with monkeypatch.context() as patch:
-        at_boundary = training_run.Keeper.at_boundary
+        at_boundary = training_run.Checkpointer.at_boundary
         patch.setattr(
-            training_run.Keeper,
+            training_run.Checkpointer,
             "at_boundary",
-            lambda keeper, position, updater, stop=False: at_boundary(
-                *(keeper, position, updater),
-                stop or is_place(next(count), position),
+            lambda checkpointer, state, update, stop=False: at_boundary(
+                checkpointer, state, update, stop or is_place(next(count), state)
             ),
         )
         train(folder, *flags, code=75)
     assert_same(train(folder, *flags, "--resume", "auto"), whole)
 
 
-def test_resume_in_another_precision_is_refused(tmp_path, capsys):
+def test_resume_in_another_precision_is_rejected(tmp_path, capsys):
     train(tmp_path / "out", "--amp", "bf16")
     state = tmp_path / "out" / "checkpoint" / "last.pth"
     kept = state.read_bytes()
@@ -197,30 +197,30 @@ def test_compiled_run_is_near_the_plain_one(plain, tmp_path):
         assert stats["average_Acc@1"] == pytest.approx(wanted["average_Acc@1"], abs=1)
 
 
-# Refusals
+# Rejected command lines
 
-REFUSED = {
+REJECTED = {
     "--amp bf8": "--amp bf8 is unknown: choose one of none, bf16, fp16",
     "--tf32": "--tf32 is for CUDA, and the run would take place on the CPU: leave it out",
-    "--data_on_device maybe": "'maybe' is not auto, true or false",
+    "--data_on_device maybe": "--data_on_device maybe is unknown: choose one of auto, true, false",
     "--data_on_device true --reprob 0.3": "--data_on_device true: --reprob 0.3 needs",
     "--data_on_device true --train_jpeg 95": "--data_on_device true: --train_jpeg 95 needs",
     "--eval_batch_size 0": "--eval_batch_size 0: must be at least 1",
-    "--eval_batch_size 7": "--eval_batch_size 7: a vote group, 8 images, must lie in one batch",
-    "--test_cache -1": "--test_cache -1.0: must be a finite number that is not negative",
+    "--eval_batch_size 7": "--eval_batch_size 7: a vote group, 8 images, must be in one batch",
+    "--test_cache -1": "--test_cache -1: must be a finite number that is not negative",
     "--data_on_device true --dataset Flowers102": "the images of Flowers102 are files, opened when",
     "--grad_checkpointing --no-prompt_pool --head_type token": "only the head trains",
 }
 
 
-@pytest.mark.parametrize(("flags", "message"), REFUSED.items())
-def test_refusal_says_what_and_why(flags, message, capsys, tmp_path):
+@pytest.mark.parametrize(("flags", "message"), REJECTED.items())
+def test_rejection_says_what_and_why(flags, message, capsys, tmp_path):
     train(tmp_path / "out", *flags.split(), code=2)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_compilation_without_a_compiler_is_refused(capsys, tmp_path, monkeypatch):
+def test_compilation_without_a_compiler_is_rejected(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     train(tmp_path / "out", "--compile", code=2)
     assert "--compile needs a C++ compiler: install one of g++" in capsys.readouterr().err
@@ -237,10 +237,10 @@ def test_images_in_files_are_not_put_on_the_device(image_folder, tmp_path, capsy
 def test_steps_are_read_together_on_a_gpu_alone():
     """Reading costs nothing where nothing runs ahead."""
     for device, every, print_freq in (("cpu", 1, 7), ("cuda", 7, 7), ("cuda", 10, 1000)):
-        args, _ = options.parse_args(["--print_freq", str(print_freq)])
-        found = build.engine_options(args, torch.device(device), (0, 1))
+        settings, _ = parser.parse(["--print_freq", str(print_freq)])
+        found = build.engine_options(settings, torch.device(device), (0, 1))
         assert found.read_every == every
         loading = build.loader_options(
-            args, processes.Processes(0, 1, torch.device(device)), global_batch=16
+            settings, utils.Processes(0, 1, torch.device(device)), global_batch=16
         )
         assert loading.eval_batch_size == {"cpu": 16, "cuda": 256}[device]

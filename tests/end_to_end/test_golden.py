@@ -6,11 +6,13 @@ import torch
 import torch._dynamo
 
 import engine
+from cli.settings import PrecisionSettings
+from engine import StepTarget
 from experiment import checkpoints, precision
-from experiment.precision import Numerics
 from helpers.golden_run import GOLDEN, GoldenRun
 from reports import metrics
-from training.evaluation import class_mask
+from training.losses import class_mask
+from training.state import TrainState
 
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 POOLED = [name for name in NAMES if not name.startswith("no_prompt")]
@@ -56,11 +58,12 @@ def test_selection_equals_original(name):
 def test_first_gradients_equal_original(run):
     task, loader = run.tasks[0], run.train_loader(run.tasks[0])
     allowed = class_mask(task.classes, run.model.num_classes, run.options.device)
-    updater = engine.make_updater(run.model, run.make_optimizer, run.options)
+    update = engine.make_update(run.model, run.run())
     batch = next(iter(loader))
     run.model.train()
     allowed = allowed if run.options.train_mask else None
-    values, _ = engine._forward_backward(run.model, updater, batch, 0, allowed, 8, run.options)
+    target = StepTarget(task.index, allowed, 8)
+    values, *_ = engine._forward_backward(run.model, update, batch, target, run.options)
     close(values[0].item(), run["out.first_loss"].item(), atol=1e-6, rtol=1e-6)
     grads = run.under("out.grad.")
     found = {n: p.grad for n, p in run.model.public_parameters() if p.requires_grad}
@@ -78,7 +81,7 @@ def test_whole_run_equals_original(run):
 def test_whole_compiled_run_equals_original(name):
     torch._dynamo.reset()
     run = GoldenRun(name)
-    precision.apply(Numerics(compile=True), run.model, batch_sizes={8})
+    precision.apply(PrecisionSettings(compile=True), run.model, batch_sizes={8})
     assert_equals_original(run)
 
 
@@ -88,7 +91,7 @@ def test_whole_compiled_run_equals_original(name):
 def test_whole_run_on_cuda_equals_original(run, compiled):
     torch._dynamo.reset()
     run = GoldenRun(run.name, "cuda")
-    precision.apply(Numerics(compile=compiled), run.model, batch_sizes={8})
+    precision.apply(PrecisionSettings(compile=compiled), run.model, batch_sizes={8})
     assert_equals_original(run)
 
 
@@ -137,9 +140,7 @@ def test_original_checkpoints_evaluate_to_original_numbers():
         assert checkpoint.config["top_k"] == 2
         run.model.load_original_state(checkpoint.model, str(path))
         task = run.tasks[number - 1]
-        found += engine.evaluate_till_now(
-            run.model, run.test_loader, task, run.matrices, run.options
-        )
+        found += engine.evaluate_till_now(run.model, task, TrainState(task.index), None, run.run())
     wanted = run["out.eval_stats"].numpy()[:, 1:]
     stats = [[e.stats["batch"][k] for k in ("Acc@1", "Acc@5", "Loss")] for e in found]
     np.testing.assert_allclose(stats, wanted, rtol=1e-5, atol=1e-4)

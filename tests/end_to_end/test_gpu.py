@@ -8,13 +8,15 @@ import torch._dynamo
 
 import engine
 import main
+from cli.settings import PrecisionSettings
+from engine import StepTarget
 from experiment import precision
-from experiment.precision import Numerics
-from helpers.engine_doubles import FIRST, OPTIONS, STREAM, Loader, data, run
+from helpers.engine_doubles import FIRST, OPTIONS, STREAM, Loader, data, make_run, run
 from helpers.finished_runs import Run
 from helpers.model_variants import VARIANTS, close, learn
 from helpers.tiny_flags import TINY_DIGITS
 from helpers.tiny_model import make_model
+from reports.metrics import SELECTIONS
 
 pytestmark = [
     pytest.mark.usefixtures("restore_logging"),
@@ -23,11 +25,11 @@ pytestmark = [
 ]
 
 HOW = {
-    "plain": Numerics(),
-    "bf16": Numerics(amp="bf16"),
-    "compiled": Numerics(compile=True),
-    "compiled bf16": Numerics(amp="bf16", compile=True),
-    "recomputed": Numerics(grad_checkpointing=True),
+    "plain": PrecisionSettings(),
+    "bf16": PrecisionSettings(amp="bf16"),
+    "compiled": PrecisionSettings(compile=True),
+    "compiled bf16": PrecisionSettings(amp="bf16", compile=True),
+    "recomputed": PrecisionSettings(grad_checkpointing=True),
 }
 
 
@@ -41,7 +43,7 @@ class OnDevice(Loader):
 def cuda_model(pool, changes, how=None, batch_sizes=(8,)):
     torch._dynamo.reset()
     model = make_model(pool, **changes).cuda()
-    precision.apply(how or Numerics(), model, batch_sizes)
+    precision.apply(how or PrecisionSettings(), model, batch_sizes)
     return model
 
 
@@ -62,13 +64,15 @@ def test_a_training_step_never_waits(how):
     model = cuda_model({"diversify": "frequency"}, {"head_type": "prompt"}, how)
     options = replace(OPTIONS, device=torch.device("cuda"), clip_grad=1.0)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    updater = engine.make_updater(model, lambda: torch.optim.Adam(parameters), options)
+    made = make_run(model, options, make_optimizer=lambda: torch.optim.Adam(parameters))
+    update = engine.make_update(model, made)
     images, targets = (tensor.cuda() for tensor in data(FIRST))
     allowed = torch.ones(model.num_classes, dtype=torch.bool, device="cuda")
+    target = StepTarget(FIRST.index, allowed, 8)
 
     def step():
         model.train()
-        return engine.train_step(model, updater, (images, targets), 0, allowed, 8, options)
+        return engine.train_step(model, update, (images, targets), target, options)
 
     for _ in range(4):  # compiles, records graphs
         step()
@@ -85,7 +89,7 @@ def test_a_training_step_never_waits(how):
 @pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
 def test_cuda_gives_the_numbers_of_the_cpu(pool, changes, compiled):
     wanted, wanted_grads = learn(make_model(pool, **changes))
-    model = cuda_model(pool, changes, Numerics(compile=compiled))
+    model = cuda_model(pool, changes, PrecisionSettings(compile=compiled))
     found, grads = learn_on_cuda(model, steps=4 if compiled else 1)
     close(found, wanted, rtol=1e-3, atol=1e-4)
     close(grads, wanted_grads, rtol=1e-2, atol=1e-3)
@@ -96,7 +100,7 @@ def test_cuda_gives_the_numbers_of_the_cpu(pool, changes, compiled):
 def test_run_with_cuda_graphs_is_that_without(read_every):
     matrices, states = [], []
     for compiled in (False, True):
-        model = cuda_model({}, {}, Numerics(compile=compiled), batch_sizes=(4,))
+        model = cuda_model({}, {}, PrecisionSettings(compile=compiled), batch_sizes=(4,))
         options = replace(OPTIONS, device=torch.device("cuda"), epochs=3, read_every=read_every)
         loaders = {
             "train_loader": lambda task: OnDevice(*data(task)),
@@ -105,7 +109,7 @@ def test_run_with_cuda_graphs_is_that_without(read_every):
         matrices.append(run(model, options, tasks=STREAM, **loaders))
         states.append(model.trained_state())
     close(states[1], states[0], rtol=1e-3, atol=1e-4)
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert matrices[0][name].shape == matrices[1][name].shape
 
 

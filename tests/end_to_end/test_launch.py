@@ -61,7 +61,7 @@ def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):
     tasks = [start(*program, **environment(rank)) for rank in (0, 1)]
     first, second = (end(task) for task in tasks)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "votes of 3\n" in first.stdout
+    assert "vote group of 3\n" in first.stdout
     assert "Processes: 2 on cpu" in first.stdout
     assert (second.stdout, second.stderr) == ("", "")
     assert_equal_runs(tmp_path, alone(12, 3))

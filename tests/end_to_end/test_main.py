@@ -14,11 +14,11 @@ import torch
 import yaml
 from timm.models import create_model
 
-import engine
 import main
 from experiment import checkpoints, resume
 from helpers.tiny_flags import TINY
 from reports import draw, metrics
+from reports.metrics import SELECTIONS
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -49,7 +49,7 @@ def test_run_leaves_its_files(trained):
     output, _ = trained
     names = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
     assert {name for name in names if name.startswith("plots/")} == {
-        f"plots/{name}.{ending}" for name in draw.RUN_PICTURES for ending in ("png", "svg")
+        f"plots/{name}.{ending}" for name in draw.RUN_FIGURES for ending in ("png", "svg")
     }
     assert {name for name in names if not name.startswith("plots/")} == {
         "config.yaml",
@@ -65,7 +65,7 @@ def test_run_leaves_its_files(trained):
 
 def test_results_follow_the_interface(trained):
     results = read(trained[0] / "results.json")
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         matrix = metrics.from_lists(results[name]["accuracy_matrix"])
         assert matrix.shape == (2, 2)
         assert np.isnan(matrix).tolist() == [[False, False], [True, False]]
@@ -154,7 +154,7 @@ def test_config_runs_again_to_the_same_results(trained, tmp_path):
     output, _ = trained
     assert main.main([str(output / "config.yaml"), "--output_dir", str(tmp_path)]) == 0
     first, second = read(output / "results.json"), read(tmp_path / "results.json")
-    for key in (*engine.SELECTIONS, "class_order", "backbone", "prompt_usage"):
+    for key in (*SELECTIONS, "class_order", "backbone", "prompt_usage"):
         assert first[key] == second[key]
     a, b = (checkpoints.load(checkpoints.task_path(p, 2)).model for p in (output, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -173,6 +173,20 @@ def test_empty_output_dir_writes_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(trained[1], "") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_in_another_folder_finds_shipped_weights_and_writes_there(
+    tmp_path, monkeypatch, capsys
+):
+    """Relative paths of a command line are those of the folder in which it was typed."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num_tasks", "2", "--classes_per_task", "1", "--epochs", "1", "--no-plots"]
+    assert run(["digits_l2p", "--device", "cpu", *flags], "out") == 0
+    assert "Written to out:\n" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "results.json")["backbone"]["source"] == "glyph_vit.safetensors"
+    assert main.main(["--eval", "--output_dir", "out"]) == 0
+    assert capsys.readouterr().out.count("Reproduces the stored accuracies") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_seed_changes_order_and_result(trained, tmp_path):
@@ -368,7 +382,7 @@ def test_eval_needs_nothing_but_the_folder(trained, capsys):
     before = (output / "results.json").read_bytes()
     assert main.main(["--eval", "--output_dir", str(output)]) == 0
     results, again = read(output / "results.json"), read(output / "eval_results.json")
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert results[name] == again[name]
     assert (output / "results.json").read_bytes() == before
     text = capsys.readouterr().out
@@ -456,7 +470,7 @@ def edit_checkpoint(output, number=1, **changes):
     ("change", "message"),
     [
         ({"config": {}}, "the entry config is {}, expected settings by name"),
-        ({"config": {"top_k": "abc"}}, "invalid int value: 'abc'"),
+        ({"config": {"top_k": "abc"}}, "--top_k abc: 'abc' is not a whole number"),
         ({"task": "2"}, "the entry task is '2', expected a task number"),
         ({"backbone": {}}, "the entry backbone is {}"),
         ({"accuracy": {"batch": [[1.0], [1.0, 2.0]]}}, "the entry accuracy is"),
@@ -551,7 +565,7 @@ def test_original_checkpoints_evaluate_to_the_same_numbers(trained, tmp_path):
     write_original(trained, tmp_path)
     assert eval_original(trained, tmp_path) == 0
     found, stored = read(tmp_path / "eval_results.json"), read(trained[0] / "results.json")
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert found[name] == stored[name]
     assert found["class_order"] == stored["class_order"]
     assert found["backbone"]["source"] == "task2_checkpoint.pth"
@@ -663,13 +677,13 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         "--top_k 12 exceeds --size 10",
         "100 classes cannot be split evenly over --num_tasks 7",
         "--input-size 225 is not divisible by the patch size 16: use 224 or 240",
-        "--head_type foo is unknown: choose one of prompt, token, gap, token+prompt",
+        "--head_type foo is unknown: choose one of token, prompt, token+prompt, gap",
         f"--data-path {tmp_path / 'nowhere'} does not exist",
         "--bogus is no option",
-        "invalid int value: 'ten'",
+        "--size ten: 'ten' is not a whole number",
         "--opt adamm is unknown to timm",
         "--smoothing 1.5: must be in [0, 1)",
-        "--lr -1.0: must be positive",
+        "--lr -1: must be positive",
         "--predefined_key: the original accepts it and does nothing",
         "--sched wave is unknown",
         "--epochs 0: must be at least 1",
@@ -687,7 +701,7 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         (["--model", "resnet18"], "as a plain ViT"),
         (["--model-kwargs", "bogus=1"], "bogus"),
         (["--model-kwargs", "bogus"], "not of the form name=value"),
-        (["--no-prompt_pool"], "reads prompt tokens, but --prompt_pool is off"),
+        (["--no-prompt_pool"], "pools prompt tokens, but --prompt_pool is off"),
         (
             ["--no-prompt_pool", "--head_type", "token", "--use_prompt_mask"],
             "needs the prompt pool",
@@ -718,8 +732,8 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
         (["--world_size", "4"], "the launcher started 1 processes"),
         (["--checkpoint", "x.pth"], "give --eval too"),
         (["--device", "gpu"], "--device gpu is unknown"),
-        (["--train_mask", "maybe"], "'maybe' is neither"),
-        (["--train_mask=maybe"], "'maybe' is not true or false"),
+        (["--train_mask", "maybe"], "--train_mask maybe: is not true or false"),
+        (["--train_mask=maybe"], "--train_mask maybe: is not true or false"),
         (["--scale", "0.5", "0.1"], "--scale"),
         (["--clip-grad", "0"], "must be positive and finite (none: no limit)"),
         (["--dataset", "ImageFolder"], "train"),
@@ -727,7 +741,7 @@ def test_everything_wrong_is_told_at_once(capsys, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_refusal_says_what_and_why(flags, message, capsys, tmp_path):
-    assert message in refused(["--data-path", str(tmp_path), *flags], capsys)
+    assert message in refused([*flags, "--data-path", str(tmp_path)], capsys)
 
 
 def test_eval_with_speed_test_is_refused(trained, capsys):

@@ -80,9 +80,9 @@ def wait_for_task(number, output, timeout=120):
 
 
 def assert_equal(output, reference, stops=0):
-    """The results are those of the run in one process, and the run went on so many times."""
+    """The results are those of the run in one process, and the run resumed so many times."""
     log = (output / "log.txt").read_text()
-    assert log.count("Going on from ") == stops
+    assert log.count("Resuming from ") == stops
     for task in (1, 2, 3):
         one, two = (
             checkpoints.load(checkpoints.task_path(f, task)).model for f in (reference, output)

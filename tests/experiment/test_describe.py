@@ -47,14 +47,14 @@ def test_start_tells_what_will_happen(said, tmp_path):
         r"2 of 2 classes, class-incremental; classes \d \d \| \d \d", found["Tasks"]
     )
     assert found["Model"] == (
-        "vit_tiny_patch16_224, 16 pixels; 4 prompts of 2 tokens, 2 for an image; head reads prompt"
+        "vit_tiny_patch16_224, 16 pixels; 4 prompts of 2 tokens, 2 for an image; head pools prompt"
     )
     assert re.fullmatch(r"weights random, sha256 [0-9a-f]{12}; frozen", found["Backbone"])
     # 4 * 2 * 16 prompts, 4 * 16 keys, a head from 16 to 4
     assert found["Trains"] == "number of params: 260 (prompts 128, keys 64, head 68)"
     assert found["Training"] == (
         "adam, learning rate 0.0078125 (--lr 0.5, scaled per-device), constant; 2 epochs a task, "
-        "4 images a step, votes of 4"
+        "4 images a step, vote group of 4"
     )
     assert found["Precision"].startswith("fp32; ")
     assert found["Processes"] == "1 on cpu"
@@ -70,8 +70,8 @@ def test_start_tells_what_will_happen(said, tmp_path):
         (["--freeze", "head"], "Backbone", "trains, the query comes from an untouched copy"),
         (["--freeze", "head"], "Trains", "backbone "),
         (["--joint"], "Tasks", "1 of 4 classes, class-incremental (joint); classes"),
-        (["--vote_group_size", "2"], "Training", "4 images a step, votes of 2"),
-        (["--no-prompt_pool", "--head_type", "token"], "Model", "no prompts; head reads token"),
+        (["--vote_group_size", "2"], "Training", "4 images a step, vote group of 2"),
+        (["--no-prompt_pool", "--head_type", "token"], "Model", "no prompts; head pools token"),
         (["--no-prompt_pool", "--head_type", "token"], "Trains", "number of params: 68 (head 68)"),
         (["--output_dir", ""], "Output", "none: nothing is written"),
     ],
@@ -86,15 +86,15 @@ def test_start_tells_what_is_special(said, flags, label, text):
     ids=" ".join,
 )
 def test_start_tells_no_votes_where_there_are_none(said, flags):
-    assert "votes" not in lines(said(*flags))["Training"]
+    assert "vote group" not in lines(said(*flags))["Training"]
 
 
 def test_start_warns_of_tasks_that_have_nothing_to_tell_apart(said):
     many = ["--num_tasks", "4"]
-    assert "there is nothing to tell apart" in said(*many)
+    assert "there is nothing to learn" in said(*many)
     assert "4 of 1 class, class-incremental" in said(*many)
-    assert "nothing to tell apart" not in said(*many, "--no-train_mask")
-    assert "nothing to tell apart" not in said()
+    assert "nothing to learn" not in said(*many, "--no-train_mask")
+    assert "nothing to learn" not in said()
 
 
 def test_evaluation_tells_what_it_evaluates(image_folder, tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_evaluation_tells_what_it_evaluates(image_folder, tmp_path, capsys):
     assert main.main(["--eval", "--output_dir", str(tmp_path), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("L2P: evaluation of checkpoints\n")
-    assert lines(text)["Votes"] == "votes of 4"
+    assert lines(text)["Votes"] == "vote group of 4"
     assert "Trains" not in lines(text)
 
 
@@ -126,7 +126,7 @@ def test_end_tells_where_everything_lies(image_folder, tmp_path, capsys):
     end = text[text.index("Time: ") :]
     stages = re.match(
         r"Time: training [\d.]+ s, evaluation [\d.]+ s, loading [\d.]+ s, saving [\d.]+ s, "
-        r"pictures [\d.]+ s; this start took ([\d.]+) s\n",
+        r"figures [\d.]+ s; this start took ([\d.]+) s\n",
         end,
     )
     assert float(stages[1]) > 0

@@ -18,18 +18,18 @@ def command(image_folder, tmp_path):
 
 def test_dry_run_trains_one_step_and_evaluates_one_batch(command, monkeypatch, capsys):
     steps, evaluated = [], []
-    train_step, add = engine.train_step, evaluation._Tally.add
+    train_step, add = engine.train_step, evaluation.EvaluationTotals.add
 
-    def step(model, updater, batch, *rest):
+    def step(model, update, batch, *rest):
         steps.append(len(batch[0]))
-        return train_step(model, updater, batch, *rest)
+        return train_step(model, update, batch, *rest)
 
     def added(self, out, logits, targets):
         evaluated.append(len(targets))
         add(self, out, logits, targets)
 
     monkeypatch.setattr(engine, "train_step", step)
-    monkeypatch.setattr(evaluation._Tally, "add", added)
+    monkeypatch.setattr(evaluation.EvaluationTotals, "add", added)
     assert main.main([*command, "--dry_run"]) == 0
     assert (steps, evaluated) == ([4], [4])
     assert "Dry run: one step with loss " in capsys.readouterr().out
@@ -49,9 +49,9 @@ def test_dry_run_trains_one_step_and_evaluates_one_batch(command, monkeypatch, c
 def test_dry_run_tries_every_kind_of_run(command, flags, size, monkeypatch, tmp_path):
     train_step, steps = engine.train_step, []
 
-    def step(model, updater, batch, *rest):
+    def step(model, update, batch, *rest):
         steps.append(len(batch[0]))
-        return train_step(model, updater, batch, *rest)
+        return train_step(model, update, batch, *rest)
 
     monkeypatch.setattr(engine, "train_step", step)
     assert main.main([*command, *flags, "--dry_run"]) == 0

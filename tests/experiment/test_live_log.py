@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import engine
 from experiment import live_log
 from experiment.live_log import LiveLog, TensorBoardWriter
 from helpers.live_logs import NAN, USAGE, evaluation, events, open_logs, scalars_of, second_task
 from reports import figures
 from reports.figure_style import NothingToDrawError
+from reports.metrics import SELECTIONS
+from training.state import TaskReport
 
 INFINITY = float("inf")
 ROOT = Path(live_log.__file__).parents[1]
@@ -109,7 +110,7 @@ def test_a_task_is_logged_with_accuracies_averages_histograms_and_matrix(small_p
 def test_a_first_task_has_no_forgetting(small_picture):
     notes = Notes()
     record, _ = second_task()
-    report = engine.TaskReport(0, {}, [evaluation(0, 90.0, 88.0)], 1.0, 2.0)
+    report = TaskReport(0, {}, [evaluation(0, 90.0, 88.0)], 1.0, 2.0)
     LiveLog([notes]).log_task(20, record, report)
     assert notes.noted[0][1] == {
         "test/task 1/batch-wise": 90.0,
@@ -126,20 +127,20 @@ def test_a_run_with_one_test_set_logs_its_name_and_average_accuracy(small_pictur
     notes = Notes()
     record, _ = second_task()
     record.test_sets = ["core50"]
-    record.matrices = {name: np.array([[NAN, 30.0]]) for name in engine.SELECTIONS}
-    report = engine.TaskReport(1, {}, [evaluation(0, 30.0, 30.0)], 1.0, 2.0)
+    record.matrices = {name: np.array([[NAN, 30.0]]) for name in SELECTIONS}
+    report = TaskReport(1, {}, [evaluation(0, 30.0, 30.0)], 1.0, 2.0)
     LiveLog([notes]).log_task(20, record, report)
     assert notes.noted[0][1] == {
         f"{tag}/{selection}-wise": 30.0
         for tag in ("test/core50", "metrics/average_accuracy")
-        for selection in engine.SELECTIONS
+        for selection in SELECTIONS
     }
 
 
 def test_a_task_without_evaluation_logs_nothing():
     notes = Notes()
     record, _ = second_task()
-    LiveLog([notes]).log_task(20, record, engine.TaskReport(1, {}, [], 1.0, 2.0))
+    LiveLog([notes]).log_task(20, record, TaskReport(1, {}, [], 1.0, 2.0))
     assert notes.noted == []
 
 
@@ -177,7 +178,7 @@ def test_a_log_that_fails_is_told_once_and_left_out(method, place, small_picture
     failing, sound = Notes(method), Notes()
     use_all(LiveLog([failing, sound]))
     assert warnings_of(caplog) == [
-        f"Notes failed {place} (OSError: No space left): training goes on without it"
+        f"Notes failed {place} (OSError: No space left): training continues without it"
     ]
     assert failing.noted[-1][0] == method  # and nothing after that
     assert [method for method, *_ in sound.noted] == [
@@ -492,7 +493,7 @@ def test_wandb_without_login_or_network_is_kept_on_disk(answer, reason, fake, tm
     assert [init["mode"] for init in module.inits] == ["offline"]
     assert module.logged == [{"step": 10, "train/Loss": 1.5}]
     assert warnings_of(caplog) == [
-        f"Weights & Biases is not reached ({reason}): the log is kept here. "
+        f"Weights & Biases is not reached ({reason}): the log is stored here. "
         "Send it with: wandb sync 'a folder/offline-run'"
     ]
 
@@ -512,7 +513,7 @@ def test_wandb_that_cannot_begin_is_told(fake, tmp_path, monkeypatch, caplog):
     assert open_logs(tmp_path, wandb=True).writers == []
     assert warnings_of(caplog) == [
         "Weights & Biases failed at its start (ZeroDivisionError: division by zero): "
-        "training goes on without it"
+        "training continues without it"
     ]
 
 

@@ -8,16 +8,27 @@ import torch
 import torch._dynamo
 
 import engine
+from cli.settings import PrecisionSettings
+from engine import StepTarget
 from experiment import precision
-from experiment.precision import Numerics
-from helpers.engine_doubles import FIRST, OPTIONS, SECOND, STREAM, Loader, data, evaluate, run
+from helpers.engine_doubles import (
+    FIRST,
+    OPTIONS,
+    SECOND,
+    STREAM,
+    Loader,
+    data,
+    evaluate,
+    make_run,
+    run,
+)
 from helpers.model_variants import VARIANTS, close, learn
 from helpers.tiny_model import make_model
 
 
 def fast_model(pool, changes, batch_sizes=(8,), **how):
     model = make_model(pool, **changes)
-    precision.apply(Numerics(**how), model, batch_sizes)
+    precision.apply(PrecisionSettings(**how), model, batch_sizes)
     return model
 
 
@@ -42,7 +53,7 @@ def test_amp_computes_the_backbone_alone_in_low_precision(pool, changes, amp):
 
 
 @pytest.mark.parametrize("amp", precision.AMP_DTYPES)
-@pytest.mark.parametrize("pool", [{}, {"learnable_key": False}, {"diversify": "frequency"}])
+@pytest.mark.parametrize("pool", [{}, {"prompt_key": False}, {"diversify": "frequency"}])
 def test_amp_selects_in_single_precision(pool, amp):
     """With the same queries the selection is the same to the last bit, in autocast as well."""
     plain, fast = make_model(pool), fast_model(pool, {}, amp=amp)
@@ -58,7 +69,7 @@ def test_amp_selects_in_single_precision(pool, amp):
 def test_amp_rounds_frozen_weights_once_to_what_autocast_would_give():
     rounded = fast_model({}, {}, amp="bf16")
     kept = make_model({})
-    precision.apply(Numerics(amp="bf16"), kept, (), weights_follow=True)
+    precision.apply(PrecisionSettings(amp="bf16"), kept, (), weights_follow=True)
     assert rounded.backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert kept.backbone.blocks[0].mlp.fc1.weight.dtype == torch.float32
     (out, grads), (wanted, wanted_grads) = learn(rounded), learn(kept)
@@ -87,7 +98,7 @@ def test_amp_gives_a_copy_for_the_query_the_same_precision():
 def test_amp_run_learns_as_the_plain_one(amp):
     matrices = []
     for model in (make_model({}), fast_model({}, {}, amp=amp)):
-        options = replace(OPTIONS, epochs=4, loss_scaling=Numerics(amp=amp).loss_scaling)
+        options = replace(OPTIONS, epochs=4, loss_scaling=PrecisionSettings(amp=amp).loss_scaling)
         run(model, options)
         matrices.append(evaluate(model, options).stats["instance"]["Loss"])
     assert matrices[0] == pytest.approx(matrices[1], rel=0.2)
@@ -186,17 +197,19 @@ def test_tf32_is_off_unless_asked_for():
 
 
 def test_a_training_step_never_waits_for_the_device():
-    """A tensor without memory refuses to be read, so any reading inside a step would fail."""
+    """A tensor without memory cannot be read, so any reading inside a step would fail."""
     device = torch.device("meta")
     for pool in ({}, {"diversify": "frequency"}, {"diversify": "mask"}, None):
         changes = {"head_type": "token"} if pool is None else {"head_type": "prompt"}
         model = make_model(pool, **changes).to(device).train()
         options = replace(OPTIONS, device=device, clip_grad=1.0)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        updater = engine.make_updater(model, lambda p=parameters: torch.optim.Adam(p), options)
+        made = make_run(model, options, make_optimizer=lambda p=parameters: torch.optim.Adam(p))
+        update = engine.make_update(model, made)
         images, targets = (tensor.to(device) for tensor in data(SECOND))
         allowed = torch.ones(model.num_classes, dtype=torch.bool, device=device)
-        found = engine.train_step(model, updater, (images, targets), 1, allowed, 8, options)
+        target = StepTarget(SECOND.index, allowed, 8)
+        found = engine.train_step(model, update, (images, targets), target, options)
         assert found.shape == (5,)
         with pytest.raises((RuntimeError, NotImplementedError)):
             found.tolist()

@@ -1,6 +1,5 @@
-"""A run that stopped, at whatever moment, goes on to what it would have given without a stop."""
+"""A run that resumes after a stop at any moment equals one that never stopped."""
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -11,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -20,11 +20,11 @@ import torch
 
 import engine
 import main
-from cli import options
-from cli.options import UsageError
+import utils
+from cli.parser import UsageError, parse, shown
+from cli.settings import OptimizerSettings, Settings, find_flag
 from continual_datasets import random_streams
-from engine import Position
-from experiment import build, checkpoints, program, resume, training_run, validate
+from experiment import build, checkpoints, resume, session, training_run
 from experiment.checkpoints import CheckpointError
 from helpers.killed_commands import Child, exit_code, four_tasks, in_child
 from helpers.pickled_code import Payload
@@ -40,6 +40,8 @@ from helpers.resumed_runs import (
     start,
 )
 from reports import files
+from reports.metrics import SELECTIONS
+from training.state import Evaluation, TaskReport, TrainState
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -63,12 +65,12 @@ def half_way(command, tmp_path_factory):
 
 def stop_after(patch, number):
     """Lets runs save and stop at the boundary of that number, counted over all of them."""
-    at_boundary, count = training_run.Keeper.at_boundary, itertools.count(1)
+    at_boundary, count = training_run.Checkpointer.at_boundary, itertools.count(1)
 
-    def stopping(keeper, position, updater, stop=False):
-        at_boundary(keeper, position, updater, stop or next(count) == number)
+    def stopping(checkpointer, state, update, stop=False):
+        at_boundary(checkpointer, state, update, stop or next(count) == number)
 
-    patch.setattr(training_run.Keeper, "at_boundary", stopping)
+    patch.setattr(training_run.Checkpointer, "at_boundary", stopping)
 
 
 def before(folder):
@@ -189,12 +191,12 @@ _USUAL = {"adam", "lookahead", "dropout", "augmentation", "plateau schedule, noi
 @pytest.fixture
 def quick(monkeypatch):
     """Leaves out what takes longest in a command that is known to be sound."""
-    monkeypatch.setattr(program, "validate_args", lambda *_: None)
+    monkeypatch.setattr(session, "validate", lambda *_: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def test_settings_above_have_every_schedule():
-    assert set(SCHEDULES) == set(validate.SCHEDULES)
+    assert set(SCHEDULES) == set(find_flag("sched").choices)
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler")
@@ -209,15 +211,15 @@ def test_run_stopped_at_every_boundary_ends_as_if_never_stopped(
     """Each command goes from one boundary to the next."""
     argv = [*command, *SETTINGS[name]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
-    at_boundary = training_run.Keeper.at_boundary
+    at_boundary = training_run.Checkpointer.at_boundary
     places, rates = [], set()
 
-    def stopping(keeper, position, updater, stop=False):
-        places.append((position.task, position.epoch, position.step, len(position.evaluations)))
-        rates.add(updater.lr)
-        at_boundary(keeper, position, updater, stop=position.task < 2)
+    def stopping(checkpointer, state, update, stop=False):
+        places.append((state.task, state.epoch, state.step, len(state.evaluations)))
+        rates.add(update.lr)
+        at_boundary(checkpointer, state, update, stop=state.task < 2)
 
-    monkeypatch.setattr(training_run.Keeper, "at_boundary", stopping)
+    monkeypatch.setattr(training_run.Checkpointer, "at_boundary", stopping)
     while (code := start(argv, tmp_path / "parts")) != 0:
         assert code == STOPPED
     assert len(places) == len(set(places)) >= 17
@@ -250,7 +252,7 @@ def test_run_stopped_once_at_any_boundary_ends_as_if_never_stopped(
 
 
 def test_workers_may_change_where_a_run_stopped(command, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "usable_cores", lambda: 2)
+    monkeypatch.setattr(utils, "usable_cores", lambda: 2)
     for number, workers in ((1, 2), (2, 0), (5, 2), (4, 2), (3, 0)):
         with monkeypatch.context() as patch:
             stop_after(patch, number)
@@ -304,10 +306,10 @@ _ELSEWHERE = ("bnb", "fused", "adahessian")  # needs CUDA and packages, or secon
 )
 def test_every_optimizer_goes_on_from_its_saved_state(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # kron: 20 seconds
-    args, _ = options.parse_args(["--opt", name, "--weight-decay", "0.01"])
+    settings = OptimizerSettings(opt=name, weight_decay=0.01)
     weights = Weights()
     try:
-        optimizer = build.make_optimizer(args, weights, lr=0.01)
+        optimizer = build.make_optimizer(settings, weights, lr=0.01)
     except TypeError as error:  # so validation refuses it
         pytest.skip(f"not in this version of timm: {error}")
     optimize(weights, optimizer, range(8))
@@ -318,7 +320,7 @@ def test_every_optimizer_goes_on_from_its_saved_state(name, monkeypatch):
 
     other = Weights()
     other.load_state_dict(weights.state_dict())
-    restored = build.make_optimizer(args, other, lr=0.01)
+    restored = build.make_optimizer(settings, other, lr=0.01)
     restored.load_state_dict(state)
     optimize(weights, optimizer, range(8, 20))
     optimize(other, restored, range(8, 20))
@@ -335,14 +337,14 @@ def a_state(number, **changes):
     state = resume.RunState(
         model={"head.weight": torch.full((4, 8), float(number))},
         optimizer=torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]).state_dict(),
-        position=Position(task=1, epoch=1, step=number, meters={"Loss": [1.5, 2]}),
-        reports=[engine.TaskReport(0, {"Loss": 1.0}, [an_evaluation()], 0.1, 0.2)],
+        position=TrainState(task=1, epoch=1, step=number, meters={"Loss": [1.5, 2]}),
+        reports=[TaskReport(0, {"Loss": 1.0}, [an_evaluation()], 0.1, 0.2)],
         accuracy={"batch": [[1 / 3, None]], "instance": [[50.0, None]]},
         buffer=torch.tensor([3, 8]),
         global_batch=8,
         num_images=[16, 16],
         train_digest="0123abcd",
-        config={"lr": 0.1, "batch_size": 8},
+        config={**_OF_STATE, "vote_group_size": 8},
         class_order=[[1], [0]],
         class_names=["a", "b"],
         test_sets=["task1", "task2"],
@@ -352,23 +354,30 @@ def a_state(number, **changes):
 
 
 def an_evaluation():
-    stats = {name: {"Acc@1": 1 / 3, "Acc@5": 100.0, "Loss": 0.1} for name in engine.SELECTIONS}
-    return engine.Evaluation(0, stats, {"batch": [1, 2]}, 0.25)
+    stats = {name: {"Acc@1": 1 / 3, "Acc@5": 100.0, "Loss": 0.1} for name in SELECTIONS}
+    return Evaluation(0, stats, {"batch": [1, 2]}, 0.25)
 
 
-def auto():
-    return argparse.Namespace(resume="auto")
+#: The settings in `a_state` that decide whether a run may resume from it.
+_OF_STATE = {"lr": 0.1, "batch_size": 8}
+
+
+def find(output_dir, resume_from="auto"):
+    """The state that a run resumes from, with the settings of `a_state`."""
+    place = {"resume": resume_from, "output_dir": str(output_dir)}
+    this = utils.Processes(0, 1, torch.device("cpu"))
+    return resume.find(Settings().replace(**_OF_STATE, **place), this)
 
 
 def test_state_round_trips(tmp_path):
     state = a_state(3)
     state.position.evaluations.append(an_evaluation())
     resume.save(tmp_path, state)
-    path, found = resume.find(auto(), tmp_path)
-    assert path == newest(tmp_path)
-    assert differing(dict(flat(state)), dict(flat(found))) == []
-    assert found.position == state.position
-    assert found.reports == state.reports
+    found = find(tmp_path)
+    assert found.path == newest(tmp_path)
+    assert differing(dict(flat(state)), dict(flat(found.state))) == []
+    assert found.state.position == state.position
+    assert found.state.reports == state.reports
 
 
 def test_state_is_plain_data(tmp_path):
@@ -480,12 +489,12 @@ def test_save_that_breaks_off_leaves_a_good_state(tmp_path, monkeypatch, point, 
         with pytest.raises(Broken):
             save()
         assert all(not name.split("/")[-1].startswith(".") for name in contents(tmp_path))
-    path, found = resume.find(auto(), tmp_path)
-    assert found.position.step == _POINTS[point]
+    found = find(tmp_path)
+    assert found.state.position.step == _POINTS[point]
     if "replace" not in point:
         assert earlier.items() <= contents(tmp_path).items()
 
-    resume.save(tmp_path, a_state(4), keep_newest=path == newest(tmp_path))
+    resume.save(tmp_path, a_state(4), keep_newest=found.path == newest(tmp_path))
     assert load(newest(tmp_path)).position.step == 4
     assert load(before(tmp_path)).position.step == _POINTS[point]
 
@@ -503,7 +512,7 @@ def test_first_save_that_breaks_off_leaves_no_state(tmp_path, monkeypatch, point
     else:
         with pytest.raises(Broken):
             save()
-    assert resume.find(auto(), tmp_path) is None
+    assert find(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -518,7 +527,7 @@ def test_state_is_saved_at_each_epoch_end_and_when_it_is_due(
 ):
     """Four steps an epoch, of a second each; two seconds for each test set."""
     clock = [0.0]
-    monkeypatch.setattr(training_run, "time", argparse.Namespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(training_run, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     for name, seconds in (("train_step", 1.0), ("evaluate", 2.0)):
         monkeypatch.setattr(engine, name, _taking(seconds, clock, getattr(engine, name)))
     saved = []
@@ -643,7 +652,7 @@ def test_damaged_newest_state_falls_back_to_the_one_before(
     text = capsys.readouterr().out
     assert text.count("Not used: ") == 1
     assert str(newest(half)) in text.split("Not used: ")[1].splitlines()[0]
-    assert f"Going on from {before(half)}: task 2, 0 of 2 epochs and 0 steps done" in text
+    assert f"Resuming from {before(half)}: task 2, 0 of 2 epochs and 0 steps done" in text
     assert kept[0][1] == good
     assert kept[1][1] == kept[0][0]
     assert differing(outcome(whole), outcome(half)) == []
@@ -655,8 +664,8 @@ def test_state_that_is_gone_falls_back_or_begins_the_run(command, whole, half, c
         path(half).unlink()
     assert start(command, half) == 0
     text = capsys.readouterr().out
-    expected = f"Going on from {before(half)}" if len(lost) == 1 else "the run begins"
-    assert expected in text
+    afresh = "the run starts at its first task"
+    assert (afresh if len(lost) == 2 else f"Resuming from {before(half)}") in text
     assert differing(outcome(whole), outcome(half)) == []
 
 
@@ -687,7 +696,7 @@ def test_state_with_pickled_code_is_refused_and_runs_nothing(tmp_path, good, for
     digest = hashlib.sha256(buffer.getvalue()).digest()
     path.write_bytes(buffer.getvalue() + checkpoints._SEAL + digest)
     with pytest.raises(CheckpointError, match="no state is left that could be read"):
-        resume.find(argparse.Namespace(resume=str(path)), None)
+        find("", resume_from=path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -750,11 +759,11 @@ _BUFFER = {"buffer_size", "buffer_per_class"}
 @pytest.fixture
 def given(command, half):
     """Settings as on the command line, and the state of their run."""
-    args, problems = options.parse_args([*command, "--vote_group_size", "4"])
+    settings, problems = parse([*command, "--vote_group_size", "4"])
     state = load(newest(half))
     config = {**state.config, "vote_group_size": 4}
     assert problems == []
-    return args, dataclasses.replace(state, config=config)
+    return settings, dataclasses.replace(state, config=config)
 
 
 def other(value):
@@ -765,37 +774,36 @@ def other(value):
         return value + 1
     if isinstance(value, str):
         return f"{value}x"
-    if isinstance(value, list):
-        return [*value, 1]
+    if isinstance(value, tuple):
+        return (*value, 1)
     return {**value, "x": 1} if isinstance(value, dict) else 1
 
 
-def check(args, state, processes=1, **changes):
-    changed = argparse.Namespace(**{**vars(args), **changes})
-    resume.check_settings(changed, processes, Path("last.pth"), state)
+def check(settings, state, processes=1, **changes):
+    saved = resume.SavedRun(Path("last.pth"), state)
+    resume._check_settings(settings.replace(**changes), processes, saved)
 
 
 def test_settings_of_the_run_are_accepted(given):
     check(*given)
-    assert vars(given[0]).keys() >= FREE | _TOGETHER
+    assert given[0].stored().keys() >= FREE | _TOGETHER
 
 
-@pytest.mark.parametrize(
-    "name", sorted(build.resolved(options.parse_args([])[0]).keys() - FREE - _TOGETHER)
-)
+@pytest.mark.parametrize("name", sorted(Settings().stored().keys() - FREE - _TOGETHER))
 def test_other_setting_is_refused(given, name):
-    args, state = given
-    changed = other(getattr(args, name))
+    settings, state = given
+    changed = other(settings[name])
     with pytest.raises(UsageError) as error:
         check(*given, **{name: changed})
     assert len(error.value.problems) == 2 + (name in _BUFFER)
-    given, was = options.shown(changed), options.shown(state.config[name])
-    assert error.value.problems[1] == f"--{name} {given}, where the run has {was}"
+    given, was = shown(changed), shown(state.config[name])
+    flag = find_flag(name).spelling
+    assert error.value.problems[1] == f"{flag} {given}, where the run has {was}"
 
 
 @pytest.mark.parametrize("name", sorted(FREE))
 def test_free_setting_is_accepted(given, name):
-    check(*given, **{name: other(getattr(given[0], name))})
+    check(*given, **{name: other(given[0][name])})
 
 
 @pytest.mark.parametrize(
@@ -811,11 +819,11 @@ def test_free_setting_is_accepted(given, name):
     ids=str,
 )
 def test_same_mathematics_by_other_settings_is_accepted(given, changes):
-    args, state = given
+    settings, state = given
     if "model" in changes:
         named = {**state.config, "model": changes["model"]}
         state = dataclasses.replace(state, config=named)
-    check(args, state, **changes)
+    check(settings, state, **changes)
 
 
 @pytest.mark.parametrize(
@@ -870,7 +878,7 @@ def test_step_of_several_processes_goes_on_in_one(command, whole, half):
         edit(path, config=config)
     flags = ["--batch-size", "4", "--lr", "1.0", "--vote_group_size", "8"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "validate_args", lambda *_: None)  # votes of 8 among 4 images
+        patch.setattr(session, "validate", lambda *_: None)  # votes of 8 among 4 images
         assert start(command, half, *flags) == 0
     names = ("batch_size", "lr")
     changed = [f"{f}/config/{n}" for f in ("results.json", *_tasks(2)) for n in names]
@@ -905,9 +913,9 @@ def test_same_data_elsewhere_are_accepted(command, whole, half, image_folder, tm
 @pytest.fixture
 def replaying(given):
     """The same of a run with a buffer of 6 images: 4 of them join each vote group of 4."""
-    args, state = given
-    args = argparse.Namespace(**{**vars(args), "buffer_size": 6})
-    return args, dataclasses.replace(state, config={**state.config, "buffer_size": 6})
+    settings, state = given
+    config = {**state.config, "buffer_size": 6}
+    return settings.replace(buffer_size=6), dataclasses.replace(state, config=config)
 
 
 @pytest.mark.parametrize(
@@ -1020,8 +1028,8 @@ def test_state_of_the_first_format_tells_its_prompt_mask(command, half, capsys):
     assert start(command, half) == 2
     assert "--diversify none, where the run has mask" in capsys.readouterr().err
     flags = ["--diversify", "mask", "--size", "4"]
-    args, _ = options.parse_args([*command, *flags])
-    check(args, state)
+    settings, _ = parse([*command, *flags])
+    check(settings, state)
 
 
 def test_checkpoints_of_the_second_format_are_evaluated(whole, tmp_path, capsys):
@@ -1038,7 +1046,8 @@ def test_checkpoints_of_the_second_format_are_evaluated(whole, tmp_path, capsys)
 
 def test_auto_without_a_state_begins_the_run(command, whole, tmp_path, capsys):
     assert start(command, tmp_path) == 0
-    assert "There is no state to go on from yet: the run begins" in capsys.readouterr().out
+    told = "There is no state to resume from yet: the run starts at its first task"
+    assert told in capsys.readouterr().out
     assert differing(outcome(whole), outcome(tmp_path)) == []
     assert not (tmp_path / "previous").exists()
 
@@ -1175,7 +1184,7 @@ def test_checkpoint_of_a_task_is_no_state(command, half, tmp_path, capsys):
         (["auto", "--output_dir", ""], "looks for the state in --output_dir, which is empty"),
         (["nowhere.pth"], "--resume nowhere.pth: neither auto nor a state of a run that exists"),
         (["empty"], "--resume empty: there is no state of a run, such as last.pth"),
-        (["auto", "--save_every", "0"], "--save_every 0.0: must be positive"),
+        (["auto", "--save_every", "0"], "--save_every 0: must be positive"),
         (["auto", "--save_every", "nan"], "--save_every nan: must be positive"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

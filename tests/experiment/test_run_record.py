@@ -8,13 +8,15 @@ import pytest
 import torch
 from timm.layers import set_fused_attn
 
-import engine
 import main
+from cli.settings import ModelSettings, PromptSettings
 from experiment import checkpoints, run_record, speed
 from helpers.tiny_flags import TINY
 from model import backbone
 from prompt import Prompt
 from reports import draw, figures
+from reports.metrics import SELECTIONS
+from training.state import Evaluation, TaskReport
 from vision_transformer import PromptedVisionTransformer
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -27,10 +29,8 @@ def record():
         "batch": np.array([[90.0, 70.0], [NAN, 80.0]]),
         "instance": np.array([[88.0, 60.5], [NAN, 77.0]]),
     }
-    stats = {s: {"Acc@1": 1.0, "Acc@5": 2.0, "Loss": 3.0} for s in engine.SELECTIONS}
-    reports = [
-        engine.TaskReport(t, {"Lr": 0.1}, [engine.Evaluation(0, stats)], 1.0, 2.0) for t in (0, 1)
-    ]
+    stats = {s: {"Acc@1": 1.0, "Acc@5": 2.0, "Loss": 3.0} for s in SELECTIONS}
+    reports = [TaskReport(t, {"Lr": 0.1}, [Evaluation(0, stats)], 1.0, 2.0) for t in (0, 1)]
     config = {"seed": 1, "epochs": 5}
     return run_record.RunRecord(config, {"name": "vit"}, [[0], [1]], ["a", "b"], matrices, reports)
 
@@ -53,19 +53,19 @@ def test_table_shows_both_matrices_and_all_metrics():
 
 def strange_record(matrix, reports):
     """A record of one matrix for both selections; reports are pairs of task and test sets."""
-    stats = {s: {"Acc@1": 1.0, "Acc@5": 2.0, "Loss": 3.0} for s in engine.SELECTIONS}
+    stats = {s: {"Acc@1": 1.0, "Acc@5": 2.0, "Loss": 3.0} for s in SELECTIONS}
     rows, tasks = matrix.shape
     return run_record.RunRecord(
         {"seed": 1, "epochs": 1},
         {"name": "vit"},
         [[0]] * tasks,
         ["a"],
-        {name: matrix for name in engine.SELECTIONS},
+        {name: matrix for name in SELECTIONS},
         [
-            engine.TaskReport(
+            TaskReport(
                 task,
                 {"Lr": 0.1, "Acc@1": 9.0},
-                [engine.Evaluation(row, stats, {"batch": [1], "instance": [1]}) for row in sets],
+                [Evaluation(row, stats, {"batch": [1], "instance": [1]}) for row in sets],
                 1.0,
                 2.0,
             )
@@ -110,7 +110,7 @@ def test_results_without_test_sets_of_tasks_have_final_accuracy_and_curve(make, 
     found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert found["tasks"] == made.tasks
     assert found["test_sets"] == made.test_sets
-    for name in engine.SELECTIONS:
+    for name in SELECTIONS:
         assert found[name].keys() == {
             "accuracy_matrix", "average_accuracy", "final_accuracy", "accuracy_curve",
         }  # fmt: skip
@@ -272,7 +272,8 @@ def test_gmacs_of_vit_base_are_the_known_ones(fused):
     set_fused_attn(fused)
     vit = backbone.build_backbone("vit_base_patch16_224")
     set_fused_attn(True)
-    model = PromptedVisionTransformer(vit, 100, Prompt(size=10, length=5, top_k=5, embed_dim=768))
+    prompt = Prompt(PromptSettings(size=10, length=5, top_k=5), 768)
+    model = PromptedVisionTransformer(vit, 100, prompt)
     gmacs = speed.count_gmacs(model, torch.zeros(1, 3, 224, 224))
     # All tokens of all blocks are 17.56 and 19.88; what nobody reads of the last one is left out.
     assert gmacs["query"] == pytest.approx(17.56 - 1.22, abs=0.02)
@@ -282,7 +283,7 @@ def test_gmacs_of_vit_base_are_the_known_ones(fused):
 
 def test_gmacs_without_a_pool_have_no_query_pass():
     vit = backbone.build_backbone("vit_tiny_patch16_224", input_size=32)
-    model = PromptedVisionTransformer(vit, 10, head_type="token")
+    model = PromptedVisionTransformer(vit, 10, None, ModelSettings(head_type="token"))
     gmacs = speed.count_gmacs(model, torch.zeros(1, 3, 32, 32))
     assert gmacs["query"] == 0
     assert gmacs["total"] == gmacs["prompted"] > 0

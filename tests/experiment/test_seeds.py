@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 
+import engine
 import main
 from experiment import checkpoints, resume, training_run
 from helpers.tiny_flags import TINY
@@ -43,26 +44,26 @@ def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
     for seed in (3, 4):  # the table is of none of them
         assert "±" not in (together / f"seed{seed}" / "log.txt").read_text()
     assert (together / "comparison" / "average_accuracy.svg").is_file()
-    assert f"Drawn together in {together / 'comparison'}" in text
+    assert f"Comparison of the seeds: {together / 'comparison'}" in text
 
 
 def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, capsys):
     argv = [*command, "--seeds", "3", "4", "--output_dir", str(tmp_path)]
-    finish, started = training_run._finish, []
+    report, started = training_run._report, []
 
-    def failing(args, *rest):
-        started.append(args.seed)
-        if args.seed == 4:
+    def failing(experiment, *rest):
+        started.append(experiment.settings.run.seed)
+        if experiment.settings.run.seed == 4:
             raise OSError("no space left")
-        finish(args, *rest)
+        report(experiment, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "_finish", failing)
+        patch.setattr(training_run, "_report", failing)
         assert main.main(argv) == 1
     assert started == [3, 4]
     before = results(tmp_path / "seed3")
     assert resume.newest_path(tmp_path / "seed4").exists()
-    monkeypatch.setattr(training_run.engine, "train_step", None)  # nothing is left to train
+    monkeypatch.setattr(engine, "train_step", None)  # nothing is left to train
     assert main.main([*argv, "--resume", "auto"]) == 0
     assert results(tmp_path / "seed3")["batch"] == before["batch"]
     assert len(checkpoints.find(tmp_path / "seed4")) == 2
@@ -71,21 +72,21 @@ def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, cap
 
 
 def test_one_model_at_a_time_is_in_memory(command, tmp_path, monkeypatch):
-    prepare, models, alive = training_run.prepare, [], []
+    assemble, models, alive = main.assemble, [], []
 
-    def watched(*args):
+    def watched(*args, **keywords):
         alive.append([model() is not None for model in models])
-        experiment, found = prepare(*args)
+        experiment = assemble(*args, **keywords)
         models.append(weakref.ref(experiment.model))
-        return experiment, found
+        return experiment
 
-    monkeypatch.setattr(training_run, "prepare", watched)
+    monkeypatch.setattr(main, "assemble", watched)
     argv = [*command, "--seeds", "1", "2", "3", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     assert alive == [[], [False], [False, False]]
 
 
-def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch, capsys):
+def test_figures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("no space left")
 
@@ -93,7 +94,7 @@ def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch,
     argv = [*command, "--plots", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     text = capsys.readouterr().out
-    assert text.count("The pictures are not drawn (OSError: no space left)") == 2
+    assert text.count("The figures are not drawn (OSError: no space left)") == 2
     assert f"Draw them again: python plots.py {tmp_path / 'seed1'}" in text
     assert results(tmp_path / "seed2")["seed"] == 2
 
@@ -101,8 +102,8 @@ def test_pictures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--seeds", "1", "1"], "--seeds 1 1: each seed once"),
-        (["--seeds", "1", "-2"], "--seeds -2: must be in [0, 2^32)"),
+        (["--seeds", "1", "1"], "--seeds 1 1: seed 1 is given twice, give each once"),
+        (["--seeds", "1", "-2"], "--seeds 1 -2: must be in [0, 2^32)\n"),
         (["--seeds", "1", "--seed", "2"], "--seed and --seeds are two ways to say one thing"),
         (["--seeds", "1", "--output_dir", ""], "--seeds needs --output_dir"),
         (["--seeds", "1", "--resume", "{folder}"], "is one run's state"),

@@ -1,4 +1,4 @@
-"""A run that a scheduler asks to stop saves itself, says so, and goes on later."""
+"""A run that a scheduler asks to stop saves its state, logs that, and can be resumed."""
 
 import os
 import random
@@ -14,7 +14,7 @@ import engine
 import main
 import utils
 from continual_datasets import task_data
-from experiment import build, describe, program, resume, training_run
+from experiment import describe, resume, session, training_run
 from experiment.signals import EXIT_CODE, Preempted, StopSignals
 from helpers.killed_commands import Child, exit_code, four_tasks, in_child
 from helpers.resumed_runs import (
@@ -159,7 +159,7 @@ def test_signal_in_a_step_saves_after_it_or_the_next(
     step = steps["n"] - 2
     text = capsys.readouterr().out
     assert f"{number.name} stopped the run after task 1, epoch 2, step {step}" in text
-    assert "the same command with --resume auto goes on" in text
+    assert "resume it by the same command with --resume auto" in text
     position = load(newest(tmp_path)).position
     assert (position.task, position.epoch, position.step) == (0, 1, step)
     assert_goes_on(command, whole, tmp_path)
@@ -185,7 +185,7 @@ def test_second_signal_while_the_state_is_saved_changes_nothing(
         sending(patch, engine, "_forward_backward", signal.SIGTERM, at=3)
         sending(patch, resume, "take", signal.SIGTERM, at=2)
         sending(patch, resume, "save", signal.SIGUSR2, at=2, behind=True)
-        sending(patch, program, "_tell", signal.SIGTERM)
+        sending(patch, session, "_report", signal.SIGTERM)
         assert start(command, tmp_path) == EXIT_CODE
     position = load(newest(tmp_path)).position
     assert (position.task, position.epoch, position.step) == (0, 1, 1)
@@ -194,7 +194,7 @@ def test_second_signal_while_the_state_is_saved_changes_nothing(
 
 def test_signal_between_two_steps_stops_after_the_next(command, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        steps = sending(patch, training_run.Keeper, "at_boundary", signal.SIGTERM)
+        steps = sending(patch, training_run.Checkpointer, "at_boundary", signal.SIGTERM)
         assert start(command, tmp_path) == EXIT_CODE
     assert steps["n"] == 2
     assert load(newest(tmp_path)).position.step == 2
@@ -234,8 +234,8 @@ def test_signal_before_anything_is_trained_leaves_at_once(
     command, whole, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        sending(patch, training_run, "assemble", signal.SIGUSR1, behind=True)
-        patch.setattr(training_run, "run", None)
+        sending(patch, main, "assemble", signal.SIGUSR1, behind=True)
+        patch.setattr(training_run, "recorded", None)
         assert start(command, tmp_path) == EXIT_CODE
     assert "SIGUSR1 stopped the program outside of training" in capsys.readouterr().out
     assert contents(tmp_path) == {}
@@ -243,7 +243,7 @@ def test_signal_before_anything_is_trained_leaves_at_once(
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [(utils, "log_to_file"), (describe, "describe"), (training_run, "_train")]
+    ("place", "name"), [(utils, "log_to_file"), (describe, "describe"), (training_run, "Run")]
 )
 def test_signal_in_the_first_moments_leaves_at_once(
     command, whole, tmp_path, monkeypatch, place, name
@@ -260,7 +260,7 @@ def test_signal_behind_the_last_task_leaves_a_complete_run(
     command, whole, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        sending(patch, training_run, "_finish", signal.SIGTERM)
+        sending(patch, training_run, "_report", signal.SIGTERM)
         assert start(command, tmp_path) == EXIT_CODE
     monkeypatch.setattr(engine, "train_step", None)
     assert_goes_on(command, whole, tmp_path)
@@ -283,7 +283,7 @@ def test_command_restores_the_handlers(command, tmp_path, monkeypatch, heard, wa
         sending(monkeypatch, engine, "_forward_backward", signal.SIGUSR1)
     if way in ("failed", "crashed"):
         error = OSError("no") if way == "failed" else KeyError("no")
-        monkeypatch.setattr(training_run, "assemble", lambda *_, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(main, "assemble", lambda *_, **__: (_ for _ in ()).throw(error))
     codes = {"done": 0, "stopped": 75, "refused": 2, "failed": 1, "crashed": 1}
     assert start(command, tmp_path, *flags) == codes[way]
     assert [signal.getsignal(number) for number in SIGNALS] == earlier
@@ -320,7 +320,7 @@ def test_loader_workers_outlive_a_signal_to_all_processes(command, whole, tmp_pa
 
     def be_a_job():
         os.setsid()
-        build.usable_cores = lambda: 2
+        utils.usable_cores = lambda: 2
         read = task_data.TrainData.__getitem__
         task_data.TrainData.__getitem__ = lambda *args: (time.sleep(0.02), read(*args))[1]
 
@@ -356,5 +356,5 @@ def test_signal_while_an_error_is_told_changes_nothing(monkeypatch, capsys):
         signal.raise_signal(signal.SIGTERM)
         return 2, str(error)
 
-    monkeypatch.setattr(program, "_tell", tell)
+    monkeypatch.setattr(session, "_report", tell)
     assert main.main(["--bogus"]) == 2

@@ -7,6 +7,9 @@ import torch
 import engine
 from helpers.tiny_model import C, pictures
 from reports import metrics
+from reports.metrics import SELECTIONS
+from training import evaluation
+from training.state import EngineOptions, Run, TrainState
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Task:
 FIRST, SECOND = Task(0, (0, 2, 4)), Task(1, (1, 3, 5))
 STREAM = [Task(0, FIRST.classes, (FIRST,)), Task(1, SECOND.classes, (FIRST, SECOND))]
 
-OPTIONS = engine.EngineOptions(
+OPTIONS = EngineOptions(
     device=torch.device("cpu"),
     epochs=1,
     vote_group_size=4,
@@ -66,36 +69,29 @@ def sgd(model, lr=0.1):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
-def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4):
+def make_run(model, options=OPTIONS, *, tasks=STREAM, **parts):
+    """What the loop needs beside a model: data of the stream, SGD and empty matrices."""
+    rows = {test_set.index for task in tasks for test_set in task.test_sets}
+    defaults = {
+        "train_loader": lambda task: Loader(*data(task)),
+        "test_loader": lambda test_set: Loader(*data(test_set, seed=1)),
+        "make_optimizer": lambda: sgd(model),
+        "make_scheduler": lambda optimizer: None,
+        "matrices": {name: metrics.empty_matrix(len(rows), len(tasks)) for name in SELECTIONS},
+    }
+    return Run(options, **{**defaults, **parts})
+
+
+def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4, **parts):
     """One evaluation on images of a test set."""
-    return engine.evaluate(model, Loader(*data(test_set, size), batch_size), test_set, options)
+    loader = Loader(*data(test_set, size), batch_size)
+    return evaluation.evaluate(model, loader, test_set, make_run(model, options, **parts))
 
 
-def run(
-    model,
-    options=OPTIONS,
-    *,
-    tasks=STREAM,
-    make_optimizer=None,
-    make_scheduler=None,
-    on_task_end=None,
-    **hooks,
-):
+def run(model, options=OPTIONS, *, tasks=STREAM, on_task_end=None, **parts):
     """The whole stream; returns the accuracy matrices."""
-    monitor = engine.Monitor()
+    made = make_run(model, options, tasks=tasks, **parts)
     if on_task_end is not None:
-        monitor.at_task_end = on_task_end
-    num_rows = len({test_set.index for task in tasks for test_set in task.test_sets})
-    matrices = {name: metrics.empty_matrix(num_rows, len(tasks)) for name in engine.SELECTIONS}
-    engine.train_and_evaluate(
-        model,
-        tasks,
-        hooks.pop("train_loader", lambda task: Loader(*data(task))),
-        hooks.pop("test_loader", lambda test_set: Loader(*data(test_set, seed=1))),
-        make_optimizer or (lambda: sgd(model)),
-        make_scheduler or (lambda optimizer: None),
-        matrices,
-        options,
-        **{"monitor": monitor, **hooks},
-    )
-    return matrices
+        made.monitor.at_task_end = on_task_end
+    engine.train_and_evaluate(model, tasks, TrainState(), made)
+    return made.matrices

@@ -11,9 +11,10 @@ from timm.optim import create_optimizer_v2
 
 import engine
 from continual_datasets.stream import Task, TestSet
-from prompt import Prompt
+from helpers.tiny_model import make_pool, make_prompted
 from reports import metrics
-from vision_transformer import PromptedVisionTransformer
+from reports.metrics import SELECTIONS
+from training.state import EngineOptions, Run, TrainState
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -52,7 +53,7 @@ class GoldenRun:
         self.model = self._model().to(self.device)
         self.tasks = self._tasks()
         self.options = self._options()
-        self.matrices = {s: metrics.empty_matrix(2, 2) for s in engine.SELECTIONS}
+        self.matrices = {s: metrics.empty_matrix(2, 2) for s in SELECTIONS}
 
     def __getitem__(self, name):
         return self.arrays[name]
@@ -82,10 +83,21 @@ class GoldenRun:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         return create_optimizer_v2(parameters, opt=c["opt"], lr=c["lr_scaled"], momentum=0.9)
 
+    def run(self):
+        """What the loop needs beside the model and the tasks."""
+        return Run(
+            self.options,
+            self.train_loader,
+            self.test_loader,
+            self.make_optimizer,
+            lambda optimizer: None,
+            self.matrices,
+        )
+
     def train(self, on_epoch=lambda stats: None, on_task_end=lambda report: None):
         train_one_epoch = engine.train_one_epoch
-        monitor = engine.Monitor()
-        monitor.at_task_end = on_task_end
+        run = self.run()
+        run.monitor.at_task_end = on_task_end
 
         def watched(*args):
             stats = train_one_epoch(*args)
@@ -94,17 +106,7 @@ class GoldenRun:
 
         engine.train_one_epoch = watched
         try:
-            engine.train_and_evaluate(
-                self.model,
-                self.tasks,
-                self.train_loader,
-                self.test_loader,
-                self.make_optimizer,
-                lambda optimizer: None,
-                self.matrices,
-                self.options,
-                monitor,
-            )
+            engine.train_and_evaluate(self.model, self.tasks, TrainState(), run)
         finally:
             engine.train_one_epoch = train_one_epoch
 
@@ -112,24 +114,24 @@ class GoldenRun:
         c = self.config
         pool = None
         if c["prompt_pool"]:
-            pool = Prompt(
+            pool = make_pool(
+                c["embed_dim"],
                 size=c["size"],
                 length=c["length"],
                 top_k=c["top_k"],
-                embed_dim=c["embed_dim"],
-                learnable_key=c["prompt_key"],
-                batchwise=c["batchwise_prompt"],
+                prompt_key=c["prompt_key"],
+                batchwise_prompt=c["batchwise_prompt"],
                 diversify="mask" if c["use_prompt_mask"] else "none",
                 vote_ties="topk",
             )
-        model = PromptedVisionTransformer(
+        model = make_prompted(
             self.backbone(),
             c["num_classes"],
             pool,
+            c["embedding_key"],
             head_type=c["head_type"],
             global_pool=c["global_pool"],
-            embedding_key=c["embedding_key"],
-            freeze=c["freeze"],
+            freeze=tuple(c["freeze"]),
         )
         model.load_trained_state(self.under("init."), self.name)
         return model
@@ -146,7 +148,7 @@ class GoldenRun:
 
     def _options(self):
         c = self.config
-        return engine.EngineOptions(
+        return EngineOptions(
             device=torch.device(self.device),
             epochs=c["epochs"],
             vote_group_size=c["batch_size"],

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-import engine
 from experiment import run_record
 from experiment.live_log import open_live_log
+from training.state import Evaluation, TaskReport
 
 NAN = float("nan")
 
@@ -16,7 +16,7 @@ USAGE = [{"batch": [0, 6, 2, 0], "instance": [1, 4, 2, 1]}, {"batch": [8, 0, 0, 
 def evaluation(index, batch, instance):
     """Accuracies and prompt usage on a test set."""
     stats = {"batch": {"Acc@1": batch}, "instance": {"Acc@1": instance}}
-    return engine.Evaluation(index, stats, USAGE[index])
+    return Evaluation(index, stats, USAGE[index])
 
 
 def second_task():
@@ -25,9 +25,7 @@ def second_task():
         "batch": np.array([[90.0, 70.0, NAN], [NAN, 80.0, NAN], [NAN] * 3]),
         "instance": np.array([[88.0, 60.5, NAN], [NAN, 77.0, NAN], [NAN] * 3]),
     }
-    report = engine.TaskReport(
-        1, {}, [evaluation(0, 70.0, 60.5), evaluation(1, 80.0, 77.0)], 1.0, 2.0
-    )
+    report = TaskReport(1, {}, [evaluation(0, 70.0, 60.5), evaluation(1, 80.0, 77.0)], 1.0, 2.0)
     record = run_record.RunRecord(
         {"seed": 1, "epochs": 5},
         {"name": "vit"},

@@ -29,7 +29,7 @@ def curve_of(num_tasks=3, epochs=2, rate=lambda epoch: 0.1):
 
 
 def make_results(batch=BATCH, instance=INSTANCE, **changes):
-    """Results of a small run with everything that is kept."""
+    """Results of a small run with everything that is stored."""
     return {
         "batch": {"accuracy_matrix": batch},
         "instance": {"accuracy_matrix": instance},

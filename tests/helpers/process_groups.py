@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import processes
+import utils
 from helpers.launcher_environment import launcher_names
 
-ROOT = Path(processes.__file__).resolve().parent
+ROOT = Path(utils.__file__).resolve().parent
 
 
 @dataclass
@@ -79,7 +79,7 @@ def by_slurm(count, **more):
     while True:  # until the port that follows from the job's number is free
         job = {"SLURM_JOB_ID": str(random.randrange(10**7)), "SLURM_STEP_ID": "0"}
         step = {**job, "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
-        launch = processes.find_launch({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **more})
+        launch = utils.find_launch({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **more})
         with socket.socket() as one:
             if one.connect_ex(("localhost", int(launch.meeting_point.rpartition(":")[2]))):
                 break
@@ -96,7 +96,7 @@ def free_port():
 def context():
     """Where processes are forked from: a server that does not know what pytest has done since."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["helpers.process_runs", "experiment.program", "torch._dynamo"])
+    server.set_forkserver_preload(["helpers.process_runs", "experiment.session", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")

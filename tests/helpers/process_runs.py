@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import main
 from experiment import checkpoints
 from helpers.process_groups import together
 from helpers.tiny_flags import TINY
+from reports.metrics import SELECTIONS
 
 #: With queries that differ from image to image, so that votes are held and lost.
 SMALL = [
@@ -88,7 +88,7 @@ def assert_equal_runs(folder, reference, stopped=False):
     The log of a run that was stopped need not tell the step after which it stopped.
     """
     one, two = results(reference), results(folder)
-    for selection in engine.SELECTIONS:
+    for selection in SELECTIONS:
         assert two[selection] == one[selection]
     assert_equal_usage(two["prompt_usage"], one["prompt_usage"])
     one, two = (

@@ -2,7 +2,7 @@
 
 import json
 
-from cli import options
+from cli.settings import Settings
 
 #: Accuracy on test set (row) after task (column), percent.
 BATCH = [[90.0, 70.0], [None, 80.0]]
@@ -21,7 +21,7 @@ def content(seed=42, batch=BATCH, instance=INSTANCE, **settings):
         "run": {"processes": 1, "images_per_step": 16},
         "backbone": {"name": "vit", "sha256": "ab"},
         "seed": seed,
-        "config": {**options.defaults(), "dataset": "digits", "seed": seed, **settings},
+        "config": {**Settings().stored(), "dataset": "digits", "seed": seed, **settings},
     }
 
 

@@ -26,7 +26,7 @@ def load(path):
 
 
 def start(argv, folder, *more):
-    """Begins a run, or goes on with it, and gives the exit code."""
+    """Starts a run, or resumes it; returns the exit code."""
     return main.main([*argv, "--output_dir", str(folder), "--resume", "auto", *more])
 
 

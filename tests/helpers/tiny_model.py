@@ -3,11 +3,24 @@
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from prompt import Prompt
+from cli.settings import ModelSettings, PromptSettings
+from prompt import find_selection_rule
 from vision_transformer import PromptedVisionTransformer
 
-#: Classes, width, pool size and prompts chosen.
+#: Classes, width, pool size and prompts selected.
 C, D, M, K = 6, 8, 6, 2
+
+
+def make_pool(embed_dim, **settings):
+    """A prompt pool with the selection rule that its settings name."""
+    prompts = PromptSettings(**settings)
+    return find_selection_rule(prompts.diversify)(prompts, embed_dim)
+
+
+def make_prompted(vit, num_classes, prompt, embedding_key="cls", **settings):
+    """A prompted model with these model settings."""
+    model = ModelSettings(**settings)
+    return PromptedVisionTransformer(vit, num_classes, prompt, model, embedding_key)
 
 
 def pictures(size, generator=None):
@@ -17,7 +30,7 @@ def pictures(size, generator=None):
 
 
 def keys_that_divide(model):
-    """Keys for the ways in which queries differ, so that images choose different prompts."""
+    """Keys for the ways in which queries differ, so that images select different prompts."""
     queries = model.query(pictures(M))
     middle = queries.mean(dim=0)
     apart = queries - middle
@@ -31,8 +44,8 @@ def make_model(pool=None, vit=None, seed=0, **changes):
     backbone = VisionTransformer(num_classes=0, **settings, **(vit or {}))
     prompt = None
     if pool is not None:
-        prompt = Prompt(**{"size": M, "length": 2, "top_k": K, "embed_dim": D, **pool})
-    model = PromptedVisionTransformer(backbone, C, prompt, **{"head_type": "gap", **changes})
+        prompt = make_pool(D, **{"size": M, "length": 2, "top_k": K, **pool})
+    model = make_prompted(backbone, C, prompt, **{"head_type": "gap", **changes})
     for parameter in (*backbone.parameters(), model.head.weight, model.head.bias):
         torch.nn.init.normal_(parameter, std=0.5)
     if prompt is not None:

@@ -5,9 +5,10 @@ import os
 import numpy as np
 import torch
 
-from continual_dataloader import Loaders, ToImages
+from continual_dataloader import Loaders
 from continual_datasets.images import ArraySource
-from continual_datasets.scenarios import Preparation, class_incremental
+from continual_datasets.pipeline import ToImages
+from continual_datasets.task_splits import Transforms, class_incremental
 
 
 def make_source(per_class, num_classes=6, seed=0):
@@ -33,7 +34,7 @@ def witnessed(options, per_class=7):
     """A stream of three tasks without pixels, its loaders, and who loads test images."""
     train, test = Witness(), Witness()
     source = make_source(per_class)
-    stream = class_incremental(source, source, range(6), 3, 2, Preparation(train, test, 42))
+    stream = class_incremental(source, source, range(6), 3, 2, Transforms(train, test, 42))
     to_images = ToImages(lambda batch: batch, lambda batch: -batch)
     return stream, Loaders(stream, options, torch.device("cpu"), to_images), test
 

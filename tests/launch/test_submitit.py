@@ -16,7 +16,7 @@ from submitit.core.utils import DelayedSubmission
 
 import main
 import run_with_submitit
-from cli import options
+from cli import parser
 from cli.paths import ROOT
 from experiment.signals import EXIT_CODE
 from helpers.commands import command
@@ -48,7 +48,7 @@ def submit(monkeypatch, quick, no_launcher, tmp_path):
 
 
 def parse(*argv):
-    return run_with_submitit._parser().parse_known_args([str(word) for word in argv])
+    return run_with_submitit._parse([str(word) for word in argv])
 
 
 def call(*argv):
@@ -87,22 +87,22 @@ def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
     broken = data / "train" / "a" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
     flags = without_output_dir(shape(3, 3, data, ""))
-    refused = submit("--shared_folder", tmp_path, *LOCAL, *flags, "--device", "cuda")
+    rejected = submit("--shared_folder", tmp_path, *LOCAL, *flags, "--device", "cuda")
     failed = submit("--shared_folder", tmp_path, *LOCAL, "--tasks_per_node", 2, *flags)
-    for job, code, told in (
-        (refused, 2, "  - --device cuda: torch finds no CUDA device here"),
+    for job, code, printed in (
+        (rejected, 2, "  - --device cuda: torch finds no CUDA device here"),
         (failed, 1, f"{broken}: "),
     ):
         assert submitit_jobs.wait(job) == code
         headline, _, rest = capsys.readouterr().err.partition("\n")
         assert headline == f"error: job {job.job_id} failed (exit code {code})."
-        assert told in rest
+        assert printed in rest
         assert str(job.paths.stderr) not in rest
         assert "Traceback" not in rest
 
 
 @pytest.mark.slow
-def test_preempted_local_job_is_requeued_and_goes_on(alone, pictures, tmp_path, submit):
+def test_preempted_local_job_is_requeued_and_resumes(alone, pictures, tmp_path, submit):
     flags = without_output_dir(shape(2, 2, pictures, tmp_path))
     flags += ["--save_every", "1e-9"]  # which takes time at every step
     job = submit("--shared_folder", tmp_path, *LOCAL, "--tasks_per_node", 2, *flags)
@@ -114,7 +114,7 @@ def test_preempted_local_job_is_requeued_and_goes_on(alone, pictures, tmp_path, 
     text = job.task(0).stdout()
     assert "SIGUSR2 stopped the run after task " in text
     assert "Requeued job" in text
-    assert log.read_text().count("Going on from ") == 1
+    assert log.read_text().count("Resuming from ") == 1
     assert_equal_runs(job.paths.folder, alone(4, 2), stopped=True)
 
 
@@ -198,7 +198,7 @@ def test_task_forgets_the_result_of_an_earlier_start(task, tmp_path, rank):
     assert not path.exists()
 
 
-def test_failing_task_tells_its_exit_code(task):
+def test_failing_task_reports_its_exit_code(task):
     for code in (1, 2, 130):
         with pytest.raises(RuntimeError, match=f"main.py ended with exit code {code}$"):
             task(Trainer(DIGITS, ROOT, None), code=code)
@@ -255,10 +255,10 @@ def test_slurm_is_asked_for_what_is_needed_and_nothing_more(slurm, tmp_path, cap
         "cpus-per-task": "5", "time": "2800", "signal": "USR2@120", "requeue": True,
     }  # fmt: skip
     folder = tmp_path / "shared" / "4711"
-    told = capsys.readouterr().out
-    assert "Submitted job 4711\n" in told
-    assert f"results  {folder}\n" in told
-    assert "scancel 4711" in told
+    printed = capsys.readouterr().out
+    assert "Submitted job 4711\n" in printed
+    assert f"results  {folder}\n" in printed
+    assert "scancel 4711" in printed
 
 
 def test_every_flag_reaches_slurm(slurm):
@@ -294,8 +294,8 @@ def test_failed_process_ends_the_others_of_a_job(slurm):
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_processes_and_cores_follow_gpus_and_workers(flags, expected):
-    args, rest = parse("--shared_folder", "x", *flags)
-    found = submitit_jobs._resources(args, options.parse_args(rest)[0].num_workers)
+    options, rest = parse("--shared_folder", "x", *flags)
+    found = submitit_jobs._resources(options.job, parser.parse(rest)[0].data.num_workers)
     assert expected.items() <= found.items()
     assert None not in found.values()
     assert ("gpus_per_node" in found) == (flags[:2] != ["--gpus_per_node", 0])
@@ -329,17 +329,17 @@ def test_trainer_is_loaded_and_requeued_where_the_program_is_not_found(slurm, tm
     slurm(*DIGITS)
     paths = [tmp_path / "shared/4711/4711_submitted.pkl", tmp_path / "2.pkl", tmp_path / "3.pkl"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    told = [
+    printed = [
         subprocess.run(
             [sys.executable, "-c", REQUEUE, *places],
             cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=60,
         ).stdout
         for places in itertools.pairwise(paths)
     ]  # fmt: skip
-    assert told == ["False\n", "True\n"]
+    assert printed == ["False\n", "True\n"]
 
 
-def test_failing_sbatch_is_told(slurm, tmp_path, capsys):
+def test_failing_sbatch_is_reported(slurm, tmp_path, capsys):
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Invalid partition' >&2\nexit 1\n")
     assert call("--shared_folder", tmp_path / "shared", *DIGITS) == 1
     assert "error: the job was not submitted: " in capsys.readouterr().err
@@ -350,17 +350,17 @@ def no_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-def test_missing_slurm_is_told(no_slurm, tmp_path, capsys):
+def test_missing_slurm_is_reported(no_slurm, tmp_path, capsys):
     assert call("--shared_folder", tmp_path / "shared", "--cluster", "slurm", *DIGITS) == 1
     assert 'error: the job was not submitted: Could not detect "srun"' in capsys.readouterr().err
 
 
-def test_several_nodes_without_slurm_are_refused(no_slurm, tmp_path, capsys):
+def test_several_nodes_without_slurm_are_rejected(no_slurm, tmp_path, capsys):
     assert call("--shared_folder", tmp_path / "shared", "--nodes", 2, *DIGITS) in (1, 2)
     assert "nod" in capsys.readouterr().err
 
 
-# What is refused
+# What is rejected
 
 
 @pytest.mark.parametrize(
@@ -377,13 +377,14 @@ def test_several_nodes_without_slurm_are_refused(no_slurm, tmp_path, capsys):
         (["--max_requeues", -1], "--max_requeues -1: must be at least 0"),
         (["--top_k", 12], "--top_k 12 exceeds --size 10"),
         (["--opt", "adamm"], "--opt adamm is unknown to timm"),
-        (["nonsense"], "'nonsense' is neither a configuration nor the value of a flag"),
+        (["nonsense"], "--device cpu nonsense: takes one value"),
+        (["--no-plots", "nonsense"], "'nonsense' is neither a configuration nor the value of a"),
         (["--resume", "auto"], "--resume auto: a new job has a new folder"),
         (["--resume", "/nowhere"], "--resume /nowhere: neither auto nor a state"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_refusal_comes_before_anything_is_submitted(slurm, tmp_path, capsys, flags, message):
+def test_rejection_comes_before_anything_is_submitted(slurm, tmp_path, capsys, flags, message):
     shared = tmp_path / "shared"
     assert call("--shared_folder", shared, *DIGITS, *flags) == 2
     text = capsys.readouterr().err
@@ -393,7 +394,7 @@ def test_refusal_comes_before_anything_is_submitted(slurm, tmp_path, capsys, fla
     assert not shared.exists()
 
 
-def test_everything_wrong_is_told_at_once(slurm, tmp_path, capsys):
+def test_everything_wrong_is_reported_at_once(slurm, tmp_path, capsys):
     flags = ["--nodes", 2, "--cluster", "local", "--bogus", "--top_k", 12, "--timeout", 0]
     assert call("--shared_folder", tmp_path / "shared", *DIGITS, *flags) == 2
     assert capsys.readouterr().err.count("\n  - ") == 4

@@ -1,4 +1,4 @@
-"""sweep.py: what a sweep consists of, what of it runs, and how it stops and goes on."""
+"""sweep.py: what a sweep consists of, what of it runs, and how it stops and resumes."""
 
 import json
 import os
@@ -17,8 +17,8 @@ import yaml
 
 import launch.sweep
 import sweep
-from cli import options
-from cli.options import UsageError
+from cli.configurations import CONFIG_DIR
+from cli.parser import UsageError, parse
 from cli.paths import ROOT
 from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
 from launch import job_array, local_runs, sweep_plan
@@ -30,39 +30,38 @@ BASE = [
     "--num_tasks", "2", "--plots", "false",
 ]  # fmt: skip
 
-#: Stands for main.py: leaves results at once. What else it does, --lr tells.
+#: Stands for main.py: leaves results at once. What else it does depends on --lr.
 FAKE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from cli import options
+from cli import configurations, parser
 
-args, _ = options.parse_args(sys.argv[1:])
-folder = Path(args.output_dir)
+settings, _ = parser.parse(sys.argv[1:])
+folder = settings.output_folder
+lr = settings.optimizer.lr
 folder.mkdir(parents=True, exist_ok=True)
 with (folder / "starts.txt").open("a") as file:
     print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
-known = options.defaults()
-config = {name: value for name, value in vars(args).items() if name in known}
-(folder / "config.yaml").write_text(options.to_yaml(config))
-if args.lr == 13 and not (folder / "stopped").exists():
+config = settings.stored()
+(folder / "config.yaml").write_text(configurations.to_yaml(config))
+if lr == 13 and not (folder / "stopped").exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     helper = subprocess.Popen(["sleep", "600"])
     (folder / "stopped").write_text(str(helper.pid))
     time.sleep(600)
-if args.lr == 16:
+if lr == 16:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (folder / "stopped").write_text(str(os.getpid()))
     time.sleep(600)
-if args.lr == 14:
+if lr == 14:
     print("error: the disk is full")
     sys.exit(1)
-if args.lr == 15:
+if lr == 15:
     sys.exit(0)
-matrix = [[90.0, 80.0 + args.length], [None, 70.0]]
+matrix = [[90.0, 80.0 + settings.prompts.length], [None, 70.0]]
 results = {name: {"accuracy_matrix": matrix} for name in ("batch", "instance")}
-command = {"configurations": args.command["configurations"], "flags": args.command["flags"]}
-run = {"images_per_step": args.batch_size}
-results |= {"config": config, "seed": args.seed, "command": command, "run": run}
+run = {"images_per_step": settings.optimizer.batch_size}
+results |= {"config": config, "seed": settings.run.seed, "command": settings.command(), "run": run}
 (folder / "results.json").write_text(json.dumps(results))
 """
 
@@ -74,7 +73,7 @@ def fake(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "main.py").write_text(FAKE)
     monkeypatch.setattr(local_runs, "ROOT", folder)
-    monkeypatch.setattr(local_runs, "_LOOK", 0.01)
+    monkeypatch.setattr(local_runs, "_POLL_SECONDS", 0.01)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
@@ -91,14 +90,14 @@ def call(tmp_path, capsys, no_launcher):
 
 
 def plan(*argv, to="/tmp/sweep"):
-    args, base = sweep._parse([*map(str, argv), "--output_dir", str(to)])
-    return launch.sweep.make_plan(args, base)
+    options, base = sweep._parse([*map(str, argv), "--output_dir", str(to)])
+    return launch.sweep.make_plan(options, base)
 
 
-def refusal(*argv, to="/tmp/sweep"):
-    with pytest.raises(UsageError) as refused:
+def rejection(*argv, to="/tmp/sweep"):
+    with pytest.raises(UsageError) as rejected:
         plan(*argv, to=to)
-    return refused.value.problems
+    return rejected.value.problems
 
 
 def write_sweep(folder, **content):
@@ -158,24 +157,24 @@ def test_single_value_is_on_no_axis():
 def test_values_reach_the_command_line_and_a_folder_name(settings, name):
     (arm,) = sweep_plan.make_sweep("x", {}, {key: [value] for key, value in settings.items()}).arms
     assert arm.name == name
-    args, problems = options.parse_args(arm.flags())
+    found, problems = parse(arm.flags())
     assert problems == []
-    assert vars(args).items() >= settings.items()
+    assert found.stored().items() >= settings.items()
 
 
 def test_words_of_the_command_line_find_their_place():
-    args, base = sweep._parse(
+    options, base = sweep._parse(
         ["--seeds", "1", "2", "digits_l2p", "--grid", "length=1,5", "top-k=2", "mine.yaml",
          "--epochs", "3", "--scale", "0.5", "1"]
     )  # fmt: skip
-    assert args.seeds == [1, 2]
-    assert args.grid == ["length=1,5", "top-k=2"]
+    assert options.seeds == [1, 2]
+    assert options.grid == ["length=1,5", "top-k=2"]
     assert base == ["digits_l2p", "mine.yaml", "--epochs", "3", "--scale", "0.5", "1"]
-    assert sweep_plan.parse_grid(args.grid) == {"length": ["1", "5"], "top_k": ["2"]}
+    assert sweep_plan.parse_grid(options.grid) == {"length": ["1", "5"], "top_k": ["2"]}
 
 
 @pytest.mark.parametrize("path", sorted(sweep_plan.SWEEP_DIR.glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_sweep_can_be_read_and_tells_its_command(path):
+def test_shipped_sweep_can_be_read_and_shows_its_command(path):
     found = sweep_plan.load_sweep(path.stem)
     assert len(found.arms) > 1
     text = path.read_text()
@@ -189,14 +188,14 @@ def test_table_5_has_the_settings_of_the_configurations():
     assert list(arms) == [
         "single_prompt", "no_key_value_pair", "not_diversified", "full",
     ]  # fmt: skip
-    single = (options.CONFIG_DIR / "single_prompt.yaml").read_text()
+    single = (CONFIG_DIR / "single_prompt.yaml").read_text()
     assert arms["single_prompt"] == yaml.safe_load(single)
     assert arms["no_key_value_pair"]["prompt_key"] is False
     assert arms["not_diversified"]["diversify"] == "none"
     assert arms["full"] == {}
 
 
-def test_list_tells_every_sweep(capsys):
+def test_list_shows_every_sweep(capsys):
     assert sweep.main(["--list"]) == 0
     assert "  table5 " in capsys.readouterr().out
 
@@ -214,7 +213,7 @@ def test_answer_about_the_program_needs_no_torch(flag):
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-# What is refused
+# What is rejected
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_answer_about_the_program_needs_no_torch(flag):
     [
         ({}, "there is nothing in it"),
         ({"arms": {"a": {"lenght": 1}}}, "a: --lenght is no option: did you mean --length?"),
-        ({"grid": {"length": ["long"]}}, "grid: --length: invalid int value: 'long'"),
+        ({"grid": {"length": ["long"]}}, "grid: --length long: 'long' is not a whole number"),
         ({"grid": {"length": 5}}, "grid must be lines of `setting: [value, ...]`"),
         ({"grid": {"length": []}}, "grid must be lines of `setting: [value, ...]`"),
         ({"arms": ["a"]}, "arms must be lines of `name: {setting: value}`"),
@@ -235,10 +234,10 @@ def test_answer_about_the_program_needs_no_torch(flag):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_sweep_that_makes_no_sense_is_refused(tmp_path, content, message):
-    with pytest.raises(UsageError) as refused:
+def test_sweep_that_makes_no_sense_is_rejected(tmp_path, content, message):
+    with pytest.raises(UsageError) as rejected:
         sweep_plan.load_sweep(str(write_sweep(tmp_path, **content)))
-    (problem,) = refused.value.problems
+    (problem,) = rejected.value.problems
     assert message in problem
 
 
@@ -266,12 +265,12 @@ def test_sweep_that_makes_no_sense_is_refused(tmp_path, content, message):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_command_line_that_makes_no_sense_is_refused(no_launcher, argv, message):
-    (problem,) = refusal(*argv)
+def test_command_line_that_makes_no_sense_is_rejected(no_launcher, argv, message):
+    (problem,) = rejection(*argv)
     assert problem.startswith(message)
 
 
-def test_refusal_tells_all_and_leaves_no_trace(call, tmp_path):
+def test_rejection_reports_all_and_leaves_no_trace(call, tmp_path):
     code, _, error = call("figure4_pool", *BASE, "--bogus", "--jobs", 0, "--seed", 4)
     assert code == 2
     assert error.startswith("sweep.py: this command line cannot run:\n  - ")
@@ -279,14 +278,14 @@ def test_refusal_tells_all_and_leaves_no_trace(call, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_impossible_arm_is_told_at_once(tmp_path, no_launcher):
+def test_every_impossible_arm_is_reported_at_once(tmp_path, no_launcher):
     arms = {"large": {"top_k": 11}, "none": {"length": 0}, "good": {}}
     path = write_sweep(tmp_path, arms=arms)
-    assert refusal(path, *BASE) == [
+    assert rejection(path, *BASE) == [
         "large: --top_k 11 exceeds --size 10: lower --top_k or enlarge the pool",
         "none: --length 0: must be at least 1",
     ]
-    first, *others = refusal(path, *BASE, "--epochs", 0)
+    first, *others = rejection(path, *BASE, "--epochs", 0)
     assert first == "--epochs 0: must be at least 1"  # of all of them
     assert len(others) == 2
 
@@ -298,15 +297,15 @@ def test_impossible_combinations_of_a_grid_are_left_out(no_launcher):
     ]  # fmt: skip
     (reason,) = found.left_out["size=5,top_k=10"]
     assert reason.startswith("--top_k 10 exceeds --size 5")
-    assert len(refusal("--grid", "size=3,5", "top_k=10,20", *BASE)) == 4  # none is possible
+    assert len(rejection("--grid", "size=3,5", "top_k=10,20", *BASE)) == 4  # none is possible
 
 
-def test_arms_that_come_to_the_same_are_refused(no_launcher):
-    hint, problem = refusal("table5", *BASE)
+def test_arms_that_come_to_the_same_are_rejected(no_launcher):
+    hint, problem = rejection("table5", *BASE)
     assert problem.startswith("not_diversified and full are the same here")
     assert hint.startswith("table5 needs a base with diversified selection")
     assert len(plan("table5", *BASE, "--diversify", "frequency").runs) == 4
-    (problem,) = refusal("--grid", "num_workers=0,1", *BASE)  # what is computed is the same
+    (problem,) = rejection("--grid", "num_workers=0,1", *BASE)  # what is computed is the same
     assert problem.startswith("num_workers=0 and num_workers=1 are the same here")
 
 
@@ -335,7 +334,7 @@ def test_dry_run_shows_what_would_run(fake, call, tmp_path):
     assert "  done       python main.py " in call(*flags, "--dry_run")[1]
 
 
-def test_runs_are_told_and_summed_up(fake, call, tmp_path):
+def test_runs_are_reported_and_summed_up(fake, call, tmp_path):
     code, text, error = call("--grid", "length=1,2", *BASE, "--seeds", 1, 2)
     assert (code, error) == (0, "")
     lines = [line for line in text.splitlines() if line.startswith("[")]
@@ -349,7 +348,7 @@ def test_runs_are_told_and_summed_up(fake, call, tmp_path):
     assert (tmp_path / "out" / "logs" / "length=2-seed1.txt").read_text() == ""
 
 
-def test_picture_shows_the_axes_of_the_sweep(fake, call, tmp_path, monkeypatch):
+def test_figure_shows_the_axes_of_the_sweep(fake, call, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(draw, "draw_comparison", lambda *words: drawn.append(words))
     path = write_sweep(tmp_path, grid={"length": [1, 2], "top_k": [2, 3]}, against="top_k")
@@ -362,7 +361,7 @@ def test_picture_shows_the_axes_of_the_sweep(fake, call, tmp_path, monkeypatch):
     assert f"Drawn in {folder}\n" in text
 
 
-def test_picture_leaves_out_a_setting_of_which_one_value_is_possible(fake, call, tmp_path):
+def test_figure_leaves_out_a_setting_of_which_one_value_is_possible(fake, call, tmp_path):
     code, text, _ = call("--grid", "length=1,2", "top_k=2,40", *BASE, "--plots", "true")
     assert code == 0
     assert "left out: length=1,top_k=40  length=2,top_k=40" in text
@@ -370,7 +369,7 @@ def test_picture_leaves_out_a_setting_of_which_one_value_is_possible(fake, call,
     assert (tmp_path / "out" / "comparison" / "accuracy_against.png").exists()
 
 
-def test_finished_run_of_another_number_of_tasks_is_refused(fake, call):
+def test_finished_run_of_another_number_of_tasks_is_rejected(fake, call):
     assert call("--grid", "length=1,2", *BASE)[0] == 0
     code, _, error = call("--grid", "length=1,2", *BASE, "--num_tasks", "none")
     assert code == 2
@@ -402,7 +401,7 @@ def test_finished_runs_are_not_run_again(fake, call, tmp_path):
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("finished", [True, False])
-def test_folder_of_another_run_is_refused(fake, call, tmp_path, flags, difference, finished):
+def test_folder_of_another_run_is_rejected(fake, call, tmp_path, flags, difference, finished):
     assert call("--grid", "length=1", *BASE)[0] == 0
     folder = tmp_path / "out" / "length=1" / "seed42"
     if not finished:
@@ -419,7 +418,7 @@ def test_other_place_or_speed_is_the_same_run(fake, call, tmp_path):
     assert "1 run, 1 done" in call("--grid", "length=1", *BASE, *flags)[1]
 
 
-def test_run_of_other_processes_is_refused(fake, call, no_cuda):
+def test_run_of_other_processes_is_rejected(fake, call, no_cuda):
     assert call("--grid", "length=1", *BASE)[0] == 0
     jobs = ["--submitit", "--cluster", "local", "--tasks_per_node", 2, "--gpus_per_node", 0]
     code, _, error = call("--grid", "length=1", *BASE, *jobs)
@@ -427,7 +426,7 @@ def test_run_of_other_processes_is_refused(fake, call, no_cuda):
     assert "8 images a step of all processes in place of 16" in error
 
 
-def test_failed_run_is_told_and_the_others_go_on(fake, call, tmp_path):
+def test_failed_run_is_reported_and_the_others_continue(fake, call, tmp_path):
     code, text, _ = call("--grid", "lr=14,15,1", *BASE)
     assert code == 1
     log = tmp_path / "out" / "logs" / "lr=14-seed42.txt"
@@ -444,7 +443,7 @@ def test_failed_run_is_told_and_the_others_go_on(fake, call, tmp_path):
 @pytest.mark.parametrize(
     ("codes", "code"), [([0, 0], 0), ([0, 1], 1), ([0, 75], 75), ([75, 1, 0], 1)]
 )
-def test_exit_code_tells_the_worst_end(codes, code):
+def test_exit_code_shows_the_worst_end(codes, code):
     assert local_runs._worst(codes) == code
 
 
@@ -469,7 +468,7 @@ def test_explicit_device_is_left_alone(monkeypatch, no_launcher):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
 )
-def test_stopped_sweep_ends_its_runs_and_goes_on(fake, call, tmp_path, number, code):
+def test_stopped_sweep_ends_its_runs_and_resumes(fake, call, tmp_path, number, code):
     flags = ["--grid", "length=1,2,3", *BASE, "--lr", 13, "--jobs", 2]
     marks = [tmp_path / "out" / f"length={n}" / "seed42" / "stopped" for n in (1, 2)]
     thread = threading.Thread(target=signal_when, args=(marks, number))
@@ -479,7 +478,7 @@ def test_stopped_sweep_ends_its_runs_and_goes_on(fake, call, tmp_path, number, c
     assert found == code
     assert f"{number.name}: 2 runs asked to save and to stop" in text
     assert text.count("/seed42: was stopped after ") == 2
-    assert "Call the same command again to go on." in text
+    assert "Call the same command again to resume." in text
     assert not (tmp_path / "out" / "length=3").exists()
     for mark in marks:
         assert is_gone(int(mark.read_text()))
@@ -525,8 +524,8 @@ def is_gone(pid):
     return False
 
 
-def test_second_sweep_in_a_folder_is_refused(fake, call, tmp_path):
-    with launch.sweep._alone(tmp_path / "out"):
+def test_second_sweep_in_a_folder_is_rejected(fake, call, tmp_path):
+    with launch.sweep._locked(tmp_path / "out"):
         code, _, error = call("--grid", "length=1", *BASE)
     assert code == 2
     assert "another sweep.py is at work there" in error
@@ -535,7 +534,7 @@ def test_second_sweep_in_a_folder_is_refused(fake, call, tmp_path):
 
 def test_run_whose_sweep_was_killed_keeps_the_folder(fake, call, tmp_path):
     (run,) = plan("--grid", "length=1", *BASE, "--lr", 16, to=tmp_path / "out").runs
-    with launch.sweep._alone(tmp_path / "out") as lock:
+    with launch.sweep._locked(tmp_path / "out") as lock:
         child = local_runs.Child(run, tmp_path / "log.txt", {}, lock)
     try:
         assert "another sweep.py is at work there" in call("--grid", "length=1", *BASE)[2]
@@ -623,7 +622,7 @@ def test_jobs_on_their_way_are_not_submitted_again(slurm, call):
     [("4711_0 long l2p", 0, 2), (None, 0, 0), ("slurm_load_jobs error", 1, 2)],
     ids=["queued", "gone", "unknown"],
 )
-def test_without_accounting_the_queue_tells(slurm, call, queue, code, live):
+def test_without_accounting_the_queue_decides(slurm, call, queue, code, live):
     flags = ["--grid", "length=1,2", *BASE, "--submitit", "--dry_run"]
     call(*flags[:-1])
     slurm.say("sacct", "JobID|State|NodeList")
@@ -632,7 +631,7 @@ def test_without_accounting_the_queue_tells(slurm, call, queue, code, live):
     assert counts in call(*flags)[1]
 
 
-def test_failing_sbatch_is_told(slurm, call):
+def test_failing_sbatch_is_reported(slurm, call):
     slurm.say("sbatch", code=1)
     code, _, error = call("--grid", "length=1,2", *BASE, "--submitit")
     assert code == 1
@@ -661,7 +660,7 @@ def test_stopped_sweep_ends_as_if_never_stopped(tmp_path, no_launcher):
     assert process.returncode == 75, text
     assert "was stopped" in text
     assert start("stopped").wait(timeout=300) == 0
-    assert "Going on from " in logs[0].read_text()
+    assert "Resuming from " in logs[0].read_text()
     assert start("whole").wait(timeout=300) == 0
     for name in ("length=1", "length=2"):
         one, other = (
@@ -674,7 +673,7 @@ def test_stopped_sweep_ends_as_if_never_stopped(tmp_path, no_launcher):
 
 @pytest.mark.slow
 def test_local_jobs_finish_a_sweep(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_array, "_LOOK_AT_JOBS", 0.1)
+    monkeypatch.setattr(job_array, "_POLL_SECONDS", 0.1)
     monkeypatch.chdir(tmp_path)  # where jobs do not find the program
     flags = ["--grid", "length=1,2", *BASE, "--submitit", "--cluster", "local"]
     code, text, error = call(*flags, "--gpus_per_node", 0, "--wait")
@@ -689,10 +688,10 @@ def test_local_jobs_finish_a_sweep(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_local_jobs_are_seen_by_later_commands_and_their_failure_is_told(
+def test_local_jobs_are_seen_by_later_commands_and_their_failure_is_reported(
     call, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(job_array, "_LOOK_AT_JOBS", 0.1)
+    monkeypatch.setattr(job_array, "_POLL_SECONDS", 0.1)
     flags = ["--grid", "length=1,2", *BASE, "--device", "cuda", "--submitit", "--cluster", "local"]
     assert call(*flags, "--gpus_per_node", 0)[0] == 0
     code, text, _ = call(*flags, "--gpus_per_node", 0, "--wait")

@@ -8,16 +8,8 @@ import safetensors.torch
 import timm
 import torch
 
-from model.backbone import (
-    WEIGHT_SUFFIXES,
-    build_backbone,
-    identify,
-    load_backbone_file,
-    read_state_dict,
-    resolve_name,
-    without_memory,
-)
-from vision_transformer import WeightsError
+from model.backbone import build_backbone, identify, resolve_name, without_memory
+from model.weights import WEIGHT_SUFFIXES, WeightsError, load_backbone_file, read_state_dict
 
 close = torch.testing.assert_close
 
@@ -291,7 +283,7 @@ def test_npz_of_something_else_is_an_error(tmp_path):
         load_backbone_file(tiny_vit(), tmp_path / "data.npz")
 
 
-def test_npz_with_pickled_objects_is_refused_and_runs_nothing(tmp_path):
+def test_npz_with_pickled_objects_is_rejected_and_runs_nothing(tmp_path):
     arrays = google_arrays(tiny_vit())
     arrays["cls"] = np.array([Payload(tmp_path / "ran")], dtype=object)
     np.savez(tmp_path / "ViT.npz", **arrays)
@@ -394,7 +386,7 @@ class Payload:
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_pickled_code_in_a_weight_file_is_refused_and_not_run(tmp_path, suffix, legacy):
+def test_pickled_code_in_a_weight_file_is_rejected_and_not_run(tmp_path, suffix, legacy):
     state = {**tiny_vit().state_dict(), "payload": Payload(tmp_path / "ran")}
     path = tmp_path / f"w{suffix}"
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
@@ -404,7 +396,7 @@ def test_pickled_code_in_a_weight_file_is_refused_and_not_run(tmp_path, suffix, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_plain_pickle_as_weight_file_is_refused_and_not_run(tmp_path):
+def test_plain_pickle_as_weight_file_is_rejected_and_not_run(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(WeightsError, match=r"w.pth"):

@@ -1,18 +1,21 @@
-"""The last block computed for the tokens that are read equals the whole block."""
+"""The last block computed for the tokens used downstream equals the whole block."""
 
 import pytest
 import torch
 from timm.models.vision_transformer import (
+    Attention,
+    Block,
     ParallelScalingBlock,
     ResPostBlock,
     VisionTransformer,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import encoder
 from model.encoder import encode
 
 D = 16
-READS = {"first": slice(0, 1), "middle": slice(1, 4), "both": slice(0, 4), "all": slice(None)}
+USED = {"first": slice(0, 1), "middle": slice(1, 4), "both": slice(0, 4), "all": slice(None)}
 VARIANTS = {
     "plain": {},
     "no_bias": {"qkv_bias": False},
@@ -50,12 +53,12 @@ def gradients(vit, run):
     return out.detach(), [x.grad, *(p.grad.clone() for p in vit.blocks.parameters())]
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("used", USED.values(), ids=USED)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_tokens_that_are_read_equal_those_of_the_whole_block(variant, read):
+def test_tokens_used_downstream_equal_those_of_the_whole_block(variant, used):
     vit = make_vit(**variant)
-    found, found_grads = gradients(vit, lambda x: encode(vit, x, read))
-    wanted, wanted_grads = gradients(vit, lambda x: vit.blocks(x)[:, read])
+    found, found_grads = gradients(vit, lambda x: encode(vit, x, used))
+    wanted, wanted_grads = gradients(vit, lambda x: vit.blocks(x)[:, used])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(found_grads, wanted_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -65,20 +68,20 @@ def test_tokens_that_are_read_equal_those_of_the_whole_block(variant, read):
 def test_explicit_attention_gives_the_same():
     vit = make_vit()
     assert not vit.blocks[-1].attn.fused_attn
-    read = slice(1, 4)
-    found, wanted = encode(vit, tokens(), read), vit.blocks(tokens())[:, read]
+    used = slice(1, 4)
+    found, wanted = encode(vit, tokens(), used), vit.blocks(tokens())[:, used]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("explicit_attention")  # the fused one is not counted by every version
 @pytest.mark.parametrize("name", ["plain", "qk_norm", "layer_scale", "scaled_norms"])
-def test_tokens_that_nobody_reads_are_not_computed(name):
+def test_tokens_without_use_are_not_computed(name):
     """Of the last block: queries, attention, projection and MLP of one token instead of nine."""
     vit = make_vit(depth=1, **VARIANTS[name])
 
-    def count(read):
+    def count(used):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            encode(vit, tokens(), read)
+            encode(vit, tokens(), used)
         return counter.get_total_flops()
 
     whole = 2 * 2 * 9 * (12 * D * D + 2 * 9 * D)
@@ -98,6 +101,191 @@ def test_attention_that_knows_more_is_computed_whole():
     attention.gate = torch.nn.Linear(D, D)  # newer versions of timm have one
     wanted = vit.blocks(tokens())[:, :1]
     assert torch.equal(encode(vit, tokens(), slice(0, 1)), wanted)
+
+
+class LowRank(torch.nn.Linear):
+    """A linear layer with a low-rank update beside its weight (LoRA)."""
+
+    def __init__(self, plain):
+        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
+        self.load_state_dict(plain.state_dict())
+        self.down = torch.nn.Parameter(torch.randn(2, plain.in_features))
+        self.up = torch.nn.Parameter(torch.randn(plain.out_features, 2))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+class Wrapped(torch.nn.Module):
+    """A layer around another one that mixes tokens."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x):
+        return 2 * self.plain(x).flip(1)
+
+
+class OtherAttention(Attention):
+    """An attention of another kind under the same names."""
+
+    def forward(self, x, *args, **kwargs):
+        return 2 * super().forward(x, *args, **kwargs)
+
+
+class OtherBlock(Block):
+    """A block of another kind under the same names."""
+
+    def forward(self, x, *args, **kwargs):
+        return 2 * super().forward(x, *args, **kwargs)
+
+
+def change_class(module, kind):
+    module.__class__ = kind
+
+
+def change_forward(module):
+    plain = module.forward
+    module.forward = lambda x, **kwargs: 2 * plain(x, **kwargs)
+
+
+#: Changes of the last block that a shortcut around its forward would miss.
+CHANGES = {
+    "low rank qkv": lambda block: setattr(block.attn, "qkv", LowRank(block.attn.qkv)),
+    "wrapped qkv": lambda block: setattr(block.attn, "qkv", Wrapped(block.attn.qkv)),
+    "low rank proj": lambda block: setattr(block.attn, "proj", LowRank(block.attn.proj)),
+    "wrapped proj": lambda block: setattr(block.attn, "proj", Wrapped(block.attn.proj)),
+    "wrapped mlp": lambda block: setattr(block, "mlp", Wrapped(block.mlp)),
+    "wrapped norm": lambda block: setattr(block, "norm2", Wrapped(block.norm2)),
+    "other attention": lambda block: change_class(block.attn, OtherAttention),
+    "other block": lambda block: change_class(block, OtherBlock),
+    "forward of block": change_forward,
+    "forward of attn": lambda block: change_forward(block.attn),
+    "forward of qkv": lambda block: change_forward(block.attn.qkv),
+    "forward of mlp": lambda block: change_forward(block.mlp),
+}
+CHANGES |= {
+    f"hook on {name or 'block'}": lambda block, name=name: block.get_submodule(
+        name
+    ).register_forward_hook(lambda module, args, out: 2 * out)
+    for name in ("", "attn", "attn.qkv", "attn.proj", "mlp")
+}
+CHANGES |= {
+    f"pre-hook on {name or 'block'}": lambda block, name=name: block.get_submodule(
+        name
+    ).register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    for name in ("", "attn", "attn.qkv", "attn.proj", "mlp")
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("used", [slice(0, 1), slice(1, 4)])
+@torch.no_grad()
+def test_changed_layers_of_the_last_block_take_part(change, used):
+    vit = make_vit()
+    plain = encode(vit, tokens(), used)
+    change(vit.blocks[-1])
+    found, wanted = encode(vit, tokens(), used), vit.blocks(tokens())[:, used]
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_hooks_of_the_last_block_see_all_tokens():
+    vit, shapes = make_vit(), []
+    for name in ("", "attn", "attn.qkv", "attn.proj", "mlp"):
+        module = vit.blocks[-1].get_submodule(name)
+        handle = module.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+        encode(vit, tokens(), slice(0, 1))
+        handle.remove()
+    assert [shape[1] for shape in shapes] == [9] * 5
+
+
+def test_removed_hook_leaves_the_shortcut_on():
+    vit = make_vit()
+    block = vit.blocks[-1]
+    assert encoder._is_timms_own(block)
+    handle = block.attn.register_forward_hook(lambda module, args, out: None)
+    assert not encoder._is_timms_own(block)
+    handle.remove()
+    assert encoder._is_timms_own(block)
+
+
+# Changed inputs of the blocks
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_identity_as_block_input_changes_nothing(recompute):
+    vit, numbers = make_vit(), []
+
+    def identity(number, x):
+        numbers.append(number)
+        return x
+
+    how = {"recompute": recompute}
+    wanted, wanted_grads = gradients(vit, lambda x: encode(vit, x, slice(0, 4), **how))
+    found, grads = gradients(
+        vit, lambda x: encode(vit, x, slice(0, 4), block_input=identity, **how)
+    )
+    assert numbers == [0, 1, 2]
+    assert torch.equal(found, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted_grads, strict=True))
+
+
+def deep_prompts(vit, number=2):
+    """Prompts of their own for every block, and what puts them before the tokens of each."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randn(len(vit.blocks), number, D, generator=generator).requires_grad_()
+
+    def insert(block, x):
+        own = prompts[block].expand(len(x), -1, -1)
+        return torch.cat([own, x if block == 0 else x[:, number:]], dim=1)
+
+    return prompts, insert
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_block_input_inserts_tokens_before_every_block(depth, recompute):
+    vit = make_vit(depth=depth)
+    results = []
+
+    def by_hand(x):
+        for number, block in enumerate(vit.blocks):
+            x = block(insert(number, x))
+        return x[:, 2:4]
+
+    def encoded(x):
+        return encode(vit, x, slice(2, 4), recompute=recompute, block_input=insert)
+
+    for run in (by_hand, encoded):
+        prompts, insert = deep_prompts(vit)
+        out, grads = gradients(vit, run)
+        results.append([out, *grads, prompts.grad])
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert prompts.grad.abs().sum(dim=(1, 2)).all()
+
+
+def test_block_input_may_add_tokens_from_block_to_block():
+    vit, sizes = make_vit(), []
+
+    def grow(number, x):
+        sizes.append(x.shape[1])
+        return torch.cat([x, x[:, :1]], dim=1)
+
+    assert encode(vit, tokens(), slice(None), block_input=grow).shape[1] == 12
+    assert sizes == [9, 10, 11]
+
+
+def test_recomputed_block_inputs_give_the_same_gradients():
+    vit, results = make_vit(depth=4), []
+    for recompute in (False, True):
+        prompts, insert = deep_prompts(vit)
+        how = {"recompute": recompute, "block_input": insert}
+        out, grads = gradients(vit, lambda x, how=how: encode(vit, x, slice(0, 3), **how))
+        results.append([out, *grads, prompts.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
@@ -121,7 +309,7 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
 
 def test_dropout_of_the_last_block_drops_in_training_only():
     vit = make_vit(depth=1, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.0)
-    read = slice(0, 2)
-    quiet = encode(vit, tokens(), read)
-    assert torch.equal(quiet, encode(vit, tokens(), read))
-    assert not torch.equal(encode(vit.train(), tokens(), read), quiet)
+    used = slice(0, 2)
+    quiet = encode(vit, tokens(), used)
+    assert torch.equal(quiet, encode(vit, tokens(), used))
+    assert not torch.equal(encode(vit.train(), tokens(), used), quiet)

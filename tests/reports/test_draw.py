@@ -1,4 +1,4 @@
-"""The files that pictures go to, and the command line that draws them anew."""
+"""The files that figures go to, and the command line that draws them anew."""
 
 import copy
 import json
@@ -14,9 +14,9 @@ from reports import comparison_figures, draw, figures, stored_runs
 
 
 @pytest.fixture
-def one_picture(monkeypatch):
+def one_figure(monkeypatch):
     """Draws the overview alone, where what is drawn does not matter."""
-    monkeypatch.setattr(draw, "RUN_PICTURES", {"overview": figures.overview})
+    monkeypatch.setattr(draw, "RUN_FIGURES", {"overview": figures.overview})
 
 
 def store(folder, results=None, **config):
@@ -51,7 +51,7 @@ def run(*argv):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A folder with all pictures of a run, and what `draw_run` said."""
+    """A folder with all figures of a run, and what `draw_run` said."""
     folder = tmp_path_factory.mktemp("drawn") / "plots"
     return folder, *draw.draw_run(make_results(), folder)
 
@@ -59,14 +59,14 @@ def drawn(tmp_path_factory):
 def test_run_is_drawn_as_png_and_svg(drawn):
     folder, paths, left_out = drawn
     assert left_out == []
-    assert names_in(folder) == both(*draw.RUN_PICTURES)
-    assert sorted(path.name for path in paths) == both(*draw.RUN_PICTURES)
+    assert names_in(folder) == both(*draw.RUN_FIGURES)
+    assert sorted(path.name for path in paths) == both(*draw.RUN_FIGURES)
     for path in paths:
         begin = b"\x89PNG" if path.suffix == ".png" else b"<?xml"
         assert path.read_bytes().startswith(begin)
 
 
-def test_pictures_drawn_again_are_equal(drawn, tmp_path):
+def test_figures_drawn_again_are_equal(drawn, tmp_path):
     folder, *_ = drawn
     draw.draw_run(make_results(), tmp_path)
     for path in folder.iterdir():
@@ -83,19 +83,17 @@ def test_pictures_drawn_again_are_equal(drawn, tmp_path):
     ],
     ids=["joint", "long", "without a pool", "old"],
 )
-def test_pictures_without_data_are_left_out_with_the_reason(
-    results, missing, tmp_path, monkeypatch
-):
+def test_figures_without_data_are_left_out_with_the_reason(results, missing, tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "FORMATS", ("svg",))
     for name in missing:
         (tmp_path / f"{name}.svg").write_text("of another run")
     _, left_out = draw.draw_run(results, tmp_path)
     assert [line.partition(": these results ")[0] for line in left_out] == missing
-    expected = set(draw.RUN_PICTURES) - set(missing)
+    expected = set(draw.RUN_FIGURES) - set(missing)
     assert names_in(tmp_path) == sorted(f"{name}.svg" for name in expected)
 
 
-def test_pictures_that_nobody_asked_for_stay(tmp_path):
+def test_figures_that_nobody_asked_for_stay(tmp_path):
     (tmp_path / "overview.png").write_text("earlier")
     draw.draw_run(make_results(), tmp_path, only=["training_curves"])
     assert names_in(tmp_path) == sorted([*both("training_curves"), "overview.png"])
@@ -104,7 +102,7 @@ def test_pictures_that_nobody_asked_for_stay(tmp_path):
 # Command line
 
 
-def test_one_run_gets_its_pictures_and_the_reason_for_others(tmp_path, capsys):
+def test_one_run_gets_its_figures_and_the_reason_for_others(tmp_path, capsys):
     folder = store(tmp_path / "run", without_pool())
     assert run(folder, "--only", "overview", "prompt_selection") == 0
     output, error = capsys.readouterr()
@@ -128,14 +126,14 @@ def test_folder_of_runs_is_compared_and_not_redrawn(tmp_path, capsys):
     assert names_in(tmp_path / "comparison") == both("average_accuracy")
 
 
-def test_folder_of_a_single_run_stands_for_it(tmp_path, one_picture):
+def test_folder_of_a_single_run_stands_for_it(tmp_path, one_figure):
     folder = store(tmp_path / "runs" / "a")
     assert run(tmp_path / "runs") == 0
     assert names_in(folder / "plots") == both("overview")
     assert names_in(tmp_path / "runs") == ["a"]
 
 
-def test_named_runs_are_redrawn_and_compared_in_what_holds_them(tmp_path, one_picture):
+def test_named_runs_are_redrawn_and_compared_in_what_holds_them(tmp_path, one_figure):
     first = store(tmp_path / "a" / "one", seed=1)
     second = store(tmp_path / "b" / "two", seed=2)
     assert run(first, second / "results.json") == 0
@@ -144,7 +142,7 @@ def test_named_runs_are_redrawn_and_compared_in_what_holds_them(tmp_path, one_pi
     assert names_in(tmp_path / "comparison") == both("average_accuracy")
 
 
-def test_comparison_goes_where_it_is_told(tmp_path):
+def test_comparison_goes_to_output_dir(tmp_path):
     for seed in (1, 2):
         store(tmp_path / f"run{seed}", seed=seed)
     assert run(tmp_path, "--output_dir", tmp_path / "elsewhere") == 0
@@ -189,7 +187,7 @@ def test_accuracy_is_drawn_against_a_setting(flags, drawn, tmp_path, monkeypatch
     assert len(groups) == 4
 
 
-def test_damaged_results_are_named_and_skipped(tmp_path, one_picture, capsys):
+def test_damaged_results_are_named_and_skipped(tmp_path, one_figure, capsys):
     sound = store(tmp_path / "sound")
     damaged = store(tmp_path / "damaged")
     (damaged / "results.json").write_text("{")
@@ -202,7 +200,7 @@ def test_damaged_results_are_named_and_skipped(tmp_path, one_picture, capsys):
     assert names_in(damaged) == ["results.json"]
 
 
-def test_unfinished_run_is_redrawn_and_not_compared(tmp_path, monkeypatch, one_picture, capsys):
+def test_unfinished_run_is_redrawn_and_not_compared(tmp_path, monkeypatch, one_figure, capsys):
     compared = []
     draw = comparison_figures.average_accuracy
     monkeypatch.setattr(
@@ -218,18 +216,18 @@ def test_unfinished_run_is_redrawn_and_not_compared(tmp_path, monkeypatch, one_p
     assert names_in(begun / "plots") == both("overview")
 
 
-def test_unfinished_run_alone_is_redrawn_and_told(tmp_path, one_picture, capsys):
+def test_unfinished_run_alone_is_redrawn_and_reported(tmp_path, one_figure, capsys):
     folder = store(tmp_path / "begun", unfinished())
     assert run(folder) == 0
-    with pytest.raises(stored_runs.ResultsError, match="the run is not finished") as told:
+    with pytest.raises(stored_runs.ResultsError, match="the run is not finished") as error:
         stored_runs.read(folder)
     assert capsys.readouterr() == (
         f"{folder}/plots/overview.png, .svg\n",
-        f"plots.py: {told.value}\n",
+        f"plots.py: {error.value}\n",
     )
 
 
-def test_problems_are_told_once(tmp_path, one_picture, capsys):
+def test_problems_are_reported_once(tmp_path, one_figure, capsys):
     folder = store(tmp_path / "run")
     below = folder / "begun"
     below.mkdir()
@@ -252,13 +250,13 @@ def test_nothing_drawn_is_an_error(what, tmp_path, capsys):
     assert last == "plots.py: there is nothing to draw"
 
 
-def test_everything_wrong_is_told_at_once(tmp_path, capsys):
+def test_everything_wrong_is_reported_at_once(tmp_path, capsys):
     store(tmp_path / "run")
     flags = ["--only", "overveiw", "accuracy_against", "--lines", "lenght"]
     assert run(tmp_path / "run", *flags) == 2
     assert capsys.readouterr().err.splitlines() == [
         "plots.py: this command line cannot run:",
-        "  - --only overveiw is no picture: did you mean overview? (folders stand before --only)",
+        "  - --only overveiw is no figure: did you mean overview? (folders go before --only)",
         "  - --only accuracy_against needs --against, the setting to draw against",
         "  - --lines needs --against, the setting to draw against",
         "  - --lines lenght: no configuration has such a setting: did you mean length?",
@@ -276,15 +274,15 @@ def test_everything_wrong_is_told_at_once(tmp_path, capsys):
         (["{}", "--against", "size", "--only", "overview"], "--against draws accuracy_against, wh"),
         (
             ["{}", "--only", "matrix"],
-            "--only matrix is no picture: did you mean accuracy_matrix? (folders stand before",
+            "--only matrix is no figure: did you mean accuracy_matrix? (folders go before",
         ),
         (
             ["{}", "--only", "{}/0"],
-            "--only {}/0 is no picture: there are overview, accuracy_matrix, average_accuracy, ",
+            "--only {}/0 is no figure: there are overview, accuracy_matrix, average_accuracy, ",
         ),
         (
             ["{}/0", "--output_dir", "{}/x"],
-            "--output_dir is where the comparison goes: there is one run, whose pictures go into",
+            "--output_dir is where the comparison goes: there is one run, whose figures go into",
         ),
         (
             ["{}", "--output_dir", "{}/x", "--only", "overview"],
@@ -297,12 +295,12 @@ def test_wrong_command_line_draws_nothing(flags, problem, tmp_path, capsys):
     for number, (size, top_k) in enumerate([(4, 2), (8, 2), (4, 1)]):
         store(tmp_path / str(number), size=size, top_k=top_k)
     assert run(*(flag.format(tmp_path) for flag in flags)) == 2
-    _, told, *_ = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"  - {problem.format(tmp_path)}")
+    _, printed, *_ = capsys.readouterr().err.splitlines()
+    assert printed.startswith(f"  - {problem.format(tmp_path)}")
     assert names_in(tmp_path) == ["0", "1", "2"]
 
 
-def test_folder_that_cannot_be_written_is_told(tmp_path, one_picture, capsys):
+def test_folder_that_cannot_be_written_is_reported(tmp_path, one_figure, capsys):
     folder = store(tmp_path / "run")
     (folder / "plots").write_text("a file")
     assert run(folder) == 1
@@ -310,7 +308,7 @@ def test_folder_that_cannot_be_written_is_told(tmp_path, one_picture, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--help"], ["RUN", "--only", "nothing"]], ids=["help", "refused"]
+    "flags", [["--help"], ["RUN", "--only", "nothing"]], ids=["help", "rejected"]
 )
 def test_answers_without_drawing_import_nothing_heavy(flags, tmp_path):
     store(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What the artists of the pictures hold, against numbers worked out by hand."""
+"""What the artists of the figures hold, against numbers worked out by hand."""
 
 import itertools
 import json
@@ -69,7 +69,7 @@ def legend_of(owner):
 
 
 def headline_of(figure):
-    """The small line above a picture."""
+    """The small line above a figure."""
     return figure.texts[0].get_text()
 
 
@@ -142,7 +142,7 @@ def test_overview_of_equal_selections_has_one_line():
     assert legend_of(axes) == ["batch- and instance-wise: 30.0"]
 
 
-def test_overview_tells_the_settings_of_the_command():
+def test_overview_shows_the_settings_of_the_command():
     flags = {"epochs": 1, "num_tasks": 5, "seed": 7, "output_dir": "here"}
     command = {"configurations": ["digits_l2p"], "flags": flags}
     figure = figures.overview(make_results(command=command))
@@ -221,7 +221,7 @@ def test_overview_of_an_unfinished_run_shows_what_there_is():
     assert averages.get_legend().get_title().get_text() == "after task 2:"
 
 
-def test_overview_of_a_finished_run_tells_the_end():
+def test_overview_of_a_finished_run_shows_the_end():
     axes = figures.overview(make_results()).axes[1]
     assert axes.get_legend().get_title().get_text() == "at the end:"
 
@@ -239,13 +239,13 @@ def test_overview_of_many_tasks_has_colour_bars_in_place_of_numbers():
     assert ticks(figure.axes[0].xaxis) == ["10", "20", "30", "40", "50", "60"]
 
 
-def test_overview_of_nothing_is_refused():
+def test_overview_of_nothing_is_rejected():
     empty = [[None, None], [None, None]]
     with pytest.raises(NothingToDrawError, match="nothing was evaluated yet"):
         figures.overview(make_results(empty, empty))
 
 
-# Other pictures of one run
+# Other figures of one run
 
 OTHERS = [
     figures.accuracy_matrix,
@@ -257,7 +257,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("draw", OTHERS, ids=lambda draw: draw.__name__)
-def test_pictures_tell_what_ran_and_how_far_in_a_line_of_their_own(draw):
+def test_figures_show_what_ran_and_how_far_in_a_line_of_their_own(draw):
     command = {"configurations": ["digits_l2p"], "flags": {"epochs": 1}}
     assert headline_of(draw(make_results())) == "digits_l2p, seed 42"
     figure = draw(begun(command=command))
@@ -270,14 +270,14 @@ def test_pictures_tell_what_ran_and_how_far_in_a_line_of_their_own(draw):
 
 
 @pytest.mark.parametrize("draw", OTHERS, ids=lambda draw: draw.__name__)
-def test_long_headlines_end_inside_the_picture(draw):
+def test_long_headlines_end_inside_the_figure(draw):
     command = {"configurations": ["cifar100_l2p_WM"] * 20, "flags": {}}
     figure = draw(begun(command=command))
     assert headline_of(figure).endswith("…, seed 42, after task 2 of 3")
     assert box_of(figure.texts[0]).x0 > 0
 
 
-def test_many_heat_maps_tell_what_ran():
+def test_many_heat_maps_show_what_ran():
     assert headline_of(figures.prompt_selection(wide(21))) == "digits_l2p, seed 42"
 
 
@@ -299,12 +299,12 @@ def test_accuracy_matrix_has_numbers_while_they_fit(num_tasks, numbers):
     assert len(left.texts) == numbers
 
 
-def test_accuracy_matrix_of_one_test_set_is_refused():
+def test_accuracy_matrix_of_one_test_set_is_rejected():
     with pytest.raises(NothingToDrawError, match="single test set: average_accuracy shows"):
         figures.accuracy_matrix(long_run())
 
 
-def test_high_accuracies_are_told_apart():
+def test_high_accuracies_are_distinguishable():
     matrix = [[97.0, 95.0], [None, 99.0]]
     left, _ = panels_of(figures.accuracy_matrix(make_results(matrix, matrix)))
     assert left.images[0].get_clim() == (80, 100)
@@ -439,7 +439,7 @@ def test_prompt_selection_of_many_test_sets_is_a_heat_map():
         ),
     ],
 )
-def test_prompt_selection_tells_why_there_is_none(results, reason):
+def test_prompt_selection_reports_why_there_is_none(results, reason):
     with pytest.raises(NothingToDrawError, match=reason):
         figures.prompt_selection(results)
 
@@ -461,12 +461,12 @@ def test_key_similarity_outlines_the_most_selected():
 @pytest.mark.parametrize(
     ("results", "reason"),
     [
-        (old(), "written before key similarities were kept"),
+        (old(), "written before key similarities were stored"),
         (without_pool(), "the run had no prompt pool"),
         (whole_pool(), "every image used the whole pool of 4: nothing was selected"),
     ],
 )
-def test_key_similarity_tells_why_there_is_none(results, reason):
+def test_key_similarity_reports_why_there_is_none(results, reason):
     with pytest.raises(NothingToDrawError, match=reason):
         figures.key_similarity(results)
 
@@ -516,8 +516,8 @@ def test_training_curves_end_the_accuracy_at_a_hundred(value):
     assert value < high <= 100 + 0.04 * (100 - low)
 
 
-def test_training_curves_of_old_results_are_refused():
-    with pytest.raises(NothingToDrawError, match="before training curves were kept"):
+def test_training_curves_of_old_results_are_rejected():
+    with pytest.raises(NothingToDrawError, match="before training curves were stored"):
         figures.training_curves(old())
 
 
@@ -563,7 +563,7 @@ def test_average_accuracy_of_joint_training_alone_is_bars():
     assert numbers_in(left) == ["30.0", "80.0"]
 
 
-def test_average_accuracy_tells_many_configurations_apart():
+def test_average_accuracy_distinguishes_many_configurations():
     groups = [group_of(f"configuration {n}", [[90, 70], [NAN, 50]]) for n in range(20)]
     left, _ = comparison_figures.average_accuracy(groups).axes
     styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in left.lines}
@@ -571,7 +571,7 @@ def test_average_accuracy_tells_many_configurations_apart():
     assert (len(styles), len(without_color)) == (20, 8)
 
 
-def test_average_accuracy_of_nothing_is_refused():
+def test_average_accuracy_of_nothing_is_rejected():
     with pytest.raises(NothingToDrawError, match="no finished runs"):
         comparison_figures.average_accuracy([])
 
@@ -628,7 +628,7 @@ def test_accuracy_against_words_are_categories():
         (GRID, ("size",), "several configurations have size 1: they differ in length;"),
     ],
 )
-def test_accuracy_against_tells_what_it_lacks(groups, names, reason):
+def test_accuracy_against_reports_what_it_lacks(groups, names, reason):
     for ask in (comparison_figures.accuracy_against, comparison_figures.check_against):
         with pytest.raises(NothingToDrawError, match=reason):
             ask(groups, *names)

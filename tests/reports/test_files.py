@@ -89,7 +89,7 @@ def test_write_json_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_write_json_refuses_values_that_json_lacks(tmp_path, value):
+def test_write_json_rejects_values_that_json_lacks(tmp_path, value):
     files.write_json(tmp_path / "file", {"a": 1})
     with pytest.raises(ValueError):
         files.write_json(tmp_path / "file", {"a": [value]})

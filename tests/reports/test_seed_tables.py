@@ -12,7 +12,8 @@ import time
 import pytest
 
 import summarize
-from cli import options
+from cli import configurations
+from cli.parser import parse
 from cli.paths import ROOT
 from continual_datasets.readers import registry
 from helpers.results_files import content, write
@@ -50,7 +51,7 @@ def groups_of(*folders):
 
 @pytest.fixture
 def show(capsys):
-    """Runs a command line that ends well; gives its output and what it told beside it."""
+    """Runs a command line that ends well; gives its standard output and standard error."""
 
     def run(*argv):
         assert summarize.main(list(map(str, argv))) == 0
@@ -60,8 +61,8 @@ def show(capsys):
 
 
 @pytest.fixture
-def refuse(capsys):
-    """Runs a command line that is refused; gives the problems."""
+def reject(capsys):
+    """Runs a command line that is rejected; gives the problems."""
 
     def run(*argv):
         assert summarize.main(list(map(str, argv))) == 2
@@ -148,7 +149,7 @@ def test_pairing_takes_the_seeds_that_both_have():
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(2, "excludes zero"), (-2, "excludes zero")])
-def test_interval_that_excludes_zero_is_told(shift, verdict):
+def test_interval_that_excludes_zero_is_reported(shift, verdict):
     a = {1: 50.0, 2: 60.0, 3: 70.0}
     b = {1: 50.1 + shift, 2: 60.0 + shift, 3: 69.9 + shift}
     # Differences shift + (0.1, 0, -0.1): sd 0.1; 4.3027 * 0.1 / sqrt(3) = 0.2484
@@ -401,9 +402,9 @@ CONFIGS = {
 
 
 def settings_of(*argv):
-    args, problems = options.parse_args(list(argv))
+    settings, problems = parse(argv)
     assert problems == []
-    return vars(args)
+    return settings.stored()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -411,6 +412,17 @@ def test_experiment_of_a_configuration(name):
     assert published.experiment_of(settings_of(name)) == CONFIGS[name]
     assert published.experiment_of(settings_of(name, "joint")) == CONFIGS[name]
     assert published.experiment_of(settings_of(name, "replay_large", "--task_inc")) is None
+
+
+@pytest.mark.parametrize("scenario", ["joint", "dataset-incremental"])
+def test_experiment_of_a_scenario_by_its_name(scenario):
+    settings = settings_of("five_datasets_l2p", "--scenario", scenario)
+    assert published.experiment_of(settings) == "5-datasets"
+
+
+def test_experiment_of_joint_training_by_scenario():
+    settings = settings_of("cifar100_l2p", "--scenario", "joint", "--num_tasks", "none")
+    assert published.experiment_of(settings) == "Split CIFAR-100"
 
 
 def test_all_tasks_at_once_are_the_same_experiment_however_many_they_are():
@@ -422,7 +434,8 @@ def test_all_tasks_at_once_are_the_same_experiment_however_many_they_are():
 
 def test_every_configuration_with_an_experiment_is_known():
     lines = {
-        name: (options.CONFIG_DIR / f"{name}.yaml").read_text() for name in options.config_names()
+        name: (configurations.CONFIG_DIR / f"{name}.yaml").read_text()
+        for name in configurations.names()
     }
     assert set(CONFIGS) == {name for name, text in lines.items() if "\ndataset:" in text}
 
@@ -485,17 +498,17 @@ def test_experiments_are_named_as_people_type_them(name, experiment):
 
 def test_quoted_without_names_shows_the_experiments_of_the_runs(tmp_path, show):
     write_runs(tmp_path / "a", ACCURACIES, dataset="CIFAR100")
-    output, told = show(tmp_path, "--quoted", "--format", "csv")
+    output, printed = show(tmp_path, "--quoted", "--format", "csv")
     labels = {one["label"].split(":")[0] for one in records(output) if one["quoted"] == "yes"}
-    assert (labels, told) == ({"Split CIFAR-100"}, "")
+    assert (labels, printed) == ({"Split CIFAR-100"}, "")
 
 
-def test_quoted_numbers_that_are_not_known_are_told(tmp_path, show):
+def test_quoted_numbers_that_are_not_known_are_reported(tmp_path, show):
     write_runs(tmp_path, ACCURACIES)
     plain, _ = show(tmp_path)
-    output, told = show(tmp_path, "--quoted")
+    output, printed = show(tmp_path, "--quoted")
     assert output == plain
-    assert told == "note: no published numbers are known for the experiments of these runs\n"
+    assert printed == "note: no published numbers are known for the experiments of these runs\n"
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "latex"])
@@ -559,8 +572,8 @@ def test_what_is_left_out_is_named_and_the_rest_is_shown(tmp_path, show):
     write(tmp_path / "zero", batch=[[101.0]], instance=[[50.0]])
     write(tmp_path / "part", batch=[[1.0, None]], instance=[[1.0, None]])
     write(tmp_path / "twice", seed=42, instance=two_tasks(1.0), batch=two_tasks(1.0))
-    output, told = show(tmp_path, tmp_path / "missing", "--format", "csv")
-    lines = told.splitlines()
+    output, printed = show(tmp_path, tmp_path / "missing", "--format", "csv")
+    lines = printed.splitlines()
     for name, said in (
         ("cut", "is damaged, it is no JSON"),
         ("zero", "is damaged, or not the results of a run"),
@@ -575,7 +588,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_shown(tmp_path, show):
     assert float(records(output)[0]["mean"]) == pytest.approx(169 / 3)
 
 
-def test_different_seeds_are_told(tmp_path, show):
+def test_different_seeds_are_reported(tmp_path, show):
     write_runs(tmp_path / "a", ACCURACIES)
     write_runs(tmp_path / "b", {42: 1.0, 43: 2.0}, length=1)
     for length in range(21, 26):
@@ -587,7 +600,7 @@ def test_different_seeds_are_told(tmp_path, show):
     )
 
 
-def test_many_different_seeds_are_told_in_a_few_words(tmp_path, show):
+def test_many_different_seeds_are_reported_in_a_few_words(tmp_path, show):
     for number in range(10):
         write_runs(tmp_path / f"{number}", {number: 50.0}, length=10 + number)
     assert show(tmp_path)[1].endswith(
@@ -626,8 +639,8 @@ PAIRED = ["accuracy", "20.00", "23.00", "3.00", "1.53", "-3.57 to 9.57", "includ
 
 
 def test_comparison_of_labels_is_paired(pair, show):
-    output, told = show(pair, "--compare", "digits_l2p", "digits_l2p --length 7")
-    assert told == ""
+    output, printed = show(pair, "--compare", "digits_l2p", "digits_l2p --length 7")
+    assert printed == ""
     assert output.startswith(
         "A: digits_l2p (seeds 1 2 3)\n"
         "B: digits_l2p --length 7 (seeds 1 2 3)\n"
@@ -722,8 +735,8 @@ def test_difference_that_rounds_to_zero_has_no_sign(tmp_path, show, form):
 def test_comparison_leaves_out_what_one_does_not_have(tmp_path, show):
     a = write_runs(tmp_path / "a", ACCURACIES)
     b = write_single(tmp_path / "b", ACCURACIES, joint=True)
-    output, told = show("--compare", a, b)
-    assert told == "note: not in both, left out: forgetting\n"
+    output, printed = show("--compare", a, b)
+    assert printed == "note: not in both, left out: forgetting\n"
     assert "forgetting" not in output
 
 
@@ -735,8 +748,8 @@ def test_comparison_without_a_common_metric_ends_with_one(tmp_path, capsys):
     assert error == "summarize.py: A and B have no metric in common of forgetting\n"
 
 
-def test_comparison_with_what_is_not_there_lists_the_labels(pair, refuse):
-    assert refuse(pair, "--compare", "digits", pair) == [
+def test_comparison_with_what_is_not_there_lists_the_labels(pair, reject):
+    assert reject(pair, "--compare", "digits", pair) == [
         "--compare: digits is neither a folder nor a label",
         f"--compare: {pair} has runs of 2 configurations: name the folder of one, or give {pair} "
         "as OUTPUT_DIR and one of these labels: digits_l2p; digits_l2p --length 7",
@@ -744,8 +757,8 @@ def test_comparison_with_what_is_not_there_lists_the_labels(pair, refuse):
     ]
 
 
-def test_comparison_of_a_configuration_with_itself_is_refused(pair, refuse):
-    assert refuse(pair, "--compare", "digits_l2p", pair / "a") == [
+def test_comparison_of_a_configuration_with_itself_is_rejected(pair, reject):
+    assert reject(pair, "--compare", "digits_l2p", pair / "a") == [
         "--compare: A and B are the same runs"
     ]
 
@@ -759,8 +772,8 @@ def test_comparison_with_a_folder_without_runs_ends_with_one(pair, tmp_path, cap
 # The command line
 
 
-def test_everything_wrong_is_told_at_once(refuse):
-    assert refuse(
+def test_everything_wrong_is_reported_at_once(reject):
+    assert reject(
         "--qouted", "--format", "html", "--selection", "--metrics", "forgeting", "zzz",
         "--quoted", "cifar", "--compare", "a", "--output",
     ) == [
@@ -792,8 +805,8 @@ def test_everything_wrong_is_told_at_once(refuse):
         (["out", "--help=1"], "ignored explicit argument '1'"),
     ],
 )
-def test_refused_command_lines(refuse, argv, problem):
-    assert any(problem in one for one in refuse(*argv))
+def test_rejected_command_lines(reject, argv, problem):
+    assert any(problem in one for one in reject(*argv))
 
 
 def test_folders_may_stand_behind_flags(pair, show):
@@ -833,8 +846,8 @@ def test_program_as_a_person_types_it(pair):
     )  # fmt: skip
     assert done.returncode == 0
     assert "digits_l2p" in done.stdout
-    told = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert told[0].startswith(str(pair / "bad" / "results.json"))
+    printed = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert printed[0].startswith(str(pair / "bad" / "results.json"))
     imported = {
         line.rpartition("|")[2].strip().partition(".")[0]
         for line in done.stderr.splitlines()
@@ -860,7 +873,7 @@ def test_thousands_of_runs_are_summarized_in_seconds(tmp_path, show):
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "results.json").write_text(json.dumps(results))
     start = time.monotonic()
-    output, told = show(tmp_path, "--format", "csv")
+    output, printed = show(tmp_path, "--format", "csv")
     assert time.monotonic() - start < 60
-    assert told == ""
+    assert printed == ""
     assert len(records(output)) == 1000 * 4

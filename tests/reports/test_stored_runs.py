@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli import options
+from cli.settings import Settings
 from helpers.results_files import content, write
 from reports import metrics, stored_runs
 from reports.stored_runs import ResultsError
@@ -200,20 +200,20 @@ def test_missing_file_is_named(tmp_path):
     ],
     ids=str,
 )
-def test_matrix_that_is_none_of_percentages_is_refused(tmp_path, matrix):
+def test_matrix_that_is_none_of_percentages_is_rejected(tmp_path, matrix):
     folder = write(tmp_path / "a", batch=matrix, instance=matrix)
     with pytest.raises(ResultsError, match="is damaged, or not the results of a run"):
         stored_runs.read(folder)
 
 
-def test_matrices_of_different_shapes_are_refused(tmp_path):
+def test_matrices_of_different_shapes_are_rejected(tmp_path):
     with pytest.raises(ResultsError, match="is damaged"):
         stored_runs.read(write(tmp_path / "a", batch=[[1.0]]))
 
 
 @pytest.mark.parametrize("key", ["batch", "instance", "seed", "config"])
 @pytest.mark.parametrize("value", [None, "text", []])
-def test_wrong_shape_is_refused(tmp_path, key, value):
+def test_wrong_shape_is_rejected(tmp_path, key, value):
     with pytest.raises(ResultsError, match="is damaged"):
         stored_runs.read(write(tmp_path / "a", {**content(), key: value}))
     lacking = content()
@@ -222,7 +222,7 @@ def test_wrong_shape_is_refused(tmp_path, key, value):
         stored_runs.read(write(tmp_path / "a", lacking))
 
 
-def test_unfinished_run_is_refused_with_its_last_task(tmp_path):
+def test_unfinished_run_is_rejected_with_its_last_task(tmp_path):
     matrix = [[90.0, 80.0, None], [None, 85.0, None], [None, None, None]]
     folder = write(tmp_path / "a", batch=matrix, instance=matrix)
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_files_of_early_versions_are_read(tmp_path):
         del early["config"][name]
     run = stored_runs.read(write(tmp_path / "a", early))
     assert (run.seed, run.name) == (3, "digits")
-    assert json.loads(run.settings)["norm"] == options.defaults()["norm"]
+    assert json.loads(run.settings)["norm"] == Settings().stored()["norm"]
 
 
 # Grouping
@@ -272,7 +272,7 @@ def test_runs_that_differ_in_a_setting_are_two_groups_with_labels_of_their_own(t
     assert [group.label for group in groups] == ["digits_l2p", "digits_l2p --length 10"]
 
 
-def test_runs_of_the_same_command_are_told_by_the_settings_that_differ(tmp_path):
+def test_runs_of_the_same_command_are_distinguished_by_the_settings_that_differ(tmp_path):
     for name, lr, backbone in (("a", 0.1, "ab"), ("b", 0.2, "ab"), ("c", 0.2, "cd")):
         results = content()
         results["config"]["lr"] = lr  # a configuration file that was edited
@@ -297,7 +297,7 @@ def test_runs_on_other_data_are_other_configurations(tmp_path):
     assert len({group.label for group in groups}) == 2
 
 
-def test_other_images_of_the_same_classes_are_told_by_their_digest(tmp_path):
+def test_other_images_of_the_same_classes_are_distinguished_by_their_digest(tmp_path):
     for number, digest in enumerate(("ab", "ab", "cd")):
         results = content(seed=number)
         results["run"]["train_digest"] = digest
@@ -332,7 +332,7 @@ def test_the_same_run_in_other_words_is_one_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("order", [[[0], [1]], [[1], [0]]])
-def test_class_order_of_a_file_tells_configurations_apart(tmp_path, order):
+def test_class_order_of_a_file_distinguishes_configurations(tmp_path, order):
     for seed, own in enumerate([[[0], [1]], order]):
         results = content(seed=seed, class_order="order.txt") | {"class_order": own}
         write(tmp_path / str(seed), results)

@@ -46,9 +46,9 @@ def prepare(data_path, server):
     """What a reader of a data set does."""
     with one_at_a_time(data_path):
         if not (data_path / "flowers").exists():
-            with new_folder(data_path / "flowers") as workshop:
+            with new_folder(data_path / "flowers") as tmp_dir:
                 url = f"{server.address}/flowers.tgz"
-                unpack(fetch(url, checksum(server), workshop, data_path), workshop)
+                unpack(fetch(url, checksum(server), tmp_dir, data_path), tmp_dir)
 
 
 def prepare_and_log(data_path, server, log):
@@ -165,9 +165,9 @@ def test_permissions_are_those_of_the_umask(tmp_path, umask, archive_mode, kind)
     data_path = tmp_path / "new" / "data"
     before = os.umask(umask)
     try:
-        with one_at_a_time(data_path), new_folder(data_path / "flowers") as workshop:
-            assert stat.S_IMODE(workshop.stat().st_mode) == 0o700
-            unpack(archive, workshop)
+        with one_at_a_time(data_path), new_folder(data_path / "flowers") as tmp_dir:
+            assert stat.S_IMODE(tmp_dir.stat().st_mode) == 0o700
+            unpack(archive, tmp_dir)
     finally:
         os.umask(before)
     for path in (data_path.parent, data_path, *data_path.rglob("*")):
@@ -176,23 +176,23 @@ def test_permissions_are_those_of_the_umask(tmp_path, umask, archive_mode, kind)
     assert content(data_path / "flowers").keys() == {"rose/1.txt", "daisy/1.txt"}
 
 
-def make(workshop, text):
-    (workshop / "flowers").mkdir(parents=True)
-    (workshop / "flowers" / "note").write_text(text)
+def make(tmp_dir, text):
+    (tmp_dir / "flowers").mkdir(parents=True)
+    (tmp_dir / "flowers" / "note").write_text(text)
 
 
 def test_new_folder_after_an_error_leaves_what_was_there(tmp_path):
     make(tmp_path, "old")
-    with pytest.raises(FileExistsError), new_folder(tmp_path / "flowers") as workshop:
-        [make(workshop, "new") for _ in range(2)]
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "flowers") as tmp_dir:
+        [make(tmp_dir, "new") for _ in range(2)]
     assert content(tmp_path) == {"flowers/note": b"old"}
     assert names(tmp_path) == ["flowers"]
 
 
 def test_new_folder_moves_what_was_there_aside(tmp_path, caplog):
     make(tmp_path, "old")
-    with new_folder(tmp_path / "flowers") as workshop:
-        make(workshop, "new")
+    with new_folder(tmp_path / "flowers") as tmp_dir:
+        make(tmp_dir, "new")
         assert content(tmp_path / "flowers") == {"note": b"old"}
     assert content(tmp_path / "flowers") == {"note": b"new"}
     (aside,) = tmp_path.glob("flowers.damaged-*")
@@ -207,8 +207,8 @@ def test_new_folder_moves_a_link_aside_and_not_what_it_names(tmp_path, dangling)
     if not dangling:
         make(tmp_path / "elsewhere", "old")
     (tmp_path / "flowers").symlink_to("elsewhere/flowers")
-    with new_folder(tmp_path / "flowers") as workshop:
-        make(workshop, "new")
+    with new_folder(tmp_path / "flowers") as tmp_dir:
+        make(tmp_dir, "new")
     assert not (tmp_path / "flowers").is_symlink()
     assert content(tmp_path / "flowers") == {"note": b"new"}
     (aside,) = tmp_path.glob("flowers.damaged-*")
@@ -220,8 +220,8 @@ def test_new_folder_moves_a_link_aside_and_not_what_it_names(tmp_path, dangling)
 def test_new_folder_keeps_what_another_process_was_faster_with(tmp_path, damaged):
     if damaged:
         make(tmp_path, "old")
-    with new_folder(tmp_path / "flowers") as workshop:
-        make(workshop, "ours")
+    with new_folder(tmp_path / "flowers") as tmp_dir:
+        make(tmp_dir, "ours")
         if damaged:
             (tmp_path / "flowers").rename(tmp_path / "aside")
         make(tmp_path, "theirs")
@@ -241,15 +241,15 @@ def test_new_folder_removes_old_left_overs_only(tmp_path):
     for name, age in ages.items():
         (tmp_path / name / "part").mkdir(parents=True)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    with new_folder(tmp_path / "flowers") as workshop:
-        make(workshop, "new")
+    with new_folder(tmp_path / "flowers") as tmp_dir:
+        make(tmp_dir, "new")
     assert names(tmp_path) == [".l2p", ".l2p-unfinished-new", "flowers"]
 
 
 # Downloads
 
 
-def test_fetch_refuses_another_checksum(server, tmp_path):
+def test_fetch_rejects_another_checksum(server, tmp_path):
     url, expected = f"{server.address}/flowers.tgz", f"sha256:{'0' * 64}"
     with pytest.raises(ValueError) as caught:
         fetch(url, expected, tmp_path, tmp_path)
@@ -307,7 +307,7 @@ def test_unpack_makes_empty_folders_and_takes_folders_in_any_order(tmp_path, suf
 
 
 @pytest.mark.parametrize("suffix", ["tgz", "zip"])
-def test_unpack_refuses_a_damaged_archive(tmp_path, suffix):
+def test_unpack_rejects_a_damaged_archive(tmp_path, suffix):
     archive = tmp_path / f"archive.{suffix}"
     (write_zip if suffix == "zip" else write_tar)(archive, CONTENTS)
     damaged = bytearray(archive.read_bytes())
@@ -321,7 +321,7 @@ def test_unpack_refuses_a_damaged_archive(tmp_path, suffix):
 
 
 def evil_archives(folder, outside):
-    """Write archives with a member that must be refused; return its name by archive."""
+    """Write archives with a member that must be rejected; return its name by archive."""
     archives = {}
     for i, name in enumerate(["../evil", "flowers/../../evil", f"{outside}/evil"]):
         archives[write_tar(folder / f"{i}.tgz", {**CONTENTS, name: b"evil"})] = name
@@ -340,13 +340,13 @@ def evil_archives(folder, outside):
     return archives
 
 
-def test_unpack_refuses_members_that_leave_the_folder(tmp_path):
+def test_unpack_rejects_members_that_leave_the_folder(tmp_path):
     for name in ("archives", "outside", "data"):
         (tmp_path / name).mkdir()
     for archive, member in evil_archives(tmp_path / "archives", tmp_path / "outside").items():
         target = tmp_path / "data" / "flowers"
-        with pytest.raises(ValueError) as caught, new_folder(target) as workshop:
-            unpack(archive, workshop)
+        with pytest.raises(ValueError) as caught, new_folder(target) as tmp_dir:
+            unpack(archive, tmp_dir)
         assert archive.name in str(caught.value)
         assert repr(member) in str(caught.value)
         assert names(tmp_path) == ["archives", "data", "outside"]

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-import engine
 import main
-import processes
+import utils
 from experiment import checkpoints, resume
 from experiment.signals import EXIT_CODE
 from helpers.process_groups import by_launcher, by_slurm, free_port, together
@@ -28,6 +27,7 @@ from helpers.process_runs import (
     shape,
     step_losses,
 )
+from reports.metrics import SELECTIONS
 
 KILLED = -signal.SIGKILL
 
@@ -45,7 +45,7 @@ def act(name, number, actions, rank, grace=None):
         rank: This process.
         grace: Seconds for which a process may still leave by itself; None: as usual.
     """
-    processes._GRACE = processes._GRACE if grace is None else grace
+    utils._GRACE = utils._GRACE if grace is None else grace
     module, name = name.rsplit(".", 1)
     calls, function = itertools.count(1), getattr(importlib.import_module(module), name)
 
@@ -58,7 +58,7 @@ def act(name, number, actions, rank, grace=None):
 
 
 def impatient(rank):
-    processes._GRACE = 0.5
+    utils._GRACE = 0.5
 
 
 def signal_itself(number):
@@ -98,7 +98,7 @@ def test_several_processes_equal_one(alone, pictures, tmp_path, count, batch, gr
     done = run(tmp_path, count, shape(batch, group, pictures, tmp_path))
     assert done.codes == [0] * count, done.text
     assert_equal_runs(tmp_path, alone(count * batch, group))
-    assert f"{count * batch} images a step, votes of {group}\n" in done.texts[0]
+    assert f"{count * batch} images a step, vote group of {group}\n" in done.texts[0]
     assert f"Processes: {count} on cpu" in done.texts[0]
     assert done.texts[1:] == [""] * (count - 1)  # one process speaks
 
@@ -171,7 +171,7 @@ def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
         assert done.texts[1:] == [""] * (count - 1)
         found.append(results(folder, "eval_results"))
     for other in (results(folder), *found[1:]):
-        for selection in engine.SELECTIONS:
+        for selection in SELECTIONS:
             assert other[selection] == found[0][selection]
         assert_equal_usage(other["prompt_usage"], found[0]["prompt_usage"])
 
@@ -213,7 +213,7 @@ def test_signal_to_one_process_stops_all_and_any_number_goes_on(
     done = go_on(tmp_path, count, pictures)
     assert done.codes == [0] * count, done.text
     assert "task 1, 1 of 2 epochs and 3 steps done" in done.texts[0]
-    assert "4 images a step, votes of 2" in done.texts[0]
+    assert "4 images a step, vote group of 2" in done.texts[0]
     warning = "2 of 4 processes have nothing to train on: 4 images a step are 2 vote groups"
     assert (warning in done.texts[0]) == (count == 4)
     assert_equal_runs(tmp_path, alone(4, 2), stopped=True)
@@ -229,7 +229,7 @@ def test_killed_run_goes_on_in_another_number(alone, pictures, tmp_path):
     done = go_on(tmp_path, 3, pictures, **sizes)
     assert done.codes == [0, 0, 0], done.text
     assert "task 1, 1 of 2 epochs and 1 steps done" in done.texts[0]
-    assert "12 images a step, votes of 3\n" in done.texts[0]
+    assert "12 images a step, vote group of 3\n" in done.texts[0]
     assert "Processes: 3 on cpu" in done.texts[0]
     assert_equal_runs(tmp_path, alone(12, 3), stopped=True)
 
@@ -268,7 +268,7 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize("where", [("experiment.assemble.build_stream", 1), ("engine.evaluate", 2)])
+@pytest.mark.parametrize("where", [("experiment.build.build_stream", 1), ("engine.evaluate", 2)])
 def test_signal_to_one_process_stops_an_evaluation_of_checkpoints(alone, tmp_path, rank, where):
     actions = {rank: partial(signal_itself, signal.SIGTERM)}
     flags = ["--eval", "--output_dir", alone(12, 3), "--device", "cpu", "--num_workers", "0"]
@@ -329,7 +329,7 @@ def test_damaged_image_of_one_process_is_named_by_all(pictures, tmp_path):
     [
         (0, ("engine.train_step", 2)),
         (1, ("engine.train_step", 2)),
-        (0, ("experiment.training_run._finish", 1)),
+        (0, ("experiment.training_run._report", 1)),
     ],
 )
 def test_killed_process_ends_all(pictures, tmp_path, rank, where):
@@ -410,29 +410,29 @@ def _main_each(flags, rank):
 
 def exchange(work, rank):
     """Runs `work(rank)` as one of a group."""
-    place = processes.init_processes("cpu")
-    assert place.rank == processes.rank() == rank
-    assert processes.is_main_process() == (rank == 0)
+    place = utils.init_processes("cpu")
+    assert place.rank == utils.rank() == rank
+    assert utils.is_main_process() == (rank == 0)
     work(rank)
-    processes.close_processes()
+    utils.close_processes()
     assert not torch.distributed.is_initialized()
 
 
 def share_in_turn(rank):
     large = random.Random(0).randbytes(3_000_000)
     for data in (b"", b"\0\xff state", large, b""):
-        assert processes.share_bytes(data if rank == 0 else b"of another process") == data
+        assert utils.share_bytes(data if rank == 0 else b"of another process") == data
 
 
 def sum_in_turn(rank):
-    assert processes.sum_over_processes(torch.tensor([rank, 1.0])).tolist() == [3, 3]
+    assert utils.sum_over_processes(torch.tensor([rank, 1.0])).tolist() == [3, 3]
     given = [torch.arange(6.0).view(2, 3), torch.tensor(4.0)]
     trained = [torch.nn.Parameter(torch.ones_like(value)) for value in given]
     frozen = torch.nn.Parameter(torch.ones(5), requires_grad=False)
     if rank > 0:  # the first has no image
         for parameter, value in zip(trained, given, strict=True):
             parameter.grad = rank * value
-    processes.sum_gradients([trained[0], frozen, trained[1]])
+    utils.sum_gradients([trained[0], frozen, trained[1]])
     for parameter, value in zip(trained, given, strict=True):
         torch.testing.assert_close(parameter.grad, 3 * value)
     assert frozen.grad is None
@@ -445,9 +445,9 @@ def test_three_processes_exchange(tmp_path, work):
 
 
 def join(rank):
-    processes.init_processes("cpu", "env://" if rank == 0 else os.environ["ELSEWHERE"])
-    assert processes.sum_over_processes(torch.ones(1)).item() == 2
-    processes.close_processes()
+    utils.init_processes("cpu", "env://" if rank == 0 else os.environ["ELSEWHERE"])
+    assert utils.sum_over_processes(torch.ones(1)).item() == 2
+    utils.close_processes()
 
 
 def test_processes_meet_where_dist_url_says(tmp_path):
@@ -513,14 +513,14 @@ def without_meeting_point(launch):
     ],
 )  # fmt: skip
 def test_find_launch(environ, expected):
-    launch = processes.find_launch(environ)
+    launch = utils.find_launch(environ)
     assert without_meeting_point(launch) == expected
     if expected is None or not expected[-1]:
         assert launch is None or launch.meeting_point is None
 
 
 def meeting_point(**changes):
-    launch = processes.find_launch({**STEP, **changes})
+    launch = utils.find_launch({**STEP, **changes})
     host, port = re.fullmatch(r"tcp://(.*):(\d+)", launch.meeting_point).groups()
     return host, int(port)
 
@@ -570,9 +570,9 @@ def check_port(rank):
 
 
 def test_init_processes_without_launcher_is_one_process(no_launcher):
-    assert processes.init_processes("cpu") == processes.Processes(0, 1, torch.device("cpu"))
+    assert utils.init_processes("cpu") == utils.Processes(0, 1, torch.device("cpu"))
     assert not torch.distributed.is_initialized()
-    assert processes.is_main_process()
+    assert utils.is_main_process()
 
 
 def test_run_in_an_interactive_shell_of_slurm_is_alone(alone, pictures, tmp_path):
@@ -586,7 +586,7 @@ def test_world_size_is_checked_against_the_launcher(no_launcher, monkeypatch, tm
     for name, value in {**STEP, "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
     argv = ["--world_size", "2", "--device", "cpu", "--data-path", str(tmp_path)]
-    monkeypatch.setattr(processes, "meet", lambda *_: None, raising=False)
+    monkeypatch.setattr(utils, "meet", lambda *_: None, raising=False)
     assert main.main(argv) == 2
     assert "--world_size 2: the launcher started 4 processes" in capsys.readouterr().err
 
@@ -606,13 +606,13 @@ def gpus(monkeypatch):
 
 
 def test_device_auto_is_cpu_without_cuda(no_launcher, no_cuda):
-    assert processes.init_processes("auto").device == torch.device("cpu")
+    assert utils.init_processes("auto").device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_device_cuda_without_cuda_is_an_error(no_launcher, no_cuda, device):
     with pytest.raises(ValueError, match=f"--device {device}: torch finds no CUDA device"):
-        processes.init_processes(device)
+        utils.init_processes(device)
 
 
 @pytest.mark.parametrize(
@@ -622,40 +622,40 @@ def test_device_cuda_without_cuda_is_an_error(no_launcher, no_cuda, device):
 @pytest.mark.parametrize("by_slurm", [False, True])
 def test_device_cuda_follows_local_rank_unless_numbered(gpus, device, local_rank, index, by_slurm):
     gpus(4)
-    launch = processes.Launch(local_rank=local_rank, by_slurm=by_slurm)
-    assert processes.choose_device(device, launch) == torch.device("cuda", index)
+    launch = utils.Launch(local_rank=local_rank, by_slurm=by_slurm)
+    assert utils.choose_device(device, launch) == torch.device("cuda", index)
 
 
 def test_device_of_a_task_that_sees_one_gpu_is_the_first(gpus):
     gpus(1)
-    launch = processes.Launch(rank=3, world_size=4, local_rank=3, by_slurm=True)
+    launch = utils.Launch(rank=3, world_size=4, local_rank=3, by_slurm=True)
     for device in ("cuda", "auto"):
-        assert processes.choose_device(device, launch) == torch.device("cuda", 0)
+        assert utils.choose_device(device, launch) == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(("count", "by_slurm"), [(2, False), (2, True), (1, False)])
 def test_device_beyond_the_gpus_is_an_error(gpus, count, by_slurm):
     gpus(count)
     with pytest.raises(ValueError, match=f"process 3 asks for GPU 3 of {count}"):
-        processes.choose_device("cuda", processes.Launch(local_rank=3, by_slurm=by_slurm))
+        utils.choose_device("cuda", utils.Launch(local_rank=3, by_slurm=by_slurm))
 
 
 def test_numbered_device_beyond_the_gpus_is_an_error(gpus):
     gpus(2)
     with pytest.raises(ValueError, match="--device cuda:2: process 0 asks for GPU 2 of 2"):
-        processes.choose_device("cuda:2")
+        utils.choose_device("cuda:2")
 
 
 def test_device_cpu_ignores_gpus(gpus):
     gpus(2)
-    launch = processes.Launch(local_rank=3)
-    assert processes.choose_device("cpu", launch) == torch.device("cpu")
+    launch = utils.Launch(local_rank=3)
+    assert utils.choose_device("cpu", launch) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "meta", "mps", "cuda:", "cuda:-1", ""])
 def test_device_of_unknown_name_is_a_value_error(no_launcher, device):
     with pytest.raises(ValueError, match=f"--device {device} is unknown"):
-        processes.init_processes(device)
+        utils.init_processes(device)
 
 
 # One process alone
@@ -663,13 +663,13 @@ def test_device_of_unknown_name_is_a_value_error(no_launcher, device):
 
 def test_sums_of_a_single_process_change_nothing():
     parameter = torch.nn.Parameter(torch.ones(2))
-    assert processes.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    processes.sum_gradients([parameter])
+    assert utils.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
+    utils.sum_gradients([parameter])
     assert parameter.grad is None
-    assert processes.share_bytes(b"state") == b"state"
+    assert utils.share_bytes(b"state") == b"state"
 
 
 def test_nobody_else_ends(no_launcher):
-    processes.announce_end(1, "boom")
-    assert processes.announced_end(wait=0.0) is None
-    processes.close_processes()
+    utils.announce_end(1, "boom")
+    assert utils.announced_end(wait=0.0) is None
+    utils.close_processes()

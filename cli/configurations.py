@@ -1,0 +1,114 @@
+"""Configurations: YAML files of settings, those of configs/ and people's own.
+
+A key of a configuration is a flag without its dashes and is read by the same rules. A full
+configuration describes an experiment; an overlay changes a few settings of the one before it.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cli.paths import ROOT
+
+CONFIG_DIR = ROOT / "configs"
+
+#: What the first line of an overlay begins with.
+_OVERLAY = "Overlay: "
+
+
+def names() -> list[str]:
+    """Names of the configurations that ship with the program."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def is_file_name(word: str) -> bool:
+    """Whether it names a configuration of one's own."""
+    return word.endswith((".yaml", ".yml"))
+
+
+def load(name: str) -> dict[str, Any]:
+    """The content of a configuration.
+
+    Args:
+        name: Name of a configuration that ships with the program, or path to a .yaml file.
+
+    Raises:
+        ValueError: If there is none, it is no YAML, or a key stands in it twice.
+    """
+    path = Path(name).expanduser() if is_file_name(name) else CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name.lower(), names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"{name!r} is neither a configuration nor the value of a flag: {hint}"
+            "--list shows the configurations; a file of your own must end in .yaml"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold `name: value` lines")
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if twice := sorted(_set_twice(yaml.compose(text, Loader=yaml.SafeLoader))):
+        raise ValueError(f"{path} sets {', '.join(twice)} twice: once is enough")
+    return content
+
+
+def problems_of_order(given: Sequence[str]) -> Iterator[str]:
+    """Problems of configurations on one command line, merged left to right."""
+    known = names()
+    shipped = [(name, _is_overlay(name)) for name in given if name in known]
+    for (name, is_overlay), (behind, is_behind_overlay) in itertools.pairwise(shipped):
+        if is_overlay and not is_behind_overlay:
+            yield f"{name} is an overlay: put it behind {behind}, which would overwrite it"
+    full = [name for name, is_overlay in shipped if not is_overlay]
+    if len(full) > 1:
+        yield (
+            f"{' and '.join(full)} are full configurations, of which a run has one: leave all but "
+            "one out (--list shows which ones are overlays)"
+        )
+
+
+def list_text() -> str:
+    """Every configuration that ships with the program, overlays last, with a line about it."""
+    lines = {name: _first_line(name) for name in names()}
+    overlays = {name: line for name, line in lines.items() if line.startswith(_OVERLAY)}
+    width = max(map(len, lines)) + 2
+    return "\n".join(
+        [
+            "Configurations (python main.py CONFIG):",
+            *(f"  {name:{width}}{line}" for name, line in lines.items() if name not in overlays),
+            "",
+            "Overlays (python main.py CONFIG OVERLAY ...):",
+            *(f"  {n:{width}}{line.removeprefix(_OVERLAY)}" for n, line in overlays.items()),
+        ]
+    )
+
+
+def to_yaml(settings: dict[str, Any]) -> str:
+    """Settings as a configuration that gives the same values again."""
+    return yaml.safe_dump(settings, sort_keys=True, default_flow_style=None)
+
+
+def _set_twice(node: yaml.Node | None) -> set[str]:
+    """Keys that a YAML mapping, or one in it, has twice; its reader would take the last."""
+    if not isinstance(node, yaml.MappingNode):
+        return set()
+    keys = [str(key.value).replace("-", "_") for key, _ in node.value]
+    twice = {key for key in keys if keys.count(key) > 1}
+    return twice.union(*(_set_twice(value) for _, value in node.value))
+
+
+def _is_overlay(name: str) -> bool:
+    return _first_line(name).startswith(_OVERLAY)
+
+
+def _first_line(name: str) -> str:
+    """What a configuration says of itself."""
+    with (CONFIG_DIR / f"{name}.yaml").open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
