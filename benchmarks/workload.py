@@ -32,7 +32,6 @@ from experiment.precision import AMP_DTYPES
 from experiment.validate import validate
 from training.evaluation import evaluate
 from training.losses import class_mask
-from training.state import Run
 from utils import Processes, find_launch, init_processes
 from vision_transformer import PromptedVisionTransformer
 
@@ -183,14 +182,7 @@ class Ours:
     def __init__(self, workload: Workload) -> None:
         self.run = main.assemble(workload.settings, workload.processes)
         self.model, self.options = self.run.model, self.run.options
-        self.loop = Run(
-            options=self.options,
-            train_loader=self.run.train_loader,
-            test_loader=self.run.test_loader,
-            make_optimizer=self.run.make_optimizer,
-            make_scheduler=self.run.make_scheduler,
-            matrices=self.run.record.matrices,
-        )
+        self.loop = self.run.loop()
         self.update = engine.make_update(self.model, self.loop)
         task = self.run.stream.tasks[0]
         mask = class_mask(task.classes, self.model.num_classes, workload.device)

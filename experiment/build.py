@@ -30,7 +30,7 @@ from model.weights import load_backbone_file
 from prompt import find_selection_rule
 from reports import metrics
 from reports.metrics import SELECTIONS
-from training.state import EngineOptions, Scheduler
+from training.state import EngineOptions, Monitor, Run, Scheduler
 from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
@@ -72,15 +72,19 @@ class Experiment:
         """Indices of the images in the buffer, as checkpoints store them; None without one."""
         return None if self.buffer is None else torch.from_numpy(self.buffer.indices)
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """A fresh optimizer over the trainable parameters."""
+    def loop(self, monitor: Monitor | None = None) -> Run:
+        """What the functions of `engine.py` need beside model, tasks and state."""
         optimizer = self.settings.optimizer
-        return make_optimizer(optimizer, self.model, optimizer.learning_rate(self.global_batch))
-
-    @property
-    def make_scheduler(self) -> Callable[[torch.optim.Optimizer], Scheduler | None]:
-        """Makes the learning rate schedule of one task."""
-        return partial(make_scheduler, self.settings.optimizer)
+        lr = optimizer.learning_rate(self.global_batch)
+        return Run(
+            options=self.options,
+            train_loader=self.train_loader,
+            test_loader=self.test_loader,
+            make_optimizer=partial(make_optimizer, optimizer, self.model, lr),
+            make_scheduler=partial(make_scheduler, optimizer),
+            matrices=self.record.matrices,
+            monitor=monitor or Monitor(),
+        )
 
 
 def build_stream(

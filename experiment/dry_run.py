@@ -11,7 +11,7 @@ from experiment import describe, run_record
 from experiment.build import Experiment
 from experiment.resume import SavedRun
 from training.evaluation import evaluate
-from training.state import Loader, Run, TrainState
+from training.state import Loader, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,7 @@ def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
     if experiment.buffer is not None and task.index == 0:  # the next one takes more memory
         experiment.buffer.add(task.data.indices)
         task = tasks[1]
-    run = Run(
-        options=experiment.options,
-        train_loader=experiment.train_loader,
-        test_loader=experiment.test_loader,
-        make_optimizer=experiment.make_optimizer,
-        make_scheduler=experiment.make_scheduler,
-        matrices=experiment.record.matrices,
-    )
+    run = experiment.loop()
     update = engine.make_update(experiment.model, run)
     start = time.monotonic()
     loader, state = FirstBatch(experiment.train_loader(task)), TrainState(task.index)

@@ -21,7 +21,7 @@ from experiment.checkpoints import Checkpoint, CheckpointError
 from experiment.provenance import check_same_run, same_value
 from model import backbone
 from reports import files, metrics
-from training.state import Run, TaskReport, TrainState
+from training.state import TaskReport, TrainState
 from utils import is_main_process
 
 logger = logging.getLogger(__name__)
@@ -163,14 +163,7 @@ def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
         CheckpointError: If a checkpoint does not belong to the others.
         WeightsError: If it does not fit the model.
     """
-    engine_run = Run(
-        options=run.options,
-        train_loader=run.train_loader,
-        test_loader=run.test_loader,
-        make_optimizer=run.make_optimizer,
-        make_scheduler=run.make_scheduler,
-        matrices=run.record.matrices,
-    )
+    engine_run = run.loop()
     for number, path in paths.items():
         checkpoint = checkpoints.load(path)
         _check_belongs(run, checkpoint, number, path)

@@ -53,15 +53,7 @@ def recorded(
     start = time.monotonic()
     with closing(_open_live_log(experiment, saved)) as live:
         checkpointer = Checkpointer(experiment, output_dir, signals, saved, live)
-        run = Run(
-            options=experiment.options,
-            train_loader=experiment.train_loader,
-            test_loader=experiment.test_loader,
-            make_optimizer=experiment.make_optimizer,
-            make_scheduler=experiment.make_scheduler,
-            matrices=experiment.record.matrices,
-            monitor=checkpointer,
-        )
+        run = experiment.loop(checkpointer)
         with signals.deferred():
             try:
                 yield run

@@ -243,7 +243,8 @@ def test_signal_before_anything_is_trained_leaves_at_once(
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [(utils, "log_to_file"), (describe, "describe"), (training_run, "Run")]
+    ("place", "name"),
+    [(utils, "log_to_file"), (describe, "describe"), (training_run, "Checkpointer")],
 )
 def test_signal_in_the_first_moments_leaves_at_once(
     command, whole, tmp_path, monkeypatch, place, name
