@@ -125,14 +125,14 @@ def evaluate(settings: Settings, session: Session) -> int:
     """Evaluates the checkpoints of a run; returns the exit code."""
     from experiment import evaluate_checkpoints
 
-    first = evaluate_checkpoints.first_checkpoint(settings)
+    first = session.stored.first
     experiment = assemble(
         settings,
         session.processes,
         task_classes=first.class_order,
         weights_follow=evaluate_checkpoints.has_whole_model(settings, first),
     )
-    return evaluate_checkpoints.evaluate_and_report(experiment)
+    return evaluate_checkpoints.evaluate_and_report(experiment, session.stored.paths)
 
 
 def assemble(

@@ -6,6 +6,7 @@ where the data are now and how to compute. Checkpoints of l2p-pytorch evaluate t
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,34 @@ _FROM_ORIGINAL = (
 )  # fmt: skip
 
 
-def find_checkpoints(settings: Settings) -> dict[int, Path]:
-    """The checkpoints that `--eval` evaluates, by task number (1-based), ascending.
+@dataclass(frozen=True)
+class StoredRun:
+    """What `--eval` evaluates.
+
+    Attributes:
+        paths: Checkpoints by task number (1-based), ascending.
+        first: The first of them.
+    """
+
+    paths: dict[int, Path]
+    first: Checkpoint
+
+
+def find(settings: Settings) -> StoredRun:
+    """The checkpoints that `--eval` evaluates.
 
     Raises:
         UsageError: If there is none.
-        CheckpointError: If the one that `--checkpoint` names is missing or damaged.
+        CheckpointError: If the first, or the one that `--checkpoint` names, is missing or damaged.
     """
     if settings.run.checkpoint is not None:
         path = Path(settings.run.checkpoint)
-        return {checkpoints.load(path).task: path}
+        first = checkpoints.load(path)
+        return StoredRun({first.task: path}, first)
     if settings.output_folder is None:
         raise UsageError(["--eval needs --output_dir, the folder of the run, or --checkpoint"])
-    found = checkpoints.find(settings.output_folder)
-    if not found:
+    paths = checkpoints.find(settings.output_folder)
+    if not paths:
         folder = settings.output_folder / "checkpoint"
         raise UsageError(
             [
@@ -65,23 +80,7 @@ def find_checkpoints(settings: Settings) -> dict[int, Path]:
                 "task2_checkpoint.pth, ...; name the run's --output_dir"
             ]
         )
-    return found
-
-
-def first_checkpoint(settings: Settings) -> Checkpoint:
-    """The first of the checkpoints that `--eval` evaluates; raises as `find_checkpoints`."""
-    return checkpoints.load(next(iter(find_checkpoints(settings).values())))
-
-
-def adopt_settings(settings: Settings) -> Settings:
-    """Settings of the run that is evaluated, with what the command line may change.
-
-    Raises:
-        UsageError: If there is no checkpoint, or the command line contradicts it, with every
-            contradiction.
-        CheckpointError: If the checkpoint, or the settings in it, are damaged.
-    """
-    return adopt(settings, first_checkpoint(settings))
+    return StoredRun(paths, checkpoints.load(next(iter(paths.values()))))
 
 
 def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
@@ -133,14 +132,17 @@ def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     return not (settings.prompts.prompt_pool and build.backbone_trains(settings))
 
 
-def evaluate_and_report(experiment: Experiment) -> int:
-    """Evaluates the checkpoints that the settings name, prints and writes the results.
+def evaluate_and_report(experiment: Experiment, paths: dict[int, Path]) -> int:
+    """Evaluates checkpoints, prints and writes the results.
+
+    Args:
+        experiment: The assembled run.
+        paths: Checkpoints by task number.
 
     Returns:
         The exit code: 1 if checkpoints of the run are missing.
     """
     settings = experiment.settings
-    paths = find_checkpoints(settings)
     describe.describe_evaluation(experiment)
     evaluate_checkpoints(experiment, paths)
     logger.info("%s", experiment.record.table())

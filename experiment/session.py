@@ -15,6 +15,7 @@ from continual_dataloader import LostWorkerError
 from continual_datasets.images import DataError
 from experiment import evaluate_checkpoints, signals
 from experiment.checkpoints import CheckpointError
+from experiment.evaluate_checkpoints import StoredRun
 from experiment.signals import Preempted, StopSignals
 from experiment.validate import validate
 from model.weights import WeightsError
@@ -38,9 +39,11 @@ class Session:
     Attributes:
         code: Exit code, after the context.
         processes: This process among all, after `begin`.
+        stored: With `--eval`, the checkpoints to evaluate, after `begin`.
     """
 
     processes: Processes
+    stored: StoredRun
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
@@ -63,7 +66,8 @@ class Session:
         self.signals.listen()
         utils.meet(settings.run.dist_url)
         if settings.run.eval and not problems:
-            settings = evaluate_checkpoints.adopt_settings(settings)
+            self.stored = evaluate_checkpoints.find(settings)
+            settings = evaluate_checkpoints.adopt(settings, self.stored.first)
         validate(settings, problems)
         self.processes = utils.init_processes(settings.run.device)
         utils.setup_logging()
