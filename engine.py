@@ -186,7 +186,7 @@ def train_step(
     norm = update.step(sums[0])
     if model.prompt is not None:
         model.prompt.count_served(torch.where(update.sound, sums[4:], 0))
-    model.observe(torch.where(update.sound, features, 0), batch[1])
+    model.observe(features, batch[1], update.sound)
     return torch.cat([sums[:4], norm[None]])
 
 

@@ -168,18 +168,18 @@ class PromptedVisionTransformer(nn.Module):
             return self._query(*self._embed(self._query_vit(), images))
 
     @torch.no_grad()
-    def observe(self, features: Tensor, targets: Tensor) -> None:
+    def observe(self, features: Tensor, targets: Tensor, sound: Tensor) -> None:
         """Shows a training batch to a head that learns without gradients, if it is one.
 
-        Called after every step in every process, so that the head may sum over processes; after a
-        loss that is not finite the features are zeros.
+        Called after every step in every process, so that the head may sum over processes.
 
         Args:
             features: Pooled features of this process's images, (B, D); B may be 0.
             targets: Class ids, (B,).
+            sound: Whether every loss so far was finite, bool (); the head sees zeros otherwise.
         """
         if callable(observe := getattr(self.head, "observe", None)):
-            observe(features, targets)
+            observe(torch.where(sound, features, 0), targets)
 
     def train(self, mode: bool = True) -> "PromptedVisionTransformer":
         """Sets the mode; the copy that gives the query always stays in evaluation mode."""
