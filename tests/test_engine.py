@@ -332,6 +332,35 @@ def test_step_of_a_non_finite_loss_counts_nothing(value, clip_grad):
     assert model.prompt.served_now.tolist() == count_by_hand(model, loader.batches[:1])
 
 
+class Counting(torch.nn.Linear):
+    """A head that adds up the features that it observes."""
+
+    def observe(self, features, targets):
+        self.seen = getattr(self, "seen", 0) + features.sum(dim=0)
+        self.targets = [*getattr(self, "targets", []), *targets.tolist()]
+
+
+def test_head_observes_features_and_targets_of_every_step():
+    model = make_model({})
+    model.head = Counting(model.width, model.num_classes)
+    loader = Loader(*data(FIRST, 10))
+    train_epoch(model, loader, FIRST, OPTIONS, lr=0.0)
+    expected = sum(model(x, vote_group_size=4)["pre_logits"].sum(dim=0) for x, _ in loader)
+    assert torch.allclose(model.head.seen, expected, atol=1e-4)
+    assert model.head.targets == [class_id for _, y in loader for class_id in y.tolist()]
+
+
+def test_head_observes_zeros_from_a_non_finite_loss_on():
+    model = make_model({})
+    model.head = Counting(model.width, model.num_classes)
+    loader = Loader(*data(FIRST, 12))
+    first = model.train()(loader.batches[0][0], task_id=0, vote_group_size=4)["pre_logits"]
+    spoiled = Spoiled(model, call=2, value=float("nan"))
+    with pytest.raises(NonFiniteLossError):
+        train_epoch(spoiled, loader, FIRST, replace(OPTIONS, read_every=3), lr=0.0)
+    assert torch.allclose(model.head.seen, first.sum(dim=0), atol=1e-4)
+
+
 # One epoch
 
 
