@@ -26,8 +26,13 @@ def names() -> list[str]:
 
 
 def is_file_name(word: str) -> bool:
-    """Whether it names a configuration of one's own."""
+    """Whether a word is the path of a configuration of one's own."""
     return word.endswith((".yaml", ".yml"))
+
+
+def exists(name: str) -> bool:
+    """Whether there is a configuration of that name, or a file at that path."""
+    return _path(name).is_file()
 
 
 def load(name: str) -> dict[str, Any]:
@@ -37,12 +42,14 @@ def load(name: str) -> dict[str, Any]:
         name: Name of a configuration that ships with the program, or path to a .yaml file.
 
     Raises:
-        ValueError: If there is none, it is no YAML, or a key stands in it twice.
+        ValueError: If there is none, it is no YAML, or it sets a key twice.
     """
-    path = Path(name).expanduser() if is_file_name(name) else CONFIG_DIR / f"{name}.yaml"
+    path = _path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name.lower(), names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
+        if is_file_name(name):
+            raise ValueError(f"there is no file {path}: {hint}--list shows the configurations")
         raise ValueError(
             f"{name!r} is neither a configuration nor the value of a flag: {hint}"
             "--list shows the configurations; a file of your own must end in .yaml"
@@ -93,6 +100,10 @@ def list_text() -> str:
 def to_yaml(settings: dict[str, Any]) -> str:
     """Settings as a configuration that gives the same values again."""
     return yaml.safe_dump(settings, sort_keys=True, default_flow_style=None)
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser() if is_file_name(name) else CONFIG_DIR / f"{name}.yaml"
 
 
 def _set_twice(node: yaml.Node | None) -> set[str]:

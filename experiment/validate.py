@@ -10,6 +10,7 @@ from pathlib import Path
 import timm.optim
 
 import utils
+from cli import configurations
 from cli.parser import UsageError, shown
 from cli.settings import OptimizerSettings, Settings, find_flag
 from continual_datasets import device_transforms, transforms
@@ -178,6 +179,8 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
         yield str(error)
         return
     yield from scenario.problems()
+    if not all(map(configurations.exists, settings.given.configurations)):
+        return  # the missing configuration may name other data
     if elsewhere:
         if tasks.scenario != "domain-incremental":  # its tasks are folders
             with suppress(ValueError):

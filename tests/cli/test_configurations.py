@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from cli import configurations
-from cli.parser import parse
+from cli.parser import UsageError, parse
+from experiment.validate import validate
 
 
 def problems_of(*argv):
@@ -40,13 +41,21 @@ def test_misspelled_configuration_is_guessed(name):
 
 def test_missing_file_is_named(tmp_path):
     (problem,) = problems_of(tmp_path / "own.yaml")
-    assert problem.startswith(f"'{tmp_path / 'own.yaml'}' is neither a configuration nor")
+    assert problem.startswith(f"there is no file {tmp_path / 'own.yaml'}: ")
 
 
 def test_file_is_found_from_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "own.yaml", "size: 3\n")
     assert configurations.load("~/own.yaml") == {"size": 3}
+
+
+def test_data_are_not_checked_where_a_configuration_is_missing():
+    for word in ("digit_l2p", "own.yaml"):
+        with pytest.raises(UsageError) as caught:
+            validate(*parse([word]))
+        (problem,) = caught.value.problems
+        assert word in problem
 
 
 # Content
