@@ -8,6 +8,7 @@ Namespace) are read too: the Namespace is taken as plain values.
 import argparse
 import hashlib
 import io
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,6 +162,8 @@ def _read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
         reason = utils.reason(error)
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises unsafe loading
+            reason = "it does not hold tensors and plain values alone, as torch.save writes them"
         raise CheckpointError(f"{source} is damaged or is no checkpoint: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{source} is no L2P checkpoint: it holds no `model` state dict")

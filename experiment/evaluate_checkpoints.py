@@ -237,7 +237,9 @@ def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
         stored = metrics.from_lists(rows)[:, number - 1]
         found = run.record.matrices[name][:, number - 1]
         if np.array_equal(stored, found, equal_nan=True):
-            logger.info("Reproduces the stored accuracies (%s)", name)
+            logger.info("Reproduces the stored accuracies (%s-wise)", name)
         else:
             worst = np.nanmax(np.abs(stored - found))
-            logger.warning("Differs from the stored accuracies (%s) by up to %.4f", name, worst)
+            logger.warning(
+                "Differs from the stored accuracies (%s-wise) by up to %.4f", name, worst
+            )

@@ -281,7 +281,9 @@ def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[s
     try:
         build.make_optimizer(settings.optimizer, model, lr=settings.optimizer.lr)
     except Exception as error:  # timm's optimizers check their settings in many ways
-        yield f"--opt {settings.optimizer.opt} does not take its settings: {utils.reason(error)}"
+        opt, betas = settings.optimizer.opt, settings.optimizer.opt_betas
+        given = f"--opt {opt}" if betas is None else f"--opt {opt} --opt-betas {shown(betas)}"
+        yield f"{given}: the optimizer rejects its settings: {utils.reason(error)}"
 
 
 def _processes(settings: Settings) -> Iterator[str]:

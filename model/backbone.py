@@ -4,6 +4,7 @@ Source of the default: l2p-pytorch loads Google's `ViT-B_16.npz` (ImageNet-21k, 
 fine-tuned) under the name `vit_base_patch16_224`. In timm 1.x that bare name means another network.
 """
 
+import difflib
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,4 +133,8 @@ def _why_not_built(name: str, pretrained: bool, error: Exception) -> str:
             f"timm could not fetch the weights of --model {resolve_name(name)}: {error}. Without a "
             "network give a local file: --pretrained PATH (.npz, .safetensors, .pth or .bin)"
         )
-    return f"timm cannot build --model {name} as a plain ViT (vit_*, deit_*): {error}"
+    known = timm.list_models(["vit_*", "deit_*"])
+    bare = name.partition(".")[0]
+    near = [] if timm.is_model(bare) else difflib.get_close_matches(bare, known, n=3)
+    hint = f": did you mean {', '.join(near)}?" if near else ""
+    return f"timm cannot build --model {name} as a plain ViT (vit_*, deit_*): {error}{hint}"
