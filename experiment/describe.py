@@ -15,7 +15,7 @@ from model import backbone
 #: Characters of a long list that the summary shows.
 _WIDTH = 60
 
-#: How the summary calls parameters whose names start so.
+#: Names of parts in the summary, by the prefix of their parameters.
 _PARTS = {"prompt.prompt_key": "keys", "prompt.prompt": "prompts"}
 
 #: What a folder of results holds, in the order in which people look at it.
@@ -71,11 +71,11 @@ def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> No
 
     Args:
         output_dir: Folder of the run.
-        seconds: Wall time of each stage.
-        total: Wall time of this start of the program.
+        seconds: Wall time of each stage; training and evaluation of all starts of the run.
+        total: Wall time since this start of the program; a resumed run has several starts.
     """
     stages = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
-    logger.info("Time: %s; this start took %s", stages, _duration(total))
+    logger.info("Time: %s; in total since this start %s", stages, _duration(total))
     folder = shlex.quote(str(output_dir))
     lines = [
         f"  {name:15s}{text.format(folder=folder)}"
@@ -84,7 +84,7 @@ def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> No
     ]
     logger.info("%s", "\n".join([f"Written to {output_dir}:", *lines]))
     logger.info("Compare runs:   python summarize.py %s OTHER_FOLDER ...", folder)
-    logger.info("Evaluate again: bash train.sh --eval --output_dir %s", folder)
+    logger.info("Evaluate again: python main.py --eval --output_dir %s", folder)
 
 
 def _log_lines(title: str, lines: Mapping[str, str]) -> None:
@@ -157,7 +157,7 @@ def _trained(run: Experiment) -> str:
     sizes = Counter[str]()
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
-            module = name.split(".")[0]
+            module = name.removeprefix("prompt.").split(".")[0]
             part = next((p for start, p in _PARTS.items() if name.startswith(start)), module)
             sizes[part] += parameter.numel()
     parts = ", ".join(f"{part} {size}" for part, size in sizes.items())

@@ -46,15 +46,15 @@ def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
     test_set = experiment.stream.test_sets[0]
     evaluate(experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run)
     logger.info(
-        "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; there are "
-        "no results of it. Without --dry_run it begins",
+        "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; no results "
+        "were written. Leave --dry_run out to start the run",
         stats["Loss"],
         trained - start,
         time.monotonic() - trained,
     )
     folder = experiment.settings.output_folder
     if saved is None and folder is not None and run_record.earlier_files(folder):
-        logger.info("The earlier results in %s would move to previous/", folder)
+        logger.info("The run would move the earlier results in %s to previous/", folder)
 
 
 class FirstBatch:

@@ -74,10 +74,12 @@ def find(settings: Settings) -> StoredRun:
     paths = checkpoints.find(settings.output_folder)
     if not paths:
         folder = settings.output_folder / "checkpoint"
+        seeds = sorted(path.parent for path in settings.output_folder.glob("seed*/checkpoint"))
+        example = f", such as {seeds[0]}" if seeds else ""
         raise UsageError(
             [
                 f"--eval finds no checkpoint in {folder}: expected task1_checkpoint.pth, "
-                "task2_checkpoint.pth, ...; name the run's --output_dir"
+                f"task2_checkpoint.pth, ...; name the run's --output_dir{example}"
             ]
         )
     return StoredRun(paths, checkpoints.load(next(iter(paths.values()))))

@@ -432,6 +432,9 @@ def test_eval_says_which_checkpoint_is_missing(trained, tmp_path, capsys):
 def test_eval_without_checkpoints_is_refused(tmp_path, capsys):
     assert main.main(["--eval", "--output_dir", str(tmp_path)]) == 2
     assert "finds no checkpoint" in capsys.readouterr().err
+    (tmp_path / "seed7" / "checkpoint").mkdir(parents=True)
+    assert main.main(["--eval", "--output_dir", str(tmp_path)]) == 2
+    assert f"such as {tmp_path / 'seed7'}\n" in capsys.readouterr().err
 
 
 def test_eval_of_damaged_checkpoint_names_the_file(trained, tmp_path, capsys):

@@ -3,10 +3,12 @@
 import re
 
 import pytest
+from torch import nn
 
 import main
 from experiment import describe
 from helpers.tiny_flags import TINY
+from prompt import SELECTION_RULES, Prompt
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -107,6 +109,17 @@ def test_evaluation_tells_what_it_evaluates(image_folder, tmp_path, capsys):
     assert "Trains" not in lines(text)
 
 
+def test_start_counts_modules_of_a_selection_rule_by_name(said, monkeypatch):
+    class Projected(Prompt):
+        def __init__(self, settings, embed_dim):
+            super().__init__(settings, embed_dim)
+            self.projection = nn.Linear(embed_dim, embed_dim, bias=False)
+
+    monkeypatch.setitem(SELECTION_RULES, "projected", Projected)
+    text = lines(said("--diversify", "projected"))["Trains"]
+    assert text.endswith("(prompts 128, keys 64, projection 256, head 68)")
+
+
 def test_start_names_the_configurations(capsys, tmp_path):
     argv = ["digits_l2p", "single_prompt", "--dry_run", "--output_dir", str(tmp_path / "out")]
     assert main.main([*argv, "--device", "cpu"]) == 0
@@ -126,7 +139,7 @@ def test_end_tells_where_everything_lies(image_folder, tmp_path, capsys):
     end = text[text.index("Time: ") :]
     stages = re.match(
         r"Time: training [\d.]+ s, evaluation [\d.]+ s, loading [\d.]+ s, saving [\d.]+ s, "
-        r"figures [\d.]+ s; this start took ([\d.]+) s\n",
+        r"figures [\d.]+ s; in total since this start ([\d.]+) s\n",
         end,
     )
     assert float(stages[1]) > 0
@@ -134,7 +147,7 @@ def test_end_tells_where_everything_lies(image_folder, tmp_path, capsys):
     assert f"Written to {folder}:\n" in end
     assert sorted(named) == sorted(path.name for path in folder.iterdir())
     assert f"python main.py '{folder}'/config.yaml runs it again" in end
-    assert end.endswith(f"Evaluate again: bash train.sh --eval --output_dir '{folder}'\n")
+    assert end.endswith(f"Evaluate again: python main.py --eval --output_dir '{folder}'\n")
 
 
 @pytest.mark.parametrize(

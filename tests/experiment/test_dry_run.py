@@ -62,7 +62,10 @@ def test_dry_run_tries_every_kind_of_run(command, flags, size, monkeypatch, tmp_
 def test_dry_run_tells_that_earlier_results_would_move(command, tmp_path, capsys):
     assert main.main([*command, "--epochs", "1"]) == 0
     assert main.main([*command, "--dry_run"]) == 0
-    assert f"The earlier results in {tmp_path / 'out'} would move" in capsys.readouterr().out
+    assert (
+        f"would move the earlier results in {tmp_path / 'out'} to previous/"
+        in capsys.readouterr().out
+    )
 
 
 def test_dry_run_writes_nothing(command, tmp_path):
