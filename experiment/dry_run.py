@@ -46,8 +46,8 @@ def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
     test_set = experiment.stream.test_sets[0]
     evaluate(experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run)
     logger.info(
-        "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; no results "
-        "were written. Leave --dry_run out to start the run",
+        "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; no "
+        "results were written. Leave --dry_run out to start the run",
         stats["Loss"],
         trained - start,
         time.monotonic() - trained,
