@@ -99,7 +99,7 @@ def train_one_epoch(
         update: Updates the trainable parameters.
         task: The task, for its class mask and prompt mask.
         state: Which epoch, and from which step on; kept up to date.
-        run: Its options and monitor count.
+        run: Its options and its monitor.
 
     Returns:
         Averages over the epoch: `Lr`, `Loss` (mean over batches, pull term included), `Acc@1` and
@@ -141,11 +141,12 @@ def train_one_epoch(
 
 
 class StepTarget(NamedTuple):
-    """What a training step aims at, beside its batch.
+    """What a training step needs besides its batch.
 
     Attributes:
         task_id: 0-based number of the task.
-        allowed: Which classes may be predicted, bool (C,); None: all. Any for replayed images.
+        allowed: Which classes may be predicted, bool (C,); None: all. Replayed images
+            may be predicted as any class.
         global_size: Images of all processes in this step.
         stop: Whether this process was asked to stop.
     """
@@ -173,7 +174,7 @@ def train_step(
         batch: This process's images (B, 3, S, S) and targets (B,), on the device, and which of them
             are replayed (B,), if any are; B may be 0.
         target: Task, class mask, size of the whole step.
-        options: See there.
+        options: See `EngineOptions`.
 
     Returns:
         Loss, correct@1 and correct@5 over all processes, how many of them were asked to stop, and
@@ -204,7 +205,7 @@ def evaluate_till_now(
         task: The task that was learned last.
         state: Which test sets are evaluated already; kept up to date.
         update: For the state that is saved between two test sets; None: nothing is saved.
-        run: Its loaders, matrices (column `task.index` is filled) and monitor count.
+        run: Its loaders, its monitor, and its matrices, of which column `task.index` is filled.
 
     Returns:
         One evaluation for each test set, in order; none where the task has no test sets.
@@ -341,8 +342,8 @@ def _begin_prompts(model: PromptedVisionTransformer, task_id: int, options: Engi
 def _continue_schedule(update: OptimizerStep, state: TrainState, run: Run) -> Scheduler | None:
     """The schedule of a task after its finished epochs; loads the optimizer of a resumed run.
 
-    A schedule follows from the accuracies of the epochs alone, so these are replayed: the state
-    dicts of timm's schedulers are incomplete.
+    The state dicts of timm's schedulers are incomplete, so the schedule is stepped through the
+    finished epochs again; it depends on their number and accuracies alone.
     """
     stored = state.take_optimizer()
     if stored is not None and not state.inside_task:

@@ -3,8 +3,8 @@
     python main.py [CONFIG ...] [--flags]
     python -m torch.distributed.launch --nproc_per_node=N --use_env main.py [CONFIG ...] [--flags]
 
-Exit code: 0 done, 1 error (message on stderr), 2 rejected command line, 75 stopped by a signal,
-`--resume auto` resumes the run, 130 interrupted.
+Exit code: 0 done, 1 error (message on stderr), 2 rejected command line, 75 stopped by a signal
+(`--resume auto` resumes the run), 130 interrupted.
 
 torch and timm take seconds to import, so they are imported where a run needs them: `--help` and
 `--list` answer without them.

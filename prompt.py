@@ -48,7 +48,7 @@ class Prompt(nn.Module):
     """A pool of M prompts of L tokens, each with a key. Every image selects its K nearest keys.
 
     Args:
-        settings: Size, initial values, vote; see there.
+        settings: Size, initial values and vote.
         embed_dim: D, the width of the transformer.
 
     Raises:
@@ -73,7 +73,7 @@ class Prompt(nn.Module):
 
     @classmethod
     def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
-        """What is wrong with the settings of a pool for so many tasks, a line each."""
+        """What is wrong with the settings of a pool for this number of tasks, a line each."""
         return iter(())
 
     @property
@@ -202,7 +202,10 @@ def find_selection_rule(name: str) -> type[Prompt]:
 
 @selection_rule("mask")
 class MaskedPrompt(Prompt):
-    """Task t trains exactly the prompts [t*K, (t+1)*K): the official release's stand-in."""
+    """Task t trains exactly the prompts [t*K, (t+1)*K).
+
+    The official release has this mask in place of the paper's penalty.
+    """
 
     @classmethod
     def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
@@ -226,7 +229,7 @@ class MaskedPrompt(Prompt):
 
 @selection_rule("frequency")
 class FrequencyPenalizedPrompt(Prompt):
-    """In training, prompts that served earlier tasks often count as farther away.
+    """In training, the distance of a key is weighted by how often its prompt served earlier tasks.
 
     Source: equation 4 of the paper.
     """
@@ -248,7 +251,7 @@ class FrequencyPenalizedPrompt(Prompt):
         return top_k_penalized(similarity, frequency, self.top_k)
 
     def begin_task(self) -> None:
-        """Lets what served the task before count in the penalty from now on."""
+        """Adds the counts of the previous task to those that the penalty uses."""
         self.served_before += self.served_now
         self.served_now.zero_()
 
@@ -289,8 +292,8 @@ def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
 def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
     """Ids of the k smallest products of cosine distance and frequency, best first.
 
-    Where products are equal, as those of prompts that never served are, the nearer key wins; so
-    without any frequencies yet the plain choice remains.
+    Among equal products, such as those of prompts that never served, the nearer key wins; so the
+    first task selects the plain top-k.
 
     Args:
         similarity: Cosine similarity to every key, (B, M).
@@ -315,7 +318,7 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
         own_idx: Ids selected by each image, (B, K).
         size: M, the size of the pool.
         group_size: V; images 0..V-1 form the first group, the last group may be smaller.
-        ties: Who wins a tied vote: `lowest` (id), or `topk`, whichever `torch.topk` names.
+        ties: Who wins a tied vote: `lowest` (id), or `topk`, whichever `torch.topk` returns.
 
     Returns:
         Ids that serve each image, most votes first, (B, K).
@@ -332,8 +335,8 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
 def _top_k_original(counts: Tensor, k: int) -> Tensor:
     """Ids of the k largest counts as the original finds them, (R, k).
 
-    It hands `torch.topk` the ids that have votes in ascending order, filled up with zeros; what
-    that names among equals depends on the order of its input.
+    It passes `torch.topk` the counts of the ids that have votes, ids ascending, padded with zeros;
+    which of equal counts `torch.topk` returns depends on the order of its input.
     """
     voted_first = (counts == 0).long().argsort(dim=1, stable=True)  # (R, M)
     return voted_first.gather(1, counts.gather(1, voted_first).topk(k, dim=1).indices)

@@ -62,7 +62,7 @@ class PromptedVisionTransformer(nn.Module):
         backbone: A timm ViT with a class token, built with `num_classes=0`.
         num_classes: C, the outputs of the head.
         prompt: The pool; None leaves prompts out (plain fine-tuning of what is not frozen).
-        settings: What counts of the model's settings: `head_type`, a key of `POOLINGS`;
+        settings: The model's settings. Used here: `head_type`, a key of `POOLINGS`;
             `global_pool`, where `token` applies the backbone's final norm before the mean, `avg`
             leaves it out and normalises the mean instead (timm's `fc_norm`, a trainable copy of the
             final norm); `head_init`, `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official
@@ -79,12 +79,12 @@ class PromptedVisionTransformer(nn.Module):
         amp_dtype: Type of the backbone's matrix products; None: that of the weights. Selection,
             head and whatever follows stay in single precision.
         recompute: Whether the backward pass computes activations again to save memory.
-        run_query: Tokens at block 0 to queries (B, D); may be replaced by a faster equal.
-        run_prompted: Tokens at block 0 to those that the head pools, (B, R, D); likewise.
+        run_query: Tokens at block 0 to queries (B, D); may be replaced by a faster equivalent.
+        run_prompted: Tokens at block 0 to those that the head pools, (B, R, D); replaceable, too.
 
     Raises:
-        ValueError: If head type and pool contradict, the ViT has no class token, or a prefix of
-            `freeze` matches no parameter.
+        ValueError: If head type and pool contradict each other, the ViT has no class token, or a
+            prefix of `freeze` matches no parameter.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class PromptedVisionTransformer(nn.Module):
             )  # (1, P, D)
         self.fc_norm = copy.deepcopy(backbone.norm) if settings.global_pool == "avg" else None
         self.head = _linear_head(backbone.embed_dim, num_classes, settings.head_init)
-        # Tensors that the weights of the backbone give; a checkpoint leaves them out while frozen.
+        # Tensors that come with the backbone's weights; checkpoints omit those that are frozen.
         self._pretrained = {f"backbone.{name}" for name in backbone.state_dict()}
         self._pretrained.add("pos_embed_prompt")
         self._freeze(settings.freeze)
@@ -169,7 +169,7 @@ class PromptedVisionTransformer(nn.Module):
 
     @torch.no_grad()
     def observe(self, features: Tensor, targets: Tensor, sound: Tensor) -> None:
-        """Shows a training batch to a head that learns without gradients, if it is one.
+        """Passes a training batch to the head if it learns without gradients, by `observe`.
 
         Called after every step in every process, so that the head may sum over processes.
 

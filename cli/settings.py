@@ -1,8 +1,8 @@
 """Every setting of a run: typed, frozen, declared once.
 
-A part of the program is handed the group that it needs, such as `settings.optimizer`. Values are
-read, never written; whatever follows from them (learning rate, vote group, ...) is a property or a
-method here, as long as neither data nor models are needed to know it.
+Each part of the program receives the group that it needs, such as `settings.optimizer`. Values that
+follow from settings alone, without data or model (learning rate, vote group, ...), are properties
+and methods here.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from cli.flags import (
 )
 from cli.paths import ROOT
 
-#: The names of the original and of other code bases for settings of today: name, and what each
-#: value means there; None: the same values.
+#: Other names of settings, which the original has: the setting's name, and its value for each
+#: value of the other name; None: the same values.
 LEGACY_FLAGS: dict[str, tuple[str, dict[bool, str] | None]] = {
     "dr": ("decay_rate", None),
     "unscale_lr": ("lr_scale", {True: "per-device", False: "global"}),
@@ -141,7 +141,7 @@ class DataSettings:
     )
     domains: tuple[str, ...] | None = flag(None, "domains to learn, in this order; none: all")
     file_lists: str | None = flag(
-        None, "CORe50: folder of published file lists, instead of its sessions"
+        None, "CORe50: folder of published file lists that define the domains; none: its sessions"
     )
     num_workers: int = flag(
         4,
@@ -379,8 +379,8 @@ class PromptSettings:
         "selection in training: none (top-k), mask (task t trains the prompts [t*K, (t+1)*K) "
         "only) or frequency (the paper's penalty on prompts that earlier tasks used)",
     )
-    shared_prompt_pool: bool = flag(False, "a task's prompts start from the last task's")
-    shared_prompt_key: bool = flag(False, "a task's keys start from the last task's")
+    shared_prompt_pool: bool = flag(False, "a task's prompts start from those of the previous task")
+    shared_prompt_key: bool = flag(False, "a task's keys start from those of the previous task")
     batchwise_prompt: bool = flag(True, "a vote group shares its most frequent prompts")
     vote_group_size: int | None = flag(
         None, "images that vote together; none: --batch-size", range=at_least(1)
@@ -419,7 +419,7 @@ class OptimizerSettings:
         dashed=True,
         synonyms=("bs", "b", "batch", "train_batch_size"),
     )
-    drop_last: bool = flag(False, "leave out the images that do not fill a last step")
+    drop_last: bool = flag(False, "drop the last step of an epoch if its batch is incomplete")
     epochs: int = flag(
         5, "epochs of each task", range=at_least(1), synonyms=("num_epochs", "n_epochs")
     )
@@ -465,14 +465,18 @@ class OptimizerSettings:
         synonyms=("scheduler", "lr_scheduler", "schedule"),
     )
     lr_noise: tuple[float, ...] | None = flag(
-        None, "parts of the schedule between which noise is added", dashed=True
+        None, "start and end of learning rate noise, as shares of the schedule", dashed=True
     )
-    lr_noise_pct: float = flag(0.67, "limit of that noise, as a share of the rate", dashed=True)
+    lr_noise_pct: float = flag(
+        0.67, "limit of that noise, as a share of the learning rate", dashed=True
+    )
     lr_noise_std: float = flag(1.0, "standard deviation of that noise", dashed=True)
     warmup_lr: float = flag(
-        1e-6, "rate at which the warm-up starts", range=NOT_NEGATIVE, dashed=True
+        1e-6, "learning rate at the start of the warm-up", range=NOT_NEGATIVE, dashed=True
     )
-    min_lr: float = flag(1e-5, "lowest rate of cyclic schedules", range=NOT_NEGATIVE, dashed=True)
+    min_lr: float = flag(
+        1e-5, "lowest learning rate of cyclic schedules", range=NOT_NEGATIVE, dashed=True
+    )
     decay_epochs: float = flag(30.0, "epochs between two decays (step)", dashed=True)
     decay_milestones: tuple[int, ...] = flag(
         (30, 60), "epochs of the decays (multistep)", dashed=True, synonyms=("milestones",)
@@ -481,7 +485,10 @@ class OptimizerSettings:
         5, "epochs of warm-up, unless the schedule is constant", range=at_least(0), dashed=True
     )
     cooldown_epochs: int = flag(
-        10, "epochs at the lowest rate after a cyclic schedule", range=at_least(0), dashed=True
+        10,
+        "epochs at the lowest learning rate after a cyclic schedule",
+        range=at_least(0),
+        dashed=True,
     )
     patience_epochs: int = flag(
         10, "epochs without gain before a decay (plateau)", dashed=True, synonyms=("patience",)
@@ -552,7 +559,7 @@ class TransformSettings:
     remode: str = flag(
         "pixel", "what an erased box is filled with", choices=("const", "rand", "pixel")
     )
-    recount: int = flag(1, "boxes erased", range=at_least(1))
+    recount: int = flag(1, "number of erased boxes", range=at_least(1))
     norm: str = flag(
         "none",
         "pixel values: none ([0, 1], the original), half ([-1, 1]) or imagenet",

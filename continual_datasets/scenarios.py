@@ -1,4 +1,4 @@
-"""The scenarios: which tasks the settings describe, what they contradict, and the stream of tasks.
+"""The scenarios: number of tasks, settings that contradict a scenario, and the stream of tasks.
 
 A scenario is one class, registered under the name that `--scenario` gives it. How images are split
 into tasks is in `task_splits.py`.
@@ -36,7 +36,7 @@ class Scenario:
     Attributes:
         settings: Settings of the run.
         own_flags: Settings that have no effect in scenarios which do not list them.
-        _instead: What other scenarios need besides their name, as messages put it.
+        _instead: What must change besides --scenario to leave this scenario, for messages.
     """
 
     settings: Settings
@@ -98,10 +98,10 @@ class Scenario:
         """Makes the stream of tasks.
 
         Args:
-            parts: What `load` gave, or the same images elsewhere.
+            parts: What `load` gave, or the same images on another device.
             transforms: What happens to every image.
             global_batch: Images of all processes in a training step.
-            task_classes: Classes of each task as they were; None: as the settings say.
+            task_classes: Class ids of each task, from a checkpoint; None: as the settings say.
 
         Raises:
             ValueError: If the data do not fit the settings.
@@ -270,7 +270,7 @@ class Gaussian(Scenario):
     own_flags = ("class_order", "gaussian_reading", "steps_per_task", "gaussian_sigma")
 
     def problems(self) -> Iterator[str]:
-        """What fits no scenario, and epochs where every batch is trained once."""
+        """Those of every scenario, and several epochs where every batch is trained once."""
         yield from super().problems()
         tasks, epochs = self.settings.tasks, self.settings.optimizer.epochs
         if tasks.gaussian_reading == "paper" and epochs != 1 and not tasks.joint:

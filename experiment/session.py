@@ -34,7 +34,7 @@ class Session:
     """A context in which a command line runs; reports every error that ends it.
 
     Args:
-        signals: Deferred so far; inside the context they end the run where it stands.
+        signals: Deferred until `begin`; after it, a signal interrupts the run at once.
 
     Attributes:
         code: Exit code, after the context.
