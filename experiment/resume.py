@@ -211,7 +211,10 @@ def _check_settings(settings: Settings, world_size: int, saved: SavedRun) -> Non
     lr = settings.optimizer.learning_rate(batch)
     stored_lr = was.optimizer.learning_rate(state.global_batch)
     if lr != stored_lr:
-        differences.append(f"a learning rate of {lr:g}, where the run has {stored_lr:g}")
+        given_lr = f"--lr {settings.optimizer.lr:g}, scaled {settings.optimizer.lr_scale}"
+        differences.append(
+            f"a learning rate of {lr:g} ({given_lr}), where the run has {stored_lr:g}"
+        )
     if differences:
         raise UsageError(
             [

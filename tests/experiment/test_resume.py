@@ -829,8 +829,14 @@ def test_same_mathematics_by_other_settings_is_accepted(given, changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.25}, "a learning rate of 0.0078125, where the run has 0.015625"),
-        ({"lr_scale": "none"}, "a learning rate of 0.5, where the run has 0.015625"),
+        (
+            {"lr": 0.25},
+            "a learning rate of 0.0078125 (--lr 0.25, scaled per-device), where the run ",
+        ),
+        (
+            {"lr_scale": "none"},
+            "a learning rate of 0.5 (--lr 0.5, scaled none), where the run has 0.01",
+        ),
         ({"batch_size": 4, "processes": 2}, "a learning rate of 0.0078125"),
         (
             {"batch_size": 4, "lr": 1.0},
@@ -863,7 +869,7 @@ def test_other_settings_are_refused_with_all_differences(command, half, capsys):
         "--opt sgd, where the run has adam",
         "--shuffle false, where the run has true",
         "--seed 1, where the run has 42",
-        "a learning rate of 0.003125, where the run has 0.015625",
+        "a learning rate of 0.003125 (--lr 0.1, scaled per-device), where the run has 0.015625",
     ):
         assert f"  - {difference}" in text
     assert text.count("  - ") == 6
