@@ -4,6 +4,9 @@ An image's query (one feature vector of the frozen transformer) is compared with
 pool; the K best prompts are inserted before the image's own tokens. Everything here works on query
 vectors, so this file knows neither images nor transformers.
 
+A prompt serves an image when its tokens are inserted for that image: after the vote these may be
+others than the K that the image selects on its own.
+
 A selection rule (`--diversify`) is a subclass of `Prompt`, registered under its name; it overrides
 `match`, `select` or `serve`.
 
