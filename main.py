@@ -101,21 +101,20 @@ def train_seeds(settings: Settings, session: Session) -> None:
     import utils
     from reports import draw, seed_tables, stored_runs
 
-    seeds = settings.run.seeds or ()
-    runs = [settings.for_seed(seed) for seed in seeds]
-    for number, run in enumerate(runs, start=1):
+    each_seed = [settings.for_seed(seed) for seed in settings.run.seeds or ()]
+    for number, one in enumerate(each_seed, start=1):
         utils.setup_logging()  # ends the log file of the seed before
-        logger.info("Seed %d (%d of %d)", run.run.seed, number, len(runs))
-        train(run, session)
+        logger.info("Seed %d (%d of %d)", one.run.seed, number, len(each_seed))
+        train(one, session)
         gc.collect()  # the model of a run is in cycles, and may be large
         if settings.run.dry_run or settings.run.speed_test_only:
             return  # another seed would give the same
     utils.setup_logging()
     if session.processes.rank > 0:
         return
-    groups, _ = stored_runs.group(stored_runs.read(Path(run.run.output_dir)) for run in runs)
+    groups, _ = stored_runs.group(stored_runs.read(Path(one.run.output_dir)) for one in each_seed)
     logger.info("%s", seed_tables.text_table(groups))
-    if settings.output.plots and len(runs) > 1:
+    if settings.output.plots and len(each_seed) > 1:
         folder = Path(settings.run.output_dir) / "comparison"
         draw.draw_comparison(groups, folder)
         logger.info("Comparison of the seeds: %s", folder)
