@@ -75,7 +75,7 @@ def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> No
         total: Wall time since this start of the program; a resumed run has several starts.
     """
     stages = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
-    logger.info("Time: %s; in total since this start %s", stages, _duration(total))
+    logger.info("Time: %s; %s since this start", stages, _duration(total))
     folder = shlex.quote(str(output_dir))
     lines = [
         f"  {name:15s}{text.format(folder=folder)}"
