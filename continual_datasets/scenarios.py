@@ -30,6 +30,28 @@ TaskClasses = list[list[int]]
 
 
 @dataclass(frozen=True)
+class StreamSource:
+    """What a scenario makes its stream of tasks from.
+
+    Attributes:
+        parts: What `Scenario.load` gave, or the same images on another device.
+        transforms: What happens to every image.
+        global_batch: Images of all processes in a training step.
+        task_classes: Class ids of each task, from a checkpoint; None: as the settings say.
+    """
+
+    parts: Parts
+    transforms: Transforms
+    global_batch: int
+    task_classes: TaskClasses | None = None
+
+    def only_part(self) -> tuple[ImageSource, ImageSource]:
+        """Training and test images of a single data set."""
+        (train,), (test,) = (split.values() for split in self.parts)
+        return train, test
+
+
+@dataclass(frozen=True)
 class Scenario:
     """One way to make tasks of data.
 
@@ -88,20 +110,8 @@ class Scenario:
             {name: test for name, (_, test) in parts.items()},
         )
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """Makes the stream of tasks.
-
-        Args:
-            parts: What `load` gave, or the same images on another device.
-            transforms: What happens to every image.
-            global_batch: Images of all processes in a training step.
-            task_classes: Class ids of each task, from a checkpoint; None: as the settings say.
 
         Raises:
             ValueError: If the data do not fit the settings.
@@ -181,19 +191,15 @@ class ClassIncremental(Scenario):
         per_task = self.settings.tasks.classes_per_task
         check_split(self.num_classes(), self.num_tasks(), per_task)
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.class_incremental`."""
-        (train,), (test,) = (list(split.values()) for split in parts)
-        order = self.class_order(train.classes, task_classes)
+        train, test = source.only_part()
+        order = self.class_order(train.classes, source.task_classes)
         num_tasks = self.num_tasks()
         per_task = check_split(len(order), num_tasks, self.settings.tasks.classes_per_task)
-        return task_splits.class_incremental(train, test, order, num_tasks, per_task, transforms)
+        return task_splits.class_incremental(
+            train, test, order, num_tasks, per_task, source.transforms
+        )
 
 
 @scenario("dataset-incremental")
@@ -213,15 +219,9 @@ class DatasetIncremental(Scenario):
         """As many as there are data sets."""
         return len(registry.find_sources(self.settings.data.dataset))
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.several_data_sets`."""
-        return task_splits.several_data_sets(*parts, transforms)
+        return task_splits.several_data_sets(*source.parts, source.transforms)
 
 
 @scenario("domain-incremental")
@@ -243,15 +243,9 @@ class DomainIncremental(Scenario):
         data = self.settings.data
         return registry.load_domains(data.dataset, self._path, self._lists, data.domains)
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.domain_incremental`."""
-        return task_splits.domain_incremental(*parts, transforms)
+        return task_splits.domain_incremental(*source.parts, source.transforms)
 
     @property
     def _lists(self) -> Path | None:
@@ -290,18 +284,12 @@ class Gaussian(Scenario):
             self.num_classes(), self.num_tasks(), tasks.schedule_steps, tasks.gaussian_sigma
         )
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.gaussian`."""
-        (train,), (test,) = (list(split.values()) for split in parts)
-        episodes = task_classes or self._episodes(train.classes)
-        num_images = self.settings.tasks.images_per_episode(global_batch)
-        return task_splits.gaussian(train, test, episodes, num_images, transforms)
+        train, test = source.only_part()
+        episodes = source.task_classes or self._episodes(train.classes)
+        num_images = self.settings.tasks.images_per_episode(source.global_batch)
+        return task_splits.gaussian(train, test, episodes, num_images, source.transforms)
 
     def _episodes(self, classes: Sequence[str]) -> list[tuple[int, ...]]:
         tasks = self.settings.tasks
@@ -353,16 +341,9 @@ class Joint(Scenario):
         """Reads the data of the joined scenario."""
         return self.parts_of.load()
 
-    def build(
-        self,
-        parts: Parts,
-        transforms: Transforms,
-        global_batch: int,
-        task_classes: TaskClasses | None = None,
-    ) -> TaskStream:
+    def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.joint`."""
-        stream = self.parts_of.build(parts, transforms, global_batch, task_classes)
-        return task_splits.joint(stream, transforms)
+        return task_splits.joint(self.parts_of.build(source), source.transforms)
 
 
 def _flags_of_others(chosen: Scenario) -> Iterator[tuple[str, str, list[str]]]:

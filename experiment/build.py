@@ -20,7 +20,7 @@ from continual_datasets.images import DataError
 from continual_datasets.pipeline import build_pipeline
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import LoaderOptions
-from continual_datasets.scenarios import TaskClasses, find_scenario
+from continual_datasets.scenarios import StreamSource, TaskClasses, find_scenario
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_splits import Transforms
 from experiment.run_record import RunRecord
@@ -116,7 +116,8 @@ def build_stream(
         transforms = Transforms(
             pipeline.train_transform, pipeline.test_transform, settings.run.seed
         )
-        stream = scenario.build((train, test), transforms, global_batch, task_classes)
+        source = StreamSource((train, test), transforms, global_batch, task_classes)
+        stream = scenario.build(source)
     except ValueError as error:
         raise DataError(str(error)) from error
     stream = dataclasses.replace(stream, pipeline=pipeline)

@@ -273,11 +273,11 @@ def test_scenario_that_is_registered_runs_through_the_same_build(registered):
         def num_tasks(self):
             return 2
 
-        def build(self, parts, transforms, global_batch, task_classes=None):
-            (train,), (test,) = (list(split.values()) for split in parts)
+        def build(self, source):
+            train, test = source.only_part()
             order = [*range(0, len(train.classes), 2), *range(1, len(train.classes), 2)]
             half = len(order) // 2
-            return task_splits.class_incremental(train, test, order, 2, half, transforms)
+            return task_splits.class_incremental(train, test, order, 2, half, source.transforms)
 
     line = "--dataset digits --scenario two-halves"
     assert problems_of(line) == []
