@@ -256,8 +256,8 @@ def _forward_backward(
     images, targets, *flags = batch
     served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=options.device)
     if len(images) == 0:
-        nothing = torch.zeros(3 + model.width, device=options.device)
-        return nothing[:3], served, nothing[3:].expand(0, -1)
+        no_features = torch.zeros(0, model.width, device=options.device)
+        return torch.zeros(3, device=options.device), served, no_features
     group, allowed = options.vote_group_size, target.allowed
     if flags:
         group += options.replayed_per_group

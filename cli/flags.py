@@ -7,6 +7,7 @@ parser, `--help`, and the checks of configurations and checkpoints all follow fr
 
 import ast
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -169,13 +170,14 @@ def flag(default: Any, help: str, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def flags_of(group: type) -> list[Flag]:
+@functools.cache
+def flags_of(group: type) -> tuple[Flag, ...]:
     """The flags that the fields of a group declare, in order."""
     kinds = typing.get_type_hints(group)
-    return [
+    return tuple(
         dataclasses.replace(field.metadata["flag"], name=field.name, kind=kinds[field.name])
         for field in dataclasses.fields(group)
-    ]
+    )
 
 
 def read_yes_no(text: str) -> bool:

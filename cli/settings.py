@@ -8,6 +8,7 @@ and methods here.
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -681,16 +682,7 @@ class Settings:
 
 #: The groups in the order in which `--help` shows them, by their name in `Settings`.
 GROUPS: dict[str, type] = {
-    "run": RunSettings,
-    "data": DataSettings,
-    "tasks": TaskSettings,
-    "replay": ReplaySettings,
-    "model": ModelSettings,
-    "prompts": PromptSettings,
-    "optimizer": OptimizerSettings,
-    "transforms": TransformSettings,
-    "precision": PrecisionSettings,
-    "output": OutputSettings,
+    name: kind for name, kind in typing.get_type_hints(Settings).items() if name != "given"
 }
 
 

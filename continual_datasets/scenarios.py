@@ -58,6 +58,7 @@ class Scenario:
     Attributes:
         settings: Settings of the run.
         own_flags: Settings that have no effect in scenarios which do not list them.
+        tasks_are_folders: Whether the number of tasks is known only where the data are.
         _instead: What must change besides --scenario to leave this scenario, for messages.
     """
 
@@ -65,6 +66,7 @@ class Scenario:
 
     name: ClassVar[str]
     own_flags: ClassVar[tuple[str, ...]] = ()
+    tasks_are_folders: ClassVar[bool] = False
     _instead: ClassVar[str] = ""
 
     def problems(self) -> Iterator[str]:
@@ -76,6 +78,11 @@ class Scenario:
         names = list(registry.find_sources(data.dataset))
         if data.file_lists is not None and names != ["CORe50"]:
             yield f"--file_lists are those of CORe50: leave them out with --dataset {data.dataset}"
+
+    @property
+    def splitting(self) -> "Scenario":
+        """The scenario that splits the data: itself, unless it joins the tasks of another."""
+        return self
 
     def num_tasks(self) -> int:
         """T, the number of tasks.
@@ -229,6 +236,7 @@ class DomainIncremental(Scenario):
     """A task is a domain of the same classes, tested on one common set or each domain so far."""
 
     own_flags = ("domains", "file_lists")
+    tasks_are_folders = True
 
     def num_tasks(self) -> int:
         """As many as there are domains."""
@@ -314,14 +322,19 @@ class Joint(Scenario):
     """All tasks of another scenario at once, tested on all of its test sets: the upper bound.
 
     Attributes:
-        parts_of: The scenario whose tasks are joined.
+        joined: The scenario whose tasks are joined.
     """
 
-    parts_of: Scenario
+    joined: Scenario
+
+    @property
+    def splitting(self) -> Scenario:
+        """The scenario whose tasks are joined."""
+        return self.joined
 
     def problems(self) -> Iterator[str]:
         """Those of the joined scenario, and a replay buffer."""
-        yield from self.parts_of.problems()
+        yield from self.joined.problems()
         if self.settings.replay.has_buffer:
             yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
 
@@ -331,19 +344,19 @@ class Joint(Scenario):
 
     def num_classes(self) -> int:
         """Those of the joined scenario."""
-        return self.parts_of.num_classes()
+        return self.joined.num_classes()
 
     def check_classes(self) -> None:
         """Whether the joined scenario is possible."""
-        self.parts_of.check_classes()
+        self.joined.check_classes()
 
     def load(self) -> Parts:
         """Reads the data of the joined scenario."""
-        return self.parts_of.load()
+        return self.joined.load()
 
     def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.joint`."""
-        return task_splits.joint(self.parts_of.build(source), source.transforms)
+        return task_splits.joint(self.joined.build(source), source.transforms)
 
 
 def _flags_of_others(chosen: Scenario) -> Iterator[tuple[str, str, list[str]]]:

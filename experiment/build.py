@@ -267,7 +267,7 @@ def build_experiment(
         options=engine_options(settings, processes.device, stream.classes),
         train_loader=loaders.train,
         test_loader=loaders.test,
-        record=_build_record(settings, processes, global_batch, stream, model, identity),
+        record=_build_record(settings, loading, stream, model, identity),
         global_batch=global_batch,
         buffer=buffer,
     )
@@ -275,8 +275,7 @@ def build_experiment(
 
 def _build_record(
     settings: Settings,
-    processes: Processes,
-    global_batch: int,
+    loading: LoaderOptions,
     stream: TaskStream,
     model: PromptedVisionTransformer,
     identity: BackboneIdentity,
@@ -295,13 +294,13 @@ def _build_record(
         numerics={
             **dataclasses.asdict(settings.precision),
             "data_on_device": stream.pipeline.on_device,
-            "eval_batch_size": loader_options(settings, processes, global_batch).test_batch,
+            "eval_batch_size": loading.test_batch,
         },
         command=settings.command(),
         run={
-            "processes": processes.world_size,
-            "images_per_step": global_batch,
-            "learning_rate": settings.optimizer.learning_rate(global_batch),
+            "processes": loading.world_size,
+            "images_per_step": loading.full_batch,
+            "learning_rate": settings.optimizer.learning_rate(loading.full_batch),
             "train_digest": stream.train_digest,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },

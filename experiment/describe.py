@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cli.parser import command_words, shown
-from continual_datasets.scenarios import Joint, find_scenario
+from continual_datasets.scenarios import find_scenario
 from experiment.build import Experiment
 from model import backbone
 
@@ -107,9 +107,8 @@ def _tasks(run: Experiment) -> str:
     sizes = sorted({len(task.classes) for task in tasks})
     classes = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     scenario = find_scenario(run.settings)
-    name = scenario.name
-    if isinstance(scenario, Joint):
-        name = f"{scenario.parts_of.name} (joint)"
+    splitting = scenario.splitting
+    name = splitting.name if splitting is scenario else f"{splitting.name} ({scenario.name})"
     plural = "" if sizes == [1] else "es"
     return f"{len(tasks)} of {classes} class{plural}, {name}; {_order(run)}"
 

@@ -3,6 +3,7 @@
 Shapes: B images, S pixels a side, D width.
 """
 
+import dataclasses
 import logging
 import resource
 import statistics
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import StepTarget, train_step
+from engine import StepTarget, make_update, train_step
 from experiment import build
 from experiment.build import Experiment
 from reports import files
-from training.state import EngineOptions, MakeOptimizer
+from training.state import EngineOptions
 from training.update import OptimizerStep
 from utils import is_main_process
 from vision_transformer import PromptedVisionTransformer
@@ -66,10 +67,11 @@ def speed_test(run: Experiment) -> None:
     batch_size, input_size = run.settings.optimizer.batch_size, run.settings.transforms.input_size
     output_dir = run.settings.output_folder
     make_optimizer = partial(build.make_optimizer, run.settings.optimizer, model, lr=0.0)
+    update = make_update(model, dataclasses.replace(run.loop(), make_optimizer=make_optimizer))
     with torch.random.fork_rng():
         images = torch.rand(batch_size, 3, input_size, input_size, device=options.device)
         targets = torch.randint(model.num_classes, (batch_size,), device=options.device)
-    step = _step(model, make_optimizer, images, targets, options)
+    step = _step(model, update, (images, targets), options)
     with _counts_kept(model):
         training_speed = _images_per_second(step, images)
     lines = [
@@ -163,23 +165,15 @@ def _inference(model: PromptedVisionTransformer, images: Tensor) -> Callable[[],
 
 def _step(
     model: PromptedVisionTransformer,
-    make_optimizer: MakeOptimizer,
-    images: Tensor,
-    targets: Tensor,
+    update: OptimizerStep,
+    batch: tuple[Tensor, Tensor],
     options: EngineOptions,
 ) -> Callable[[], None]:
-    update = OptimizerStep(
-        model.parameters(),
-        make_optimizer,
-        options.device,
-        clip_grad=options.clip_grad,
-        loss_scaling=options.loss_scaling,
-    )
-    target = StepTarget(task_id=0, allowed=None, global_size=len(images))
+    target = StepTarget(task_id=0, allowed=None, global_size=len(batch[0]))
 
     def step() -> None:
         model.train()
-        train_step(model, update, (images, targets), target, options)
+        train_step(model, update, batch, target, options)
 
     return step
 

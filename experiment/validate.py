@@ -16,7 +16,7 @@ from cli.settings import OptimizerSettings, Settings, find_flag
 from continual_datasets import device_transforms, transforms
 from continual_datasets.images import DataError
 from continual_datasets.readers import registry
-from continual_datasets.scenarios import Joint, Scenario, find_scenario
+from continual_datasets.scenarios import Scenario, find_scenario
 from experiment import build, live_log
 from model.backbone import without_memory
 from model.weights import WEIGHT_SUFFIXES
@@ -182,11 +182,11 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
     if not all(map(configurations.exists, settings.given.configurations)):
         return  # the missing configuration may name other data
     if elsewhere:
-        if tasks.scenario != "domain-incremental":  # its tasks are folders
+        if not scenario.splitting.tasks_are_folders:
             with suppress(ValueError):
                 yield from _tasks(scenario)
         return
-    missing = list(_missing_data(settings))
+    missing = list(_missing_data(scenario))
     yield from missing
     try:
         yield from _tasks(scenario)
@@ -199,8 +199,9 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
         yield str(error)
 
 
-def _missing_data(settings: Settings) -> Iterator[str]:
-    """A data folder that does not exist."""
+def _missing_data(scenario: Scenario) -> Iterator[str]:
+    """A data folder that does not exist, or that would get the results as one more task."""
+    settings = scenario.settings
     data = settings.data
     path = Path(data.data_path).expanduser()
     specs = registry.find_sources(data.dataset)
@@ -212,11 +213,10 @@ def _missing_data(settings: Settings) -> Iterator[str]:
             f"--data-path {path}{given} does not exist: name the folder that holds "
             f"{data.dataset}{hint}"
         )
-    folders_are_domains = settings.tasks.scenario == "domain-incremental" and any(
-        spec.any_data for spec in specs.values()
-    )
+    any_folder = any(spec.any_data for spec in specs.values())
     output_dir = settings.run.output_dir
-    if folders_are_domains and Path(output_dir).absolute().parent == path.absolute():
+    is_a_task = scenario.splitting.tasks_are_folders and any_folder
+    if is_a_task and Path(output_dir).absolute().parent == path.absolute():
         yield f"--output_dir {output_dir} would count as a domain of --data-path {path}"
 
 
@@ -224,12 +224,12 @@ def _tasks(scenario: Scenario) -> Iterator[str]:
     """Whether their number fits the data and the pool."""
     settings = scenario.settings
     prompts, wanted = settings.prompts, settings.tasks.num_tasks
-    parts = scenario.parts_of if isinstance(scenario, Joint) else scenario
-    num_parts = parts.num_tasks()
+    splitting = scenario.splitting
+    num_parts = splitting.num_tasks()
     if wanted is not None and wanted != num_parts:
         yield (
             f"--num_tasks {wanted}: the data are {num_parts} tasks ({settings.data.dataset}, "
-            f"{parts.name}), give {num_parts} or none"
+            f"{splitting.name}), give {num_parts} or none"
         )
     if num_parts == 1 and settings.replay.has_buffer:
         yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"

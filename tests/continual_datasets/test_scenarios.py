@@ -114,7 +114,7 @@ def test_scenario_is_found_by_name_data_and_joint(line, kind, joined, num_tasks,
     assert type(found) is kind
     assert found.num_tasks() == num_tasks
     assert found.num_classes() == num_classes
-    assert (type(found.parts_of) if isinstance(found, Joint) else None) is joined
+    assert (type(found.joined) if isinstance(found, Joint) else None) is joined
 
 
 @pytest.mark.parametrize(("flags", "joined"), [("", False), ("--joint", True)])

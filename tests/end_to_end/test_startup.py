@@ -58,11 +58,6 @@ def heavy(end):
     return HEAVY & set(end["modules"])
 
 
-def test_main_is_short():
-    """It shows how a run is put together; what its steps do is elsewhere."""
-    assert len(Path(main.__file__).read_text().splitlines()) <= 200
-
-
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [

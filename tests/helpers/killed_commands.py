@@ -42,7 +42,7 @@ class Child:
         argv: The command line.
         log: File for what it says.
         moment: How many of the things in `DOING` it begins before it is to be killed.
-        only: Which of them counts; it waits there to be killed. None: all, and it goes on.
+        only: Which of them counts; it waits there to be killed. None: all, and it continues.
         prepare: What it does first.
     """
 

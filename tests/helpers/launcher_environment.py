@@ -1,4 +1,4 @@
-"""The environment variables by which a launcher tells a process who it is."""
+"""The environment variables by which a launcher describes a process."""
 
 import os
 

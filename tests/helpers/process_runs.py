@@ -76,7 +76,7 @@ def results(folder, name="results"):
 
 
 def step_losses(folder):
-    """Loss of every step that the log tells, in order, with what was said of its place."""
+    """Loss of every step in the log, in order, with what was said of its place."""
     text = (folder / "log.txt").read_text()
     found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", text, re.MULTILINE)
     return [place for place, _ in found], [float(loss) for _, loss in found]

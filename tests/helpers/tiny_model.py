@@ -1,4 +1,4 @@
-"""A tiny prompted model in which every weight counts, and images that it tells apart."""
+"""A tiny prompted model in which every weight counts, and images that it classifies differently."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
