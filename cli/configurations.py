@@ -36,10 +36,7 @@ def exists(name: str) -> bool:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The content of a configuration.
-
-    Args:
-        name: Name of a configuration that ships with the program, or path to a .yaml file.
+    """The content of a configuration: of that name, or in that .yaml file.
 
     Raises:
         ValueError: If there is none, it is no YAML, or it sets a key twice.
@@ -68,8 +65,7 @@ def load(name: str) -> dict[str, Any]:
 
 def problems_of_order(given: Sequence[str]) -> Iterator[str]:
     """Problems of configurations on one command line, merged left to right."""
-    known = names()
-    shipped = [(name, _is_overlay(name)) for name in given if name in known]
+    shipped = [(n, _first_line(n).startswith(_OVERLAY)) for n in given if n in names()]
     for (name, is_overlay), (behind, is_behind_overlay) in itertools.pairwise(shipped):
         if is_overlay and not is_behind_overlay:
             yield f"{name} is an overlay: put it behind {behind}, which would overwrite it"
@@ -83,18 +79,15 @@ def problems_of_order(given: Sequence[str]) -> Iterator[str]:
 
 def list_text() -> str:
     """Every configuration that ships with the program, overlays last, with a line about it."""
-    lines = {name: _first_line(name) for name in names()}
-    overlays = {name: line for name, line in lines.items() if line.startswith(_OVERLAY)}
-    width = max(map(len, lines)) + 2
-    return "\n".join(
-        [
-            "Configurations (python main.py CONFIG):",
-            *(f"  {name:{width}}{line}" for name, line in lines.items() if name not in overlays),
-            "",
-            "Overlays (python main.py CONFIG OVERLAY ...):",
-            *(f"  {n:{width}}{line.removeprefix(_OVERLAY)}" for n, line in overlays.items()),
-        ]
-    )
+    text = {
+        False: "Configurations (python main.py CONFIG):\n",
+        True: "\nOverlays (python main.py CONFIG OVERLAY ...):\n",
+    }
+    width = max(map(len, names())) + 2
+    for name in names():
+        line = _first_line(name)
+        text[line.startswith(_OVERLAY)] += f"  {name:{width}}{line.removeprefix(_OVERLAY)}\n"
+    return "".join(text.values()).rstrip()
 
 
 def to_yaml(settings: dict[str, Any]) -> str:
@@ -113,10 +106,6 @@ def _set_twice(node: yaml.Node | None) -> set[str]:
     keys = [str(key.value).replace("-", "_") for key, _ in node.value]
     twice = {key for key in keys if keys.count(key) > 1}
     return twice.union(*(_set_twice(value) for _, value in node.value))
-
-
-def _is_overlay(name: str) -> bool:
-    return _first_line(name).startswith(_OVERLAY)
 
 
 def _first_line(name: str) -> str:

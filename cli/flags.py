@@ -9,11 +9,12 @@ import ast
 import dataclasses
 import functools
 import math
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 #: What a setting decides. `method`: what is learned. `place`: which repetition a run is, and where
 #: its inputs are; runs of one configuration may differ in it. `compute`: where, how fast and how
@@ -25,10 +26,7 @@ Range = tuple[str, Callable[[Any], bool]]
 
 POSITIVE: Range = ("must be positive and finite", lambda x: 0 < x < math.inf)
 LIMIT: Range = ("must be positive and finite (none: no limit)", POSITIVE[1])
-NOT_NEGATIVE: Range = (
-    "must be a finite number that is not negative",
-    lambda x: 0 <= x < math.inf,
-)
+NOT_NEGATIVE: Range = ("must be a finite number that is not negative", lambda x: 0 <= x < math.inf)
 SHARE: Range = ("must be in [0, 1)", lambda x: 0 <= x < 1)
 PROBABILITY: Range = ("must be a probability, in [0, 1]", lambda x: 0 <= x <= 1)
 QUALITY: Range = ("must be a quality, in [1, 100]", lambda x: 1 <= x <= 100)
@@ -42,6 +40,14 @@ ASPECT_RATIO: Range = (
     lambda x: 0 < x[0] <= x[1] < math.inf,
 )
 
+#: Names that the original writes with dashes.
+_DASHED = {
+    "local_rank", "data_path", "pin_mem", "input_size", "train_interpolation", "color_jitter",
+    "model_kwargs", "drop_path", "batch_size", "opt_eps", "opt_betas", "clip_grad", "weight_decay",
+    "lr_noise", "lr_noise_pct", "lr_noise_std", "warmup_lr", "min_lr", "decay_epochs",
+    "decay_milestones", "warmup_epochs", "cooldown_epochs", "patience_epochs", "decay_rate",
+}  # fmt: skip
+
 _YES_NO = {"true": True, "yes": True, "on": True, "1": True}
 _YES_NO |= {"false": False, "no": False, "off": False, "0": False}
 _MISSING = object()
@@ -54,36 +60,21 @@ def at_least(least: int) -> Range:
 
 @dataclass(frozen=True)
 class Flag:
-    """One setting, as its field declares it.
-
-    Attributes:
-        default: Value where nobody sets it.
-        help: What it is for.
-        choices: All values that it can have; empty: any of its type.
-        range: What a value, or each of several, must be.
-        role: See `Role`.
-        dashed: Whether the original writes its name with dashes.
-        synonyms: Other words for it, which get "did you mean".
-        at_least_one: Whether a flag for several values needs one.
-        name: Name of the field.
-        kind: Annotation of the field.
-    """
+    """One setting, as its field declares it."""
 
     default: Any
     help: str
-    choices: tuple[str, ...] = ()
-    range: Range | None = None
+    choices: tuple[str, ...] = ()  # all values that it can have; empty: any of its type
+    range: Range | None = None  # what a value, or each of several, must be
     role: Role = "method"
-    dashed: bool = False
-    synonyms: tuple[str, ...] = ()
-    at_least_one: bool = True
-    name: str = ""
-    kind: Any = None
+    at_least_one: bool = True  # whether a flag for several values needs one
+    name: str = ""  # of the field
+    kind: Any = None  # annotation of the field
 
     @property
     def spelling(self) -> str:
         """How messages and `--help` write it."""
-        return "--" + (self.name.replace("_", "-") if self.dashed else self.name)
+        return "--" + (self.name.replace("_", "-") if self.name in _DASHED else self.name)
 
     @property
     def is_switch(self) -> bool:
@@ -109,34 +100,33 @@ class Flag:
     def read(self, words: Sequence[str]) -> Any:
         """The value that words of a command line or of a configuration stand for.
 
-        Raises:
-            ValueError: With one line that names the flag, the words, and what is allowed.
+        Raises ValueError with one line that names the flag, the words, and what is allowed.
         """
         given = " ".join([self.spelling, *words])
         none = self._none()
-        if [word.lower() for word in words] == ["none"] and none is not _MISSING:
+        if none is not _MISSING and [word.lower() for word in words] == ["none"]:
             return none
         try:
             value = self._value(words)
         except ValueError as error:
             raise ValueError(f"{given}: {error}") from None
-        if self.choices and value not in self.choices and not isinstance(value, bool):
+        several = value if self.most_values == math.inf else [value]
+        unknown = [v for v in several if v not in self.choices and not isinstance(v, bool)]
+        if self.choices and unknown:
             known = [*(["none"] if none is None else []), *self.choices]
             known += ["true", "false"] if self.kind == bool | str else []
             raise ValueError(f"{given} is unknown: choose one of {', '.join(known)}")
-        if self.range is not None:
-            several = value if self.most_values == math.inf else [value]
-            if not all(map(self.range[1], several)):
-                raise ValueError(f"{given}: {self.range[0]}")
+        if self.range is not None and not all(map(self.range[1], several)):
+            raise ValueError(f"{given}: {self.range[0]}")
         return value
 
     @property
     def _several(self) -> Any:
         """The annotation without `| None`."""
-        if not isinstance(self.kind, types.UnionType):
-            return self.kind
-        kinds = [kind for kind in self.kind.__args__ if kind is not type(None)]
-        return kinds[0] if len(kinds) == 1 else self.kind
+        match typing.get_args(self.kind):
+            case (kind, none) if none is type(None):
+                return kind
+        return self.kind
 
     def _none(self) -> Any:
         """The value that `none` stands for, if it is one."""
@@ -170,6 +160,12 @@ def flag(default: Any, help: str, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+#: Fields of the other roles, see `Role`.
+command = functools.partial(flag, role="command")
+compute = functools.partial(flag, role="compute")
+place = functools.partial(flag, role="place")
+
+
 @functools.cache
 def flags_of(group: type) -> tuple[Flag, ...]:
     """The flags that the fields of a group declare, in order."""
@@ -180,12 +176,15 @@ def flags_of(group: type) -> tuple[Flag, ...]:
     )
 
 
-def read_yes_no(text: str) -> bool:
-    """Reads a yes/no word strictly.
+def choose(table: Mapping[str, T], flag: str, name: str) -> T:
+    """The entry of a table that a flag names; raises ValueError if there is none."""
+    if name not in table:
+        raise ValueError(f"{flag} {name} is unknown: choose one of {', '.join(table)}")
+    return table[name]
 
-    Raises:
-        ValueError: On any other word.
-    """
+
+def read_yes_no(text: str) -> bool:
+    """Reads a yes/no word; raises ValueError on any other."""
     if text.lower() not in _YES_NO:
         raise ValueError("is not true or false")
     return _YES_NO[text.lower()]

@@ -15,15 +15,17 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from cli import configurations
 from cli.flags import Flag, flags_of, read_yes_no
 from cli.settings import (
     GROUPS,
     LEGACY_FLAGS,
+    REMOVED_FLAGS,
     Given,
     Settings,
     all_flags,
@@ -33,6 +35,9 @@ from cli.settings import (
 )
 
 _FLAG = re.compile(r"--?[A-Za-z]")
+
+#: Other words for settings, for "did you mean".
+SYNONYMS = Path(__file__).with_name("synonyms.yaml")
 
 
 class UsageError(ValueError):
@@ -49,16 +54,10 @@ class UsageError(ValueError):
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
-    """Reads a command line.
-
-    Args:
-        argv: The arguments without the program's name.
+    """Reads a command line, without the program's name; raises SystemExit after `--help`.
 
     Returns:
         The settings, with defaults in the place of what could not be read; and all that is wrong.
-
-    Raises:
-        SystemExit: After `--help`.
     """
     problems: list[str] = []
     names, occurrences = _split(argv, problems)
@@ -72,54 +71,33 @@ def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
 
 
 def read_mapping(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings by name, from the keys and values of a configuration or a checkpoint.
-
-    Returns:
-        What could be read, by name; and all that is wrong.
-    """
+    """Settings by name, from a configuration or a checkpoint; and all that is wrong with it."""
     problems: list[str] = []
     occurrences = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if is_setting(name) or name in LEGACY_FLAGS:
             occurrences.append(_Occurrence(name, f"--{key}", _words(value)))
-        else:
+        elif name not in REMOVED_FLAGS or value:  # older configurations have them, without effect
             problems.append(_unknown(f"--{key}"))
     return _read(occurrences, problems), problems
 
 
 def shown(value: Any) -> str:
     """A value as people write it on the command line."""
-    if isinstance(value, dict):
-        return " ".join(f"{key}={one}" for key, one in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "none" if value in (None, "") else str(value)
+    return " ".join(_words(value)) or "none"
 
 
 def command_words(command: Mapping[str, Any]) -> str:
-    """The configurations and flags of a command line that identify its configuration.
-
-    Args:
-        command: `configurations`, names or paths, and `flags`, values by name.
-    """
+    """The configurations and flags of `Settings.command` that identify a configuration."""
     names = ["/".join(Path(name).parts[-2:]) for name in command["configurations"]]
     not_configuration = set(names_of("command", "compute", "place"))
     flags = {n: v for n, v in command["flags"].items() if n not in not_configuration}
     return " ".join([*names, *(f"--{name} {shown(value)}" for name, value in flags.items())])
 
 
-@dataclass(frozen=True)
-class _Occurrence:
-    """A flag, with the words behind it.
-
-    Attributes:
-        name: Name of the setting, or a legacy name.
-        spelling: As it was written.
-        words: Its values.
-    """
+class _Occurrence(NamedTuple):
+    """A setting or a legacy name, as it was written, with the words behind it."""
 
     name: str
     spelling: str
@@ -129,14 +107,8 @@ class _Occurrence:
         return " ".join([self.spelling, *self.words])
 
     def read(self) -> tuple[str, Any]:
-        """Name of the setting and its value.
-
-        Raises:
-            ValueError: With one line for people.
-        """
-        if self.name not in LEGACY_FLAGS:
-            return self.name, find_flag(self.name).read(self.words)
-        name, values = LEGACY_FLAGS[self.name]
+        """Name of the setting and its value; raises ValueError with one line for people."""
+        name, values = LEGACY_FLAGS.get(self.name, (self.name, None))
         if values is None:
             return name, find_flag(name).read(self.words)
         try:
@@ -156,10 +128,10 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_O
             names.append(token)
             continue
         spelling, has_value, value = token.partition("=")
-        if token in ("-h", "--help"):
-            _print_help()
-            raise SystemExit(0)
         if spelling in ("-h", "--help"):
+            if not has_value:
+                _print_help()
+                raise SystemExit(0)
             problems.append(f"{token}: takes no value")
             continue
         name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
@@ -178,8 +150,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_O
 def _take_words(name: str, rest: list[str]) -> list[str]:
     """Takes the values of a flag from the rest of a command line.
 
-    What follows its last value belongs to it, too, unless it is a configuration: so a message can
-    name the flag.
+    Any surplus word but a configuration is taken too, so that a message can name the flag.
     """
     one = find_flag(LEGACY_FLAGS.get(name, (name,))[0])
     most = 0 if _is_switch(name) else one.most_values
@@ -193,18 +164,14 @@ def _take_words(name: str, rest: list[str]) -> list[str]:
 
 
 def _is_switch(name: str) -> bool:
-    if name in LEGACY_FLAGS:
-        return LEGACY_FLAGS[name][1] is not None
-    return is_setting(name) and find_flag(name).is_switch
+    name, values = LEGACY_FLAGS.get(name, (name, None))
+    return values is not None or (is_setting(name) and find_flag(name).is_switch)
 
 
 def _is_configuration(word: str) -> bool:
     """Whether a word is meant as a configuration."""
-    if configurations.is_file_name(word):
-        return True
-    if "=" in word:  # an entry of a mapping
-        return False
-    return bool(difflib.get_close_matches(word.lower(), configurations.names(), n=1, cutoff=0.85))
+    near = difflib.get_close_matches(word.lower(), configurations.names(), n=1, cutoff=0.85)
+    return configurations.is_file_name(word) or ("=" not in word and bool(near))
 
 
 def _read(occurrences: Iterable[_Occurrence], problems: list[str]) -> dict[str, Any]:
@@ -217,7 +184,7 @@ def _read(occurrences: Iterable[_Occurrence], problems: list[str]) -> dict[str, 
         except ValueError as error:
             problems.append(str(error))
             with suppress(ValueError):  # a word too many must not hide what the first one says
-                name, value = replace(one, words=one.words[:1]).read()
+                name, value = one._replace(words=one.words[:1]).read()
                 values[name] = value
             continue
         before = written.setdefault(name, one)
@@ -230,10 +197,12 @@ def _read(occurrences: Iterable[_Occurrence], problems: list[str]) -> dict[str, 
 def _unknown(spelling: str) -> str:
     """What to say of a flag that there is not, with the nearest one by meaning or by letters."""
     bare = spelling.lstrip("-").replace("-", "_").lower()
-    documented = [one for one in all_flags() if one.help]
-    names = {one.name: one.spelling for one in documented}
+    if bare in REMOVED_FLAGS:
+        return f"{spelling} is no option: {REMOVED_FLAGS[bare]}"
+    names = {one.name: one.spelling for one in all_flags() if one.help}
     names |= {old: f"--{old}" for old in LEGACY_FLAGS}
-    words = names | {synonym: one.spelling for one in documented for synonym in one.synonyms}
+    synonyms = yaml.safe_load(SYNONYMS.read_text(encoding="utf-8"))
+    words = names | {w: names[name] for name, line in synonyms.items() for w in line.split()}
     near = difflib.get_close_matches(bare, words, n=1, cutoff=0.8)
     near = near or difflib.get_close_matches(bare, names, n=1)
     hint = f"did you mean {words[near[0]]}?" if near else "see main.py --help"
@@ -258,9 +227,9 @@ def _words(value: Any) -> list[str]:
         return [f"{key}={one}" for key, one in value.items()]
     if isinstance(value, list | tuple):
         return [str(one) for one in value]
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return [str(value).lower()]
-    return ["none" if value is None else str(value)]
+    return [str(value)]
 
 
 def _print_help() -> None:
@@ -277,19 +246,16 @@ def _print_help() -> None:
     parser.add_argument(
         "config", nargs="*", metavar="CONFIG", help=f"configurations, merged left to right: {names}"
     )
-    legacy = {new: (old, values) for old, (new, values) in LEGACY_FLAGS.items()}
     for group in GROUPS.values():
-        titled = parser.add_argument_group((group.__doc__ or "").rstrip("."))
+        add = parser.add_argument_group((group.__doc__ or "").rstrip(".")).add_argument
         for one in flags_of(group):
             if one.help:
-                titled.add_argument(one.spelling, metavar=_metavar(one), help=_help(one))
-            if one.name in legacy:
-                old, values = legacy[one.name]
-                text = f"the original's name of {one.spelling}"
-                if values is not None:
-                    text += f": true is {values[True]}, false is {values[False]}"
-                metavar = _metavar(one) if values is None else "BOOL"
-                titled.add_argument(f"--{old}", metavar=metavar, help=text)
+                add(one.spelling, metavar=_metavar(one), help=_help(one))
+            for old, (new, values) in LEGACY_FLAGS.items():
+                if new == one.name:
+                    means = [f"; {shown(key)}: {value}" for key, value in (values or {}).items()]
+                    text = f"{one.spelling} of the original{''.join(means)}"
+                    add(f"--{old}", metavar="BOOL" if values else _metavar(one), help=text)
     sys.stdout.write(parser.format_help())
 
 
@@ -300,10 +266,6 @@ def _metavar(one: Flag) -> str:
 
 
 def _help(one: Flag) -> str:
-    choices = f"; one of {', '.join(one.choices)}" if one.choices and not _named(one) else ""
+    unnamed = [c for c in one.choices if not re.search(rf"(?<!\w){re.escape(c)}(?!\w)", one.help)]
+    choices = f"; one of {', '.join(one.choices)}" if unnamed else ""
     return f"{one.help}{choices} (default: {shown(one.default)})".replace("%", "%%")
-
-
-def _named(one: Flag) -> bool:
-    """Whether the help names every choice already."""
-    return all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", one.help) for choice in one.choices)

@@ -27,8 +27,11 @@ from cli.flags import (
     Flag,
     Role,
     at_least,
+    command,
+    compute,
     flag,
     flags_of,
+    place,
 )
 from cli.paths import ROOT
 
@@ -40,85 +43,41 @@ LEGACY_FLAGS: dict[str, tuple[str, dict[bool, str] | None]] = {
     "use_prompt_mask": ("diversify", {True: "mask", False: "none"}),
 }
 
+#: Settings that the original has and this program has not, and why.
+REMOVED_FLAGS = {
+    "predefined_key": "the original does nothing with it; keys start from --prompt_key_init",
+    "world_size": "the launcher starts the processes; use its own option, such as --nproc_per_node",
+}
+
 
 @dataclass(frozen=True)
 class RunSettings:
     """Run."""
 
-    list: bool = flag(False, "show the configurations and overlays, then stop", role="command")
-    output_dir: str = flag(
-        "./output",
-        "folder of results and checkpoints; empty: write nothing",
-        role="compute",
-        synonyms=("out_dir", "save_dir", "log_dir", "out", "output"),
-    )
-    seed: int = flag(
-        42, "seed of class order, initial values and augmentation", range=SEED, role="place"
-    )
-    seeds: tuple[int, ...] | None = flag(
-        None,
-        "train once for each of these seeds, in a folder of its own",
-        range=SEED,
-        role="command",
-    )
-    device: str = flag(
-        "auto",
-        "cuda, cuda:N, cpu, or auto: CUDA where there is one",
-        role="compute",
-        synonyms=("gpu", "gpus", "gpu_id", "cuda"),
-    )
-    dist_url: str = flag(
-        "env://", "rendezvous of the processes; env://: what the launcher sets", role="command"
-    )
-    world_size: int | None = flag(
-        None, "number of processes; compared with the launcher's", role="command"
-    )
-    local_rank: int | None = flag(
-        None, "", role="command", dashed=True
-    )  # what torch.distributed.launch passes without --use_env
-    resume: str | None = flag(
-        None,
-        "resume from a saved state: auto (the newest in --output_dir) or a path",
-        role="command",
-        synonyms=("load", "restore", "resume_from", "continue"),
-    )
-    save_every: float = flag(
-        300.0, "seconds between two states inside an epoch", range=POSITIVE, role="command"
-    )
-    dry_run: bool = flag(
-        False, "check data and weights, run one step, leave no results, stop", role="command"
-    )
-    eval: bool = flag(
-        False,
-        "evaluate the task checkpoints of --output_dir",
-        role="command",
-        synonyms=("evaluate", "test", "test_only", "eval_only"),
-    )
-    checkpoint: str | None = flag(
-        None, "with --eval: this checkpoint alone", role="command", synonyms=("ckpt", "weights")
-    )
-    speed_test: bool = flag(
-        False, "measure images/s, GMACs and memory before the run", role="command"
-    )
-    speed_test_only: bool = flag(False, "measure, then stop", role="command")
+    list: bool = command(False, "show the configurations and overlays, then stop")
+    output_dir: str = compute("./output", "folder of results and checkpoints; empty: write nothing")
+    seed: int = place(42, "seed of class order, initial values and augmentation", range=SEED)
+    seeds: tuple[int, ...] | None = command(None, "train once for each, in its folder", range=SEED)
+    device: str = compute("auto", "cuda, cuda:N, cpu, or auto: CUDA where there is one")
+    dist_url: str = command("env://", "rendezvous of the processes; env://: what the launcher sets")
+    local_rank: int | None = command(None, "")  # passed by torch.distributed.launch
+    resume: str | None = command(None, "a saved state: auto (newest in --output_dir) or a path")
+    save_every: float = command(300.0, "seconds between two states inside an epoch", range=POSITIVE)
+    dry_run: bool = command(False, "check data and weights, run one step, leave no results, stop")
+    eval: bool = command(False, "evaluate the task checkpoints of --output_dir")
+    checkpoint: str | None = command(None, "with --eval: this checkpoint alone")
+    speed_test: bool = command(False, "measure images/s, GMACs and memory before the run")
+    speed_test_only: bool = command(False, "measure, then stop")
 
 
 @dataclass(frozen=True)
 class OutputSettings:
     """Output."""
 
-    print_freq: int = flag(
-        10,
-        "steps between two progress lines in a log file or pipe",
-        range=at_least(1),
-        role="compute",
-        synonyms=("log_interval", "log_every"),
-    )
-    plots: bool = flag(True, "draw figures at the end of a run", role="command")
-    tensorboard: bool = flag(
-        False, "log to TensorBoard, in --output_dir/tensorboard", role="command"
-    )
-    wandb: bool = flag(False, "log to Weights & Biases, if wandb is installed", role="command")
+    print_freq: int = compute(10, "steps between two progress lines of a log", range=at_least(1))
+    plots: bool = command(True, "draw figures at the end of a run")
+    tensorboard: bool = command(False, "log to TensorBoard, in --output_dir/tensorboard")
+    wandb: bool = command(False, "log to Weights & Biases, if wandb is installed")
 
 
 @dataclass(frozen=True)
@@ -130,54 +89,24 @@ class DataSettings:
         "CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, NotMNIST, Flowers102, CORe50, Imagenet-R, "
         "digits (ships with scikit-learn) or ImageFolder; several, separated by commas, are "
         "learned one after the other; 5-datasets: five of them as in the original",
-        synonyms=("data", "data_set", "dataset_name"),
     )
-    data_path: str = flag(
+    data_path: str = place(
         "/local_datasets/",
-        "folder of the data; ImageFolder: with train/<class>/* and val/ or test/; its domains: "
-        "with <domain>/train/<class>/*",
-        role="place",
-        dashed=True,
-        synonyms=("data_dir", "data_root", "root", "datadir", "dataset_path", "data_folder"),
+        "folder of the data; ImageFolder: with [<domain>/]train/<class>/* and val/ or test/",
     )
     domains: tuple[str, ...] | None = flag(None, "domains to learn, in this order; none: all")
     file_lists: str | None = flag(
         None, "CORe50: folder of published file lists that define the domains; none: its sessions"
     )
-    num_workers: int = flag(
-        4,
-        "DataLoader worker processes; 0: load in the main process",
-        range=at_least(0),
-        role="compute",
-        synonyms=("workers", "j"),
+    num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=at_least(0))
+    pin_mem: bool = compute(True, "page-locked memory for faster copies to a GPU")
+    data_on_device: bool | str = compute(
+        "auto", "store and transform all images on the device (auto: a GPU)", choices=("auto",)
     )
-    pin_mem: bool = flag(
-        True,
-        "page-locked memory for faster copies to a GPU",
-        role="compute",
-        dashed=True,
-        synonyms=("pin_memory",),
+    eval_batch_size: int | None = compute(
+        None, "test images of a batch; none: --batch-size, on a GPU at least 256", range=at_least(1)
     )
-    data_on_device: bool | str = flag(
-        "auto",
-        "store all images on the device, and crop and resize there: true, false, or auto (on a "
-        "GPU, where they fit and the image transforms allow it)",
-        choices=("auto",),
-        role="compute",
-    )
-    eval_batch_size: int | None = flag(
-        None,
-        "test images of a batch, in whole vote groups; none: --batch-size, on a GPU at least 256",
-        range=at_least(1),
-        role="compute",
-        synonyms=("test_batch_size", "val_batch_size"),
-    )
-    test_cache: float = flag(
-        2.0,
-        "gigabytes of decoded test images that a process caches",
-        range=NOT_NEGATIVE,
-        role="compute",
-    )
+    test_cache: float = compute(2.0, "GB of test images that a process caches", range=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -188,36 +117,20 @@ class TaskSettings:
         "class-incremental",
         "class-incremental, domain-incremental (CORe50, ImageFolder), gaussian (task-free), "
         "dataset-incremental (chosen by itself for several data sets) or joint (as --joint)",
-        synonyms=("setting", "protocol"),
     )
     num_tasks: int | None = flag(
         None,
         "tasks that the classes are split into, or episodes of the gaussian scenario; none: 10, "
         "200 episodes, or as many as there are data sets or domains",
         range=at_least(1),
-        synonyms=("tasks", "n_tasks", "num_sessions"),
     )
-    classes_per_task: int | None = flag(
-        None,
-        "classes of a task; none: all classes, evenly",
-        synonyms=("increment", "num_classes_per_task"),
-    )
+    classes_per_task: int | None = flag(None, "classes of a task; none: all classes, evenly")
     shuffle: bool = flag(True, "shuffle the classes by --seed before the split")
-    class_order: str | None = flag(
-        None, "file with the order of classes (ids or names; JSON or text)"
-    )
-    train_mask: bool = flag(
-        True, "training predicts the task's own classes only", synonyms=("class_mask", "mask")
-    )
-    task_inc: bool = flag(
-        False,
-        "task-incremental evaluation: predict among the classes of the image's task",
-        synonyms=("til", "task_incremental"),
-    )
+    class_order: str | None = flag(None, "file of the classes' order: ids or names, JSON or text")
+    train_mask: bool = flag(True, "training predicts the task's own classes only")
+    task_inc: bool = flag(False, "evaluation predicts among the classes of the image's task only")
     joint: bool = flag(False, "all tasks at once: the upper bound")
-    eval_every: int = flag(
-        1, "tasks between two evaluations; the last is always evaluated", range=at_least(1)
-    )
+    eval_every: int = flag(1, "evaluate after every N-th task and the last", range=at_least(1))
     gaussian_reading: str = flag(
         "paper",
         "variant of the gaussian schedule: episodes of --steps_per_task steps, every batch once "
@@ -225,16 +138,11 @@ class TaskSettings:
         choices=("paper", "released"),
     )
     steps_per_task: int = flag(5, "steps of an episode of the paper's variant", range=at_least(1))
-    gaussian_sigma: float = flag(
-        50.0, "standard deviation of a class's presence, in steps", range=POSITIVE
-    )
+    gaussian_sigma: float = flag(50.0, "sigma of a class's presence, in steps", range=POSITIVE)
 
     @property
     def schedule_steps(self) -> int:
-        """Positions of the Gaussian schedule that an episode takes.
-
-        The released configuration gives no number of steps, which its arithmetic takes for one.
-        """
+        """Positions of the Gaussian schedule that an episode takes; the release has one."""
         return 1 if self.gaussian_reading == "released" else self.steps_per_task
 
     def images_per_episode(self, global_batch: int) -> int | None:
@@ -249,18 +157,11 @@ class ReplaySettings:
     """Replay."""
 
     buffer_size: int | None = flag(
-        None,
-        "images of earlier tasks to store, shared by the classes",
-        range=at_least(1),
-        synonyms=("memory_size", "mem_size", "buffer"),
+        None, "images of earlier tasks to store in all", range=at_least(1)
     )
-    buffer_per_class: int | None = flag(
-        None, "images of each earlier class to store", range=at_least(1)
-    )
+    buffer_per_class: int | None = flag(None, "images to store of each class", range=at_least(1))
     replay_batch: int | None = flag(
-        None,
-        "replayed images of a step, of each process, on top of --batch-size; none: as many",
-        range=at_least(1),
+        None, "replayed images of a step, of each process; none: --batch-size", range=at_least(1)
     )
 
     @property
@@ -273,58 +174,29 @@ class ReplaySettings:
 class ModelSettings:
     """Model."""
 
-    model: str = flag(
-        "vit_base_patch16_224",
-        "any plain timm ViT, with or without a weights tag",
-        synonyms=("arch", "backbone", "net", "model_name"),
-    )
+    model: str = flag("vit_base_patch16_224", "any plain timm ViT, with or without a weights tag")
     model_kwargs: dict[str, Any] = flag(
-        {}, "arguments of timm's constructor, name=value", dashed=True, at_least_one=False
+        {}, "arguments of timm's constructor, name=value", at_least_one=False
     )
-    pretrained: bool | str = flag(
-        True,
-        "weights: true (timm fetches them), false (random), or a local .npz, .safetensors, .pth "
-        "or .bin file",
-        role="place",
-        synonyms=("weights_path", "pretrained_weights"),
+    pretrained: bool | str = place(
+        True, "weights: true (of timm), false (random) or a .npz, .safetensors, .pth or .bin file"
     )
-    drop: float = flag(
-        0.0,
-        "dropout of positions and projections, in training",
-        range=SHARE,
-        synonyms=("dropout", "drop_rate"),
-    )
-    drop_path: float = flag(
-        0.0,
-        "stochastic depth, in training",
-        range=SHARE,
-        dashed=True,
-        synonyms=("drop_path_rate", "stochastic_depth"),
-    )
+    drop: float = flag(0.0, "dropout of positions and projections, in training", range=SHARE)
+    drop_path: float = flag(0.0, "stochastic depth, in training", range=SHARE)
     global_pool: str = flag(
-        "token",
-        "token: final norm, then mean; avg: mean, then fc_norm",
-        choices=("token", "avg"),
+        "token", "token: final norm, then mean; avg: mean, then fc_norm", choices=("token", "avg")
     )
-    head_type: str = flag(
-        "prompt",
-        "output tokens that the head pools: token, gap, prompt or token+prompt",
-        synonyms=("head", "pooling"),
-    )
+    head_type: str = flag("prompt", "what the head pools: token, gap, prompt or token+prompt")
     head_init: str = flag(
         "trunc_normal", "initial weights of the head", choices=("trunc_normal", "zero")
     )
     prompt_position: str = flag(
-        "class",
-        "position embeddings of prompt tokens: copies of the class token's (class) or none "
-        "(official_v2)",
-        choices=("class", "none"),
+        "class", "positions of prompts: the class token's, or none", choices=("class", "none")
     )
     freeze: tuple[str, ...] = flag(
         ("blocks", "patch_embed", "cls_token", "norm", "pos_embed"),
         "prefixes of the parameters that do not train; none: everything trains",
         at_least_one=False,
-        synonyms=("frozen", "freeze_layers"),
     )
 
     @property
@@ -347,38 +219,21 @@ class ModelSettings:
 class PromptSettings:
     """Prompts."""
 
-    prompt_pool: bool = flag(
-        True, "learn prompts; false: train the head and whatever is not frozen"
-    )
-    size: int = flag(
-        10, "prompts in the pool (M)", range=at_least(1), synonyms=("pool_size", "num_prompts")
-    )
-    length: int = flag(
-        5,
-        "tokens of a prompt (L)",
-        range=at_least(1),
-        synonyms=("prompt_length", "prompt_len", "num_tokens"),
-    )
-    top_k: int = flag(
-        5,
-        "prompts selected for an image (K)",
-        range=at_least(1),
-        synonyms=("topk", "k", "num_selected"),
-    )
+    prompt_pool: bool = flag(True, "learn prompts; false: the head and what is not frozen alone")
+    size: int = flag(10, "prompts in the pool (M)", range=at_least(1))
+    length: int = flag(5, "tokens of a prompt (L)", range=at_least(1))
+    top_k: int = flag(5, "prompts selected for an image (K)", range=at_least(1))
     initializer: str = flag(
         "uniform",
         "initial prompts: U(-1, 1), zeros, or U(0, 0.01) as the JAX release",
         choices=("uniform", "zero", "official"),
-        synonyms=("prompt_init",),
     )
     prompt_key: bool = flag(True, "keys are learned; false: the mean of the prompt's tokens")
-    prompt_key_init: str = flag(
-        "uniform", "initial keys", choices=("uniform", "zero", "official"), synonyms=("key_init",)
-    )
+    prompt_key_init: str = flag("uniform", "initial keys", choices=("uniform", "zero", "official"))
     diversify: str = flag(
         "none",
-        "selection in training: none (top-k), mask (task t trains the prompts [t*K, (t+1)*K) "
-        "only) or frequency (the paper's penalty on prompts that earlier tasks used)",
+        "selection in training: none (top-k), mask (K prompts of its own for each task) or "
+        "frequency (the paper's penalty on prompts that earlier tasks used)",
     )
     shared_prompt_pool: bool = flag(False, "a task's prompts start from those of the previous task")
     shared_prompt_key: bool = flag(False, "a task's keys start from those of the previous task")
@@ -387,21 +242,15 @@ class PromptSettings:
         None, "images that vote together; none: --batch-size", range=at_least(1)
     )
     vote_ties: str = flag(
-        "lowest",
-        "who wins a tied vote: lowest (id), or topk (as the original)",
-        choices=("lowest", "topk"),
+        "lowest", "who wins a tied vote: lowest id, or topk (original)", choices=("lowest", "topk")
     )
     embedding_key: str = flag(
         "cls",
         "the query: class token, or mean, maximum, maximum + 2 * mean of the patches",
         choices=("cls", "mean", "max", "mean_max"),
-        synonyms=("query",),
     )
-    predefined_key: str = flag("", "rejected: the original accepts it and does nothing with it")
     pull_constraint: bool = flag(True, "pull selected keys towards the query")
-    pull_constraint_coeff: float = flag(
-        0.1, "weight of the pull term", range=NOT_NEGATIVE, synonyms=("pull_coeff", "lambda")
-    )
+    pull_constraint_coeff: float = flag(0.1, "weight of the pull term", range=NOT_NEGATIVE)
 
     @property
     def pull_coeff(self) -> float:
@@ -413,159 +262,78 @@ class PromptSettings:
 class OptimizerSettings:
     """Optimizer and learning rate."""
 
-    batch_size: int = flag(
-        16,
-        "images of a step, of each process",
-        range=at_least(1),
-        dashed=True,
-        synonyms=("bs", "b", "batch", "train_batch_size"),
-    )
+    batch_size: int = flag(16, "images of a step, of each process", range=at_least(1))
     drop_last: bool = flag(False, "drop the last step of an epoch if its batch is incomplete")
-    epochs: int = flag(
-        5, "epochs of each task", range=at_least(1), synonyms=("num_epochs", "n_epochs")
-    )
-    opt: str = flag("adam", "any optimizer of timm", synonyms=("optimizer", "optim"))
-    opt_eps: float = flag(1e-8, "epsilon of the optimizer", range=POSITIVE, dashed=True)
-    opt_betas: tuple[float, ...] | None = flag(
-        None, "betas of the optimizer", dashed=True, synonyms=("betas", "adam_betas")
-    )
-    clip_grad: float | None = flag(
-        1.0,
-        "largest norm of the gradient; none: no limit",
-        range=LIMIT,
-        dashed=True,
-        synonyms=("grad_clip", "max_norm", "clip", "max_grad_norm"),
-    )
+    epochs: int = flag(5, "epochs of each task", range=at_least(1))
+    opt: str = flag("adam", "any optimizer of timm")
+    opt_eps: float = flag(1e-8, "epsilon of the optimizer", range=POSITIVE)
+    opt_betas: tuple[float, ...] | None = flag(None, "betas of the optimizer")
+    clip_grad: float | None = flag(1.0, "largest norm of the gradient; none: no limit", range=LIMIT)
     momentum: float = flag(0.9, "momentum of SGD", range=SHARE)
-    weight_decay: float = flag(
-        0.0, "weight decay", range=NOT_NEGATIVE, dashed=True, synonyms=("wd",)
-    )
+    weight_decay: float = flag(0.0, "weight decay", range=NOT_NEGATIVE)
     reinit_optimizer: bool = flag(True, "a fresh optimizer for each task")
-    smoothing: float = flag(
-        0.0,
-        "label smoothing over the classes that may be predicted",
-        range=SHARE,
-        synonyms=("label_smoothing",),
-    )
-    lr: float = flag(
-        0.03,
-        "learning rate for a batch of 256",
-        range=POSITIVE,
-        synonyms=("learning_rate", "base_lr", "blr"),
-    )
+    smoothing: float = flag(0.0, "label smoothing over the predictable classes", range=SHARE)
+    lr: float = flag(0.03, "learning rate for a batch of 256", range=POSITIVE)
     lr_scale: str = flag(
         "per-device",
-        "what --lr is multiplied by: none (1), per-device (batch-size / 256) or global "
-        "(batch-size * processes / 256)",
+        "factor of --lr: none (1), per-device (batch-size / 256), global (that * processes)",
         choices=("none", "per-device", "global"),
     )
     sched: str = flag(
         "constant",
         "schedule over the epochs of a task, started anew for each task",
         choices=("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau"),
-        synonyms=("scheduler", "lr_scheduler", "schedule"),
     )
     lr_noise: tuple[float, ...] | None = flag(
-        None, "start and end of learning rate noise, as shares of the schedule", dashed=True
+        None, "start and end of learning rate noise, as shares of the schedule"
     )
-    lr_noise_pct: float = flag(
-        0.67, "limit of that noise, as a share of the learning rate", dashed=True
-    )
-    lr_noise_std: float = flag(1.0, "standard deviation of that noise", dashed=True)
-    warmup_lr: float = flag(
-        1e-6, "learning rate at the start of the warm-up", range=NOT_NEGATIVE, dashed=True
-    )
-    min_lr: float = flag(
-        1e-5, "lowest learning rate of cyclic schedules", range=NOT_NEGATIVE, dashed=True
-    )
-    decay_epochs: float = flag(30.0, "epochs between two decays (step)", dashed=True)
-    decay_milestones: tuple[int, ...] = flag(
-        (30, 60), "epochs of the decays (multistep)", dashed=True, synonyms=("milestones",)
-    )
-    warmup_epochs: int = flag(
-        5, "epochs of warm-up, unless the schedule is constant", range=at_least(0), dashed=True
-    )
-    cooldown_epochs: int = flag(
-        10,
-        "epochs at the lowest learning rate after a cyclic schedule",
-        range=at_least(0),
-        dashed=True,
-    )
-    patience_epochs: int = flag(
-        10, "epochs without gain before a decay (plateau)", dashed=True, synonyms=("patience",)
-    )
-    decay_rate: float = flag(
-        0.1, "factor of a decay", range=POSITIVE, dashed=True, synonyms=("gamma",)
-    )
+    lr_noise_pct: float = flag(0.67, "limit of that noise, as a share of the learning rate")
+    lr_noise_std: float = flag(1.0, "standard deviation of that noise")
+    warmup_lr: float = flag(1e-6, "learning rate at the start of the warm-up", range=NOT_NEGATIVE)
+    min_lr: float = flag(1e-5, "lowest learning rate of cyclic schedules", range=NOT_NEGATIVE)
+    decay_epochs: float = flag(30.0, "epochs between two decays (step)")
+    decay_milestones: tuple[int, ...] = flag((30, 60), "epochs of the decays (multistep)")
+    warmup_epochs: int = flag(5, "epochs of warm-up (all but constant)", range=at_least(0))
+    cooldown_epochs: int = flag(10, "epochs at the lowest rate after a cycle", range=at_least(0))
+    patience_epochs: int = flag(10, "epochs without gain before a decay (plateau)")
+    decay_rate: float = flag(0.1, "factor of a decay", range=POSITIVE)
 
     def learning_rate(self, global_batch: int) -> float:
-        """The rate that the optimizer gets: `--lr` scaled by the batch.
-
-        Args:
-            global_batch: Images of all processes in a training step.
+        """The rate that the optimizer gets: `--lr`, scaled by the batch of one or all processes.
 
         Source: l2p-pytorch multiplies by the batch of one process / 256.
         """
-        if self.lr_scale == "none":
-            return self.lr
-        batch = global_batch if self.lr_scale == "global" else self.batch_size
-        return self.lr * batch / 256
+        batches = {"none": 256, "per-device": self.batch_size, "global": global_batch}
+        return self.lr * batches[self.lr_scale] / 256
 
 
 @dataclass(frozen=True)
 class TransformSettings:
     """Image transforms."""
 
-    input_size: int = flag(
-        224,
-        "pixels a side; the patch size must divide it",
-        range=at_least(1),
-        dashed=True,
-        synonyms=("img_size", "image_size", "resolution", "imgsz"),
-    )
-    scale: tuple[float, float] = flag(
-        (0.08, 1.0), "range of the random crop's area", range=CROP_AREA
-    )
-    ratio: tuple[float, float] = flag(
-        (3 / 4, 4 / 3), "range of the random crop's width/height", range=ASPECT_RATIO
-    )
+    input_size: int = flag(224, "pixels a side; the patch size must divide it", range=at_least(1))
+    scale: tuple[float, float] = flag((0.08, 1.0), "range of the crop's area", range=CROP_AREA)
+    ratio: tuple[float, float] = flag((3 / 4, 4 / 3), "range of width/height", range=ASPECT_RATIO)
     hflip: float = flag(0.5, "probability of a horizontal flip", range=PROBABILITY)
     train_interpolation: str = flag(
         "bilinear",
         "resampling of the crop; random: bilinear or bicubic for each image",
         choices=("nearest", "bilinear", "bicubic", "random"),
-        dashed=True,
-        synonyms=("interpolation",),
     )
-    train_resize: int | None = flag(
-        None, "pixels a side before the crop (the JAX release: 256)", range=at_least(1)
-    )
-    train_jpeg: int | None = flag(
-        None, "quality of a JPEG round trip before the crop", range=QUALITY
-    )
+    train_resize: int | None = flag(None, "pixels a side before the crop", range=at_least(1))
+    train_jpeg: int | None = flag(None, "quality of a JPEG round trip before crops", range=QUALITY)
     test_interpolation: str = flag(
-        "bicubic",
-        "resampling of test images: bicubic, or bilinear (the JAX release)",
-        choices=("bilinear", "bicubic"),
+        "bicubic", "resampling of test images (JAX: bilinear)", choices=("bilinear", "bicubic")
     )
-    color_jitter: float | None = flag(
-        None, "strength of colour jitter", range=NOT_NEGATIVE, dashed=True
-    )
-    aa: str | None = flag(
-        None,
-        "timm's augmentation policy, such as rand-m9-mstd0.5-inc1",
-        synonyms=("auto_augment", "autoaugment"),
-    )
+    color_jitter: float | None = flag(None, "strength of colour jitter", range=NOT_NEGATIVE)
+    aa: str | None = flag(None, "timm's augmentation policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = flag(0.0, "probability of random erasing", range=PROBABILITY)
-    remode: str = flag(
-        "pixel", "what an erased box is filled with", choices=("const", "rand", "pixel")
-    )
+    remode: str = flag("pixel", "what fills an erased box", choices=("const", "rand", "pixel"))
     recount: int = flag(1, "number of erased boxes", range=at_least(1))
     norm: str = flag(
         "none",
         "pixel values: none ([0, 1], the original), half ([-1, 1]) or imagenet",
         choices=("none", "half", "imagenet"),
-        synonyms=("normalize", "normalization"),
     )
 
 
@@ -577,15 +345,10 @@ class PrecisionSettings:
         None,
         "mixed precision of the backbone: bf16, fp16, or none (fp32, the original)",
         choices=("bf16", "fp16"),
-        synonyms=("mixed_precision", "precision", "dtype", "fp16", "bf16"),
     )
     tf32: bool = flag(False, "TensorFloat-32 products on a GPU, in place of full fp32")
-    compile: bool = flag(
-        False, "compile the passes through the backbone, with CUDA graphs", role="compute"
-    )
-    grad_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass to save memory", role="compute"
-    )
+    compile: bool = compute(False, "compile the passes through the backbone, with CUDA graphs")
+    grad_checkpointing: bool = compute(False, "save memory: recompute activations for gradients")
 
     @property
     def loss_scaling(self) -> bool:
@@ -595,13 +358,7 @@ class PrecisionSettings:
 
 @dataclass(frozen=True)
 class Given:
-    """What a command line said.
-
-    Attributes:
-        configurations: Names or paths, in order.
-        flags: Values by name that flags set.
-        explicit: Names that flags and configurations set.
-    """
+    """What a command line said: configurations, in order; flags; names that either of them set."""
 
     configurations: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -626,20 +383,16 @@ class Settings:
 
     def __getitem__(self, name: str) -> Any:
         """A setting by the name of its flag."""
-        return getattr(getattr(self, group_of(name)), name)
+        return getattr(getattr(self, _declared()[name][0]), name)
 
     def replace(self, given: Given | None = None, **values: Any) -> "Settings":
         """The same settings with other values, by name."""
-        changed: dict[str, dict[str, Any]] = {}
+        groups: dict[str, Any] = {"given": given or self.given}
         for name, value in values.items():
-            if isinstance(value, list):
-                value = tuple(value)
-            changed.setdefault(group_of(name), {})[name] = value
-        groups = {
-            group: dataclasses.replace(getattr(self, group), **named)
-            for group, named in changed.items()
-        }
-        return dataclasses.replace(self, **groups, given=given or self.given)
+            group = _declared()[name][0]
+            new = {name: tuple(value) if isinstance(value, list) else value}
+            groups[group] = dataclasses.replace(groups.get(group, getattr(self, group)), **new)
+        return dataclasses.replace(self, **groups)
 
     def for_seed(self, seed: int) -> "Settings":
         """The settings of one run of `--seeds`, in a folder of its own."""
@@ -650,15 +403,9 @@ class Settings:
         return {one.name: plain(self[one.name]) for one in all_flags() if one.role != "command"}
 
     def command(self) -> dict[str, Any]:
-        """What the command line said of the run: names of configurations, and flags with values.
-
-        What only says where and how fast it is computed is left out.
-        """
-        flags = {
-            name: plain(value)
-            for name, value in self.given.flags.items()
-            if find_flag(name).role not in ("command", "compute")
-        }
+        """Configurations and flags of the command line that say what is learned, and where."""
+        names = [name for name in self.given.flags if find_flag(name).role in ("method", "place")]
+        flags = {name: plain(self.given.flags[name]) for name in names}
         return {"configurations": list(self.given.configurations), "flags": flags}
 
     @property
@@ -687,34 +434,24 @@ GROUPS: dict[str, type] = {
 
 
 @functools.cache
-def all_flags() -> tuple[Flag, ...]:
+def _declared() -> dict[str, tuple[str, Flag]]:
+    """Every setting with the name of its group, by name, group by group."""
+    return {one.name: (name, one) for name, group in GROUPS.items() for one in flags_of(group)}
+
+
+def all_flags() -> list[Flag]:
     """Every setting, group by group."""
-    return tuple(one for group in GROUPS.values() for one in flags_of(group))
-
-
-@functools.cache
-def _by_name() -> dict[str, Flag]:
-    return {one.name: one for one in all_flags()}
-
-
-@functools.cache
-def _groups() -> dict[str, str]:
-    return {one.name: name for name, group in GROUPS.items() for one in flags_of(group)}
+    return [one for _, one in _declared().values()]
 
 
 def is_setting(name: str) -> bool:
     """Whether there is a setting of that name."""
-    return name in _by_name()
+    return name in _declared()
 
 
 def find_flag(name: str) -> Flag:
     """The declaration of a setting."""
-    return _by_name()[name]
-
-
-def group_of(name: str) -> str:
-    """Which group of `Settings` holds a setting."""
-    return _groups()[name]
+    return _declared()[name][1]
 
 
 def names_of(*roles: Role) -> Iterator[str]:
