@@ -53,17 +53,7 @@ logger = logging.getLogger(__name__)
 def train_and_evaluate(
     model: PromptedVisionTransformer, tasks: Sequence[Task], state: TrainState, run: Run
 ) -> None:
-    """Learns the tasks one after the other and evaluates after each.
-
-    Args:
-        model: The prompted model; for a resumed run as it was at `state`.
-        tasks: The stream.
-        state: Where to start; a fresh one: at the first task.
-        run: Loaders, optimizer, results and monitor.
-
-    Raises:
-        NonFiniteLossError: See `train_one_epoch`.
-    """
+    """Learns the tasks one after the other, from where `state` is, and evaluates after each."""
     update = make_update(model, run)
     for task in tasks[state.task :]:
         if not state.inside_task:
@@ -91,15 +81,7 @@ def train_one_epoch(
     state: TrainState,
     run: Run,
 ) -> dict[str, float]:
-    """Trains one epoch of one task, or what is left of it.
-
-    Args:
-        model: The prompted model.
-        loader: Batches of (images, targets) of this process.
-        update: Updates the trainable parameters.
-        task: The task, for its class mask and prompt mask.
-        state: Which epoch, and from which step on; kept up to date.
-        run: Its options and its monitor.
+    """Trains one epoch of one task, or what is left of it; keeps `state` up to date.
 
     Returns:
         Averages over the epoch: `Lr`, `Loss` (mean over batches, pull term included), `Acc@1` and
@@ -141,20 +123,12 @@ def train_one_epoch(
 
 
 class StepTarget(NamedTuple):
-    """What a training step needs besides its batch.
+    """What a training step needs besides its batch."""
 
-    Attributes:
-        task_id: 0-based number of the task.
-        allowed: Which classes may be predicted, bool (C,); None: all. Replayed images
-            may be predicted as any class.
-        global_size: Images of all processes in this step.
-        stop: Whether this process was asked to stop.
-    """
-
-    task_id: int
-    allowed: Tensor | None
-    global_size: int
-    stop: bool = False
+    task_id: int  # 0-based
+    allowed: Tensor | None  # classes that images may have unless replayed, bool (C,); None: all
+    global_size: int  # images of all processes in this step
+    stop: bool = False  # this process was asked to stop
 
 
 def train_step(
@@ -166,15 +140,9 @@ def train_step(
 ) -> Tensor:
     """One step of all processes; asynchronous, unless the loss is scaled.
 
-    If the loss or its gradient is not finite, neither this step nor a later one changes the model.
-
-    Args:
-        model: The prompted model, in training mode.
-        update: Updates the trainable parameters.
-        batch: This process's images (B, 3, S, S) and targets (B,), on the device, and which of them
-            are replayed (B,), if any are; B may be 0.
-        target: Task, class mask, size of the whole step.
-        options: See `EngineOptions`.
+    A batch is this process's images (B, 3, S, S) and targets (B,), on the device, and which of them
+    are replayed (B,), if any are; B may be 0. If the loss or its gradient is not finite, neither
+    this step nor a later one changes the model.
 
     Returns:
         Loss, correct@1 and correct@5 over all processes, how many of them were asked to stop, and
@@ -198,14 +166,9 @@ def evaluate_till_now(
     update: OptimizerStep | None,
     run: Run,
 ) -> list[Evaluation]:
-    """Evaluates every test set of a task and enters the accuracies in the matrices.
+    """Evaluates the test sets of the task learned last, and fills column `task.index` of matrices.
 
-    Args:
-        model: The prompted model.
-        task: The task that was learned last.
-        state: Which test sets are evaluated already; kept up to date.
-        update: For the state that is saved between two test sets; None: nothing is saved.
-        run: Its loaders, its monitor, and its matrices, of which column `task.index` is filled.
+    Those that `state` has are left out; without `update` nothing is saved between two test sets.
 
     Returns:
         One evaluation for each test set, in order; none where the task has no test sets.
@@ -230,14 +193,8 @@ def evaluate_till_now(
 
 def make_update(model: PromptedVisionTransformer, run: Run) -> OptimizerStep:
     """What updates the trainable parameters of a model, as the options say."""
-    options = run.options
-    return OptimizerStep(
-        model.parameters(),
-        run.make_optimizer,
-        options.device,
-        clip_grad=options.clip_grad,
-        loss_scaling=options.loss_scaling,
-    )
+    o, parameters = run.options, model.parameters()
+    return OptimizerStep(parameters, run.make_optimizer, o.device, o.clip_grad, o.loss_scaling)
 
 
 def _forward_backward(
@@ -247,17 +204,15 @@ def _forward_backward(
     target: StepTarget,
     options: EngineOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's part of a step, and its gradients.
+    """Computes the gradients of this process's part of a step.
 
-    Returns:
-        Loss, correct@1 and correct@5 (3,); how often each prompt served (M,), empty without a pool;
-        and the pooled features (B, D).
+    Returns loss, correct@1 and correct@5 (3,); how often each prompt served (M,), empty without a
+    pool; and the pooled features (B, D).
     """
     images, targets, *flags = batch
     served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=options.device)
     if len(images) == 0:
-        no_features = torch.zeros(0, model.width, device=options.device)
-        return torch.zeros(3, device=options.device), served, no_features
+        return served.new_zeros(3), served, served.new_zeros(0, model.width)
     group, allowed = options.vote_group_size, target.allowed
     if flags:
         group += options.replayed_per_group
@@ -276,38 +231,25 @@ def _forward_backward(
 
 
 def _read_steps(
-    steps: Sequence[Tensor],
-    sizes: Sequence[int],
+    steps: list[Tensor],
+    sizes: list[int],
     update: OptimizerStep,
     progress: utils.Progress,
     state: TrainState,
 ) -> bool:
-    """Copies the results of steps to the host; returns whether a process was asked to stop.
-
-    Raises:
-        NonFiniteLossError: Naming the first step whose loss or gradient is not finite.
-    """
-    stopping = 0.0
-    rows = torch.stack(list(steps)).tolist()  # each as `train_step` returns it
+    """Copies the results of steps to the host; returns whether a process was asked to stop."""
+    rows = torch.stack(steps).tolist()  # each as `train_step` returns it
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True), state.step + 1):
-        loss, correct1, correct5, stop, norm = row
-        if problem := _not_finite(loss, norm, update):
+        loss, correct1, correct5, _, norm = row
+        if not (math.isfinite(loss) and (math.isfinite(norm) or update.may_overflow)):
+            what = f"the norm of the gradient is {norm} (loss {loss})"
+            what = what if math.isfinite(loss) else f"loss is {loss}"
             place = f"task {state.task + 1}, epoch {state.epoch + 1}, step {number}"
-            raise NonFiniteLossError(f"{problem} in {place}: lower --lr, or set --clip-grad")
+            raise NonFiniteLossError(f"{what} in {place}: lower --lr, or set --clip-grad")
         progress.update({"Lr": update.lr, "Loss": loss})
-        progress.update(
-            {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}, count=size
-        )
-        stopping += stop
-    return stopping > 0
-
-
-def _not_finite(loss: float, norm: float, update: OptimizerStep) -> str | None:
-    if not math.isfinite(loss):
-        return f"loss is {loss}"
-    if not math.isfinite(norm) and not update.may_overflow:
-        return f"the norm of the gradient is {norm} (loss {loss})"
-    return None
+        percent = {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}
+        progress.update(percent, count=size)
+    return any(stop > 0 for *_, stop, _ in rows)
 
 
 def _begin_task(
@@ -318,25 +260,17 @@ def _begin_task(
     options: EngineOptions,
 ) -> None:
     """Prepares prompts and optimizer for a task that has not begun."""
+    before, number = task.index, task.index + 1
     if model.prompt is not None:
-        _begin_prompts(model, task.index, options)
-    if task.index > 0 and options.reinit_optimizer:
+        model.prompt.begin_task()
+        wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
+        if model.prompt.inherit(task.index, **wanted):
+            logger.info("Task %d starts from the prompts of task %d", number, before)
+        elif before > 0 and any(wanted.values()):
+            line = "Task %d shares no prompts with task %d: the pool of %d has no slots left for it"
+            logger.warning(line, number, before, model.prompt.size)
+    if before > 0 and options.reinit_optimizer:
         update.renew(state.take_optimizer())
-
-
-def _begin_prompts(model: PromptedVisionTransformer, task_id: int, options: EngineOptions) -> None:
-    assert model.prompt is not None
-    model.prompt.begin_task()
-    wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
-    if model.prompt.inherit(task_id, **wanted):
-        logger.info("Task %d starts from the prompts of task %d", task_id + 1, task_id)
-    elif task_id > 0 and any(wanted.values()):
-        logger.warning(
-            "Task %d shares no prompts with task %d: the pool of %d has no slots left for it",
-            task_id + 1,
-            task_id,
-            model.prompt.size,
-        )
 
 
 def _continue_schedule(update: OptimizerStep, state: TrainState, run: Run) -> Scheduler | None:
@@ -358,13 +292,10 @@ def _continue_schedule(update: OptimizerStep, state: TrainState, run: Run) -> Sc
 
 
 def _log_averages(task: Task, evaluations: Sequence[Evaluation], matrices: dict[str, Any]) -> None:
-    labels = {"batch": "Average accuracy", "instance": "Instance-wise accuracy"}
-    for name in SELECTIONS:
+    for name, label in (("batch", "Average accuracy"), ("instance", "Instance-wise accuracy")):
         means = average_stats(evaluations, name)
-        line = f"[{labels[name]} till task{task.index + 1}]"
-        line += "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
         numbers = metrics.summarize(matrices[name], task.index)
-        lost, backward = numbers.get("forgetting"), numbers.get("backward_transfer")
-        if lost is not None and backward is not None:
-            line += f"\tForgetting: {lost:.4f}\tBackward: {backward:.4f}"
-        logger.info(line)
+        if numbers.get("forgetting") is not None:
+            means |= {"Forgetting": numbers["forgetting"], "Backward": numbers["backward_transfer"]}
+        line = "".join(f"\t{key}: {value:.4f}" for key, value in means.items())
+        logger.info("[%s till task%d]%s", label, task.index + 1, line)

@@ -37,17 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
-    Returns:
-        The exit code.
-    """
-    signals = StopSignals()
-    signals.defer()  # an interrupted import leaves half-initialised modules
-    with signals:
+    """Runs one command line (None: that of the process); returns the exit code."""
+    with StopSignals() as signals:  # not idle: an interrupted import leaves half a module
         try:
             settings, problems = parse(sys.argv[1:] if argv is None else argv)
             if settings.run.list:
@@ -144,13 +135,9 @@ def assemble(
 ) -> Experiment:
     """Turns data into a stream of tasks, and puts prompts and head around a timm ViT.
 
-    Args:
-        settings: Validated settings.
-        processes: This process among all of the run.
-        global_batch: Images of all processes in a training step; None: `--batch-size` of each.
-        task_classes: Class ids of each task; None: as the settings say.
-        weights_follow: Whether all weights come from a checkpoint later, so that the pretrained
-            ones are not needed.
+    The global batch, the images of a step, is `--batch-size` of each process unless given; the
+    settings decide the classes of tasks likewise. Pretrained weights are not needed where all
+    weights follow from a checkpoint.
 
     Raises:
         DataError: If the data are missing or damaged.

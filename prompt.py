@@ -18,41 +18,29 @@ equations 2-5.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cli.flags import choose
 from cli.settings import PromptSettings
 
 
 class Selection(NamedTuple):
-    """Result of matching a batch of queries with the pool.
+    """Result of matching a batch of queries with the pool."""
 
-    Attributes:
-        tokens: Selected prompts, concatenated, (B, P, D).
-        prompt_idx: Ids of the prompts that serve each image, (B, K).
-        own_prompt_idx: Ids that each image selects on its own, best first, (B, K); in training
-            as the selection rule says.
-        similarity: Cosine similarity of queries and keys, (B, M), in [-1, 1].
-        reduce_sim: Pull term: similarity to the selected keys, summed over K, mean over images, ().
-    """
-
-    tokens: Tensor
-    prompt_idx: Tensor
-    own_prompt_idx: Tensor
-    similarity: Tensor
-    reduce_sim: Tensor
+    tokens: Tensor  # selected prompts, concatenated, (B, P, D)
+    prompt_idx: Tensor  # prompts that serve each image, (B, K)
+    own_prompt_idx: Tensor  # what each image selects alone (in training by the rule), best first
+    similarity: Tensor  # cosine of queries and keys, (B, M), in [-1, 1]
+    reduce_sim: Tensor  # pull term: similarity to selected keys, summed over K, mean over images
 
 
 class Prompt(nn.Module):
     """A pool of M prompts of L tokens, each with a key. Every image selects its K nearest keys.
-
-    Args:
-        settings: Size, initial values and vote.
-        embed_dim: D, the width of the transformer.
 
     Raises:
         ValueError: If `top_k` exceeds `size`, or an initialiser is unknown.
@@ -65,14 +53,12 @@ class Prompt(nn.Module):
             raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
         self.size, self.length, self.top_k = size, length, top_k
         self.batchwise, self.vote_ties = settings.batchwise_prompt, settings.vote_ties
-        self.prompt = nn.Parameter(
-            _initial((size, length, embed_dim), settings.initializer)
-        )  # (M, L, D)
+        prompts = _initial((size, length, embed_dim), settings.initializer)
+        self.prompt = nn.Parameter(prompts)  # (M, L, D)
         self.prompt_key: nn.Parameter | None = None
         if settings.prompt_key:  # else a key is the mean of its prompt's tokens, with gradient
-            self.prompt_key = nn.Parameter(
-                _initial((size, embed_dim), settings.prompt_key_init)
-            )  # (M, D)
+            keys = _initial((size, embed_dim), settings.prompt_key_init)
+            self.prompt_key = nn.Parameter(keys)  # (M, D)
 
     @classmethod
     def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
@@ -87,18 +73,18 @@ class Prompt(nn.Module):
     def forward(
         self, query: Tensor, *, task_id: int | None = None, vote_group_size: int | None = None
     ) -> Selection:
-        """Selects prompts for a batch of queries.
+        """Selects prompts for a batch of queries, in single precision within autocast, too.
+
+        Gradients reach the keys through `reduce_sim` alone.
 
         Args:
             query: Query features, (B, D).
             task_id: Task being trained; rules ignore it in evaluation mode.
             vote_group_size: V, consecutive images that vote together; None: the whole batch.
-
-        Returns:
-            The selection, in single precision within autocast, too; gradients reach the keys
-            through `reduce_sim` alone.
         """
-        with _without_autocast(query):
+        device = query.device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             similarity = self.match(query)  # (B, M)
         own_idx = self.select(similarity)  # (B, K)
         idx = self.serve(own_idx, task_id, vote_group_size)  # (B, K)
@@ -115,21 +101,11 @@ class Prompt(nn.Module):
         return l2_normalize(query) @ l2_normalize(self._keys()).t()
 
     def select(self, similarity: Tensor) -> Tensor:
-        """Ids that each image selects on its own, best first, (B, K).
-
-        Args:
-            similarity: Cosine similarity to every key, (B, M).
-        """
+        """Ids that each image selects on its own, best first, (B, K), from similarities (B, M)."""
         return top_k_lowest_id(similarity, self.top_k)
 
     def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
-        """Ids that serve each image, best first, (B, K): its own, or those of its vote group.
-
-        Args:
-            own_idx: What `select` gave, (B, K).
-            task_id: Task being trained.
-            vote_group_size: V; None: the whole batch.
-        """
+        """Ids that serve each image, best first, (B, K): its own, or those of its vote group."""
         if self.batchwise and vote_group_size != 1:
             return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
         return own_idx
@@ -141,11 +117,7 @@ class Prompt(nn.Module):
         """Called after every training step: how often each prompt served an image, (M,)."""
 
     def task_slots(self, task_id: int) -> slice:
-        """Ids of the K prompts that belong to a task where tasks have prompts of their own.
-
-        Raises:
-            ValueError: If the pool is too small for that task.
-        """
+        """Ids of a task's own K prompts; raises ValueError if the pool is too small for it."""
         slots = slice(task_id * self.top_k, (task_id + 1) * self.top_k)
         if slots.stop > self.size:
             raise ValueError(
@@ -158,9 +130,7 @@ class Prompt(nn.Module):
     def inherit(self, task_id: int, *, prompts: bool, keys: bool) -> bool:
         """Starts a task's prompts (or keys) from what the task before it learned.
 
-        Returns:
-            Whether anything was copied: not for the first task, nor when the pool has no slots
-            left.
+        Returns whether it did: not for the first task, nor when the pool has no slots left.
 
         Source: `shared_prompt_pool` and `shared_prompt_key` of the official release.
         """
@@ -192,15 +162,8 @@ def selection_rule(name: str) -> Callable[[type[Prompt]], type[Prompt]]:
 
 
 def find_selection_rule(name: str) -> type[Prompt]:
-    """The selection rule of a name.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if name not in SELECTION_RULES:
-        known = ", ".join(SELECTION_RULES)
-        raise ValueError(f"--diversify {name} is unknown: choose one of {known}")
-    return SELECTION_RULES[name]
+    """The selection rule of a name; raises ValueError if there is none."""
+    return choose(SELECTION_RULES, "--diversify", name)
 
 
 @selection_rule("mask")
@@ -237,14 +200,13 @@ class FrequencyPenalizedPrompt(Prompt):
     Source: equation 4 of the paper.
     """
 
-    served_before: Tensor
-    served_now: Tensor
+    served_before: Tensor  # how often each prompt served a training image in earlier tasks, (M,)
+    served_now: Tensor  # the same in this task
 
     def __init__(self, settings: PromptSettings, embed_dim: int) -> None:
         super().__init__(settings, embed_dim)
-        # How often each prompt served a training image, in earlier tasks and in this one.
-        self.register_buffer("served_before", torch.zeros(self.size, dtype=torch.int64))  # (M,)
-        self.register_buffer("served_now", torch.zeros(self.size, dtype=torch.int64))  # (M,)
+        for name in ("served_before", "served_now"):
+            self.register_buffer(name, torch.zeros(self.size, dtype=torch.int64))
 
     def select(self, similarity: Tensor) -> Tensor:
         """Ids of the nearest keys, in training under the penalty, (B, K)."""
@@ -263,37 +225,24 @@ class FrequencyPenalizedPrompt(Prompt):
         self.served_now += counts.to(self.served_now.dtype)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 def l2_normalize(x: Tensor) -> Tensor:
     """Scales vectors along the last dimension to length 1.
 
-    The floor 1e-12 is on the squared length (the official release), not on the length as in
-    `torch.nn.functional.normalize`.
+    The floor is on the squared length (the official release), unlike `F.normalize`'s.
     """
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
-    """Ids of the k largest scores of each row, best first; ties go to the lowest id.
+    """Ids of the k largest scores (R, M) of each row, best first, (R, k); ties: the lowest id.
 
-    Args:
-        score: Any scores, (R, M).
-        k: How many ids per row.
-
-    Returns:
-        Ids, (R, k). `torch.topk` promises no order among ties, so a stable sort is used.
+    `torch.topk` promises no order among ties, so a stable sort is used.
     """
     return score.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
 def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
-    """Ids of the k smallest products of cosine distance and frequency, best first.
+    """Ids of the k smallest products of cosine distance and frequency, best first, (B, k).
 
     Among equal products, such as those of prompts that never served, the nearer key wins; so the
     first task selects the plain top-k.
@@ -302,9 +251,6 @@ def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
         similarity: Cosine similarity to every key, (B, M).
         frequency: How often each prompt served in earlier tasks, as a share, (M,).
         k: How many ids per row.
-
-    Returns:
-        Ids, (B, k).
 
     Source: equation 4 of the paper.
     """
@@ -315,16 +261,13 @@ def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
 
 
 def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> Tensor:
-    """Replaces each image's choice by the most frequent ids of its vote group.
+    """The most frequent ids of each image's vote group, most votes first, (B, K).
 
     Args:
         own_idx: Ids selected by each image, (B, K).
         size: M, the size of the pool.
         group_size: V; images 0..V-1 form the first group, the last group may be smaller.
         ties: Who wins a tied vote: `lowest` (id), or `topk`, whichever `torch.topk` returns.
-
-    Returns:
-        Ids that serve each image, most votes first, (B, K).
     """
     num_images, top_k = own_idx.shape
     group = torch.arange(num_images, device=own_idx.device) // group_size  # (B,)
@@ -336,10 +279,9 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
 
 
 def _top_k_original(counts: Tensor, k: int) -> Tensor:
-    """Ids of the k largest counts as the original finds them, (R, k).
+    """Ids of the k largest counts, (R, k), as the original finds them.
 
-    It passes `torch.topk` the counts of the ids that have votes, ids ascending, padded with zeros;
-    which of equal counts `torch.topk` returns depends on the order of its input.
+    `torch.topk`, which breaks ties by the order of its input, gets the ids with votes first.
     """
     voted_first = (counts == 0).long().argsort(dim=1, stable=True)  # (R, M)
     return voted_first.gather(1, counts.gather(1, voted_first).topk(k, dim=1).indices)

@@ -14,7 +14,6 @@ of the prompts and head types as in l2p-pytorch.
 """
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from cli.flags import choose
 from cli.settings import ModelSettings
 from model.encoder import Pass, encode
 from model.weights import copy_state
@@ -32,12 +32,7 @@ from prompt import Prompt
 
 @dataclass(frozen=True)
 class Pooling:
-    """Output tokens whose mean is the input of the head.
-
-    Attributes:
-        tokens: Number P of prompt tokens to the tokens that are pooled.
-        needs_prompts: Whether there must be prompt tokens.
-    """
+    """Output tokens whose mean is the input of the head, from the number P of prompt tokens."""
 
     tokens: Callable[[int], slice]
     needs_prompts: bool = False
@@ -62,16 +57,10 @@ class PromptedVisionTransformer(nn.Module):
         backbone: A timm ViT with a class token, built with `num_classes=0`.
         num_classes: C, the outputs of the head.
         prompt: The pool; None leaves prompts out (plain fine-tuning of what is not frozen).
-        settings: The model's settings. Used here: `head_type`, a key of `POOLINGS`;
-            `global_pool`, where `token` applies the backbone's final norm before the mean, `avg`
-            leaves it out and normalises the mean instead (timm's `fc_norm`, a trainable copy of the
-            final norm); `head_init`, `trunc_normal` (std 0.02, l2p-pytorch) or `zero` (the official
-            release); `prompt_position`, the position embeddings added to prompt tokens: copies of
-            the class token's (`class`: l2p-pytorch, first official release) or `none` (later
-            official release); `freeze`, prefixes of public parameter names that do not train.
+        settings: Head, `global_pool` (`avg`: timm's `fc_norm`, a trainable copy of the final norm,
+            normalises the mean in its place), positions of prompts, what is frozen.
         embedding_key: What is compared with the keys: `cls`, the class token after the final norm,
-            or `mean`, `max`, or `mean_max` (maximum + 2 * mean) of the embedded patches (before
-            positions).
+            or `mean`, `max`, or `mean_max` of the embedded patches (before positions).
 
     Attributes:
         head: Pooled features (B, D) to logits (B, C); may be replaced by any such module. One with
@@ -83,8 +72,7 @@ class PromptedVisionTransformer(nn.Module):
         run_prompted: Tokens at block 0 to those that the head pools, (B, R, D); replaceable, too.
 
     Raises:
-        ValueError: If head type and pool contradict each other, the ViT has no class token, or a
-            prefix of `freeze` matches no parameter.
+        ValueError: If head type, pool, class token or a prefix of `freeze` do not fit the rest.
     """
 
     def __init__(
@@ -101,13 +89,11 @@ class PromptedVisionTransformer(nn.Module):
         if backbone.cls_token is None:
             raise ValueError("the vision transformer has no class token, which L2P needs")
         self.num_classes, self.embedding_key = num_classes, embedding_key
-        self.backbone = backbone
-        self.prompt = prompt
+        self.backbone, self.prompt, self.width = backbone, prompt, backbone.embed_dim
         self.pos_embed_prompt: nn.Parameter | None = None
         if prompt is not None and settings.prompt_position == "class":
-            self.pos_embed_prompt = nn.Parameter(
-                _class_position(backbone).repeat(1, prompt.num_tokens, 1)
-            )  # (1, P, D)
+            row = _class_position(backbone)
+            self.pos_embed_prompt = nn.Parameter(row.repeat(1, prompt.num_tokens, 1))  # (1, P, D)
         self.fc_norm = copy.deepcopy(backbone.norm) if settings.global_pool == "avg" else None
         self.head = _linear_head(backbone.embed_dim, num_classes, settings.head_init)
         # Tensors that come with the backbone's weights; checkpoints omit those that are frozen.
@@ -133,34 +119,26 @@ class PromptedVisionTransformer(nn.Module):
         Args:
             images: Pixels in [0, 1] (or as the transform normalised them), (B, 3, S, S).
             query: Queries computed earlier by `query`, (B, D); None computes them.
-            task_id: Task being trained, for the prompt mask; ignored in evaluation mode.
-            vote_group_size: Consecutive images that vote for prompts together; None: the batch.
+            task_id: See `Prompt.forward`.
+            vote_group_size: See `Prompt.forward`.
 
         Returns:
-            `logits` (B, C), `pre_logits` (B, D); with a pool also `query` (B, D), `similarity`
-            (B, M) in [-1, 1], `prompt_idx` and `own_prompt_idx` (B, K), `reduce_sim` ().
+            `logits` (B, C), `pre_logits` (B, D); with a pool also `query` (B, D), and what
+            `Selection` has besides the tokens.
         """
         patches, tokens = self._embed(self.backbone, images)  # (B, N, D), (B, 1+N, D)
         if self.prompt is None:
             return self._classify(tokens)
-        if query is None and self.query_backbone is None:
-            query = self._query(patches, tokens)
-        elif query is None:
-            query = self.query(images)
-        selected = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)
-        prompts = selected.tokens  # (B, P, D)
+        if query is None:
+            is_copy = self.query_backbone is not None
+            query = self.query(images) if is_copy else self._query(patches, tokens)
+        selected = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)._asdict()
+        prompts = selected.pop("tokens")  # (B, P, D)
         if self.pos_embed_prompt is not None:
             prompts = prompts + self.pos_embed_prompt
         prompts = self.backbone.norm_pre(self.backbone.pos_drop(prompts))
         tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, 1+P+N, D)
-        return {
-            **self._classify(tokens),
-            "query": query,
-            "similarity": selected.similarity,
-            "prompt_idx": selected.prompt_idx,
-            "own_prompt_idx": selected.own_prompt_idx,
-            "reduce_sim": selected.reduce_sim,
-        }
+        return {**self._classify(tokens), "query": query, **selected}
 
     def query(self, images: Tensor) -> Tensor:
         """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
@@ -171,12 +149,9 @@ class PromptedVisionTransformer(nn.Module):
     def observe(self, features: Tensor, targets: Tensor, sound: Tensor) -> None:
         """Passes a training batch to the head if it learns without gradients, by `observe`.
 
-        Called after every step in every process, so that the head may sum over processes.
-
-        Args:
-            features: Pooled features of this process's images, (B, D); B may be 0.
-            targets: Class ids, (B,).
-            sound: Whether every loss so far was finite, bool (); the head sees zeros otherwise.
+        Called after every step in every process, so that the head may sum over processes, with the
+        pooled features (B, D) and targets (B,) of this process's images; B may be 0. `sound` is
+        whether every loss so far was finite, bool (); the head sees zeros otherwise.
         """
         if callable(observe := getattr(self.head, "observe", None)):
             observe(torch.where(sound, features, 0), targets)
@@ -187,11 +162,6 @@ class PromptedVisionTransformer(nn.Module):
         if self.query_backbone is not None:
             self.query_backbone.eval()
         return self
-
-    @property
-    def width(self) -> int:
-        """D, the width of the transformer."""
-        return self.backbone.embed_dim
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -205,11 +175,7 @@ class PromptedVisionTransformer(nn.Module):
 
     @property
     def prompt_order_matters(self) -> bool:
-        """Whether the same prompts in another order would give another result.
-
-        Attention does not see the order of tokens, only their positions; the prompts' position rows
-        are equal until they train.
-        """
+        """Whether another order of the prompts matters: only where their position rows train."""
         return self.pos_embed_prompt is not None and self.pos_embed_prompt.requires_grad
 
     def no_weight_decay(self) -> set[str]:
@@ -225,57 +191,37 @@ class PromptedVisionTransformer(nn.Module):
 
     def query_tensors(self) -> Iterator[Tensor]:
         """Every tensor that queries are computed from; extend it where more takes part."""
-        vit = self._query_vit()
-        return itertools.chain(vit.parameters(), vit.buffers())
+        yield from self._query_vit().parameters()
+        yield from self._query_vit().buffers()
 
     def query_version(self) -> tuple[tuple[int, int], ...]:
         """A value that changes whenever one of `query_tensors` does; for caches of queries."""
         return tuple((id(tensor), tensor._version) for tensor in self.query_tensors())
 
     def trained_state(self) -> dict[str, Tensor]:
-        """All tensors but the frozen ones that came with the backbone, by public name, on the CPU.
-
-        So it holds the parameters and buffers of whatever module is added to the model.
-        """
+        """All tensors, of added modules too, but the frozen ones of the backbone; on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._learned()}
 
     def load_trained_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Loads what `trained_state` gave.
-
-        Args:
-            state: Tensors by public name.
-            source: File that they come from, for messages.
-
-        Raises:
-            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
-        """
+        """Loads what `trained_state` gave; raises as `copy_state`."""
         copy_state(dict(self._learned()), state, source)
 
     def load_original_state(self, state: dict[str, Tensor], source: str) -> None:
-        """Loads the full `model` state dict of a checkpoint of l2p-pytorch.
+        """Loads the full `model` state dict of a checkpoint of l2p-pytorch; raises as `copy_state`.
 
         Its `pos_embed` is widened: class row, P prompt rows, N patch rows.
-
-        Args:
-            state: The state dict.
-            source: File that it comes from, for messages.
-
-        Raises:
-            WeightsError: If a name is missing or unknown, or a shape differs; nothing is loaded.
         """
         state = dict(state)
-        position, num_prompts = state.get("pos_embed"), self.num_prompt_tokens
-        if position is not None and num_prompts:
-            state["pos_embed"] = torch.cat(
-                [position[:, :1], position[:, 1 + num_prompts :]], dim=1
-            )  # (1, 1+N, D)
-            state["pos_embed_prompt"] = position[:, 1 : 1 + num_prompts]  # (1, P, D)
+        if "pos_embed" in state and (num_prompts := self.num_prompt_tokens):
+            rows = state["pos_embed"]
+            state["pos_embed"] = torch.cat([rows[:, :1], rows[:, 1 + num_prompts :]], dim=1)
+            state["pos_embed_prompt"] = rows[:, 1 : 1 + num_prompts]  # (1, P, D)
         copy_state(dict(self.public_parameters()), state, source)
         if self.query_backbone is not None and not self.backbone_trains:
             self.query_backbone.load_state_dict(self.backbone.state_dict())
 
     def _query_vit(self) -> VisionTransformer:
-        return self.backbone if self.query_backbone is None else self.query_backbone
+        return self.query_backbone or self.backbone
 
     def _embed(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded patches, (B, N, D) or on a grid, and all tokens at block 0, (B, 1+N, D)."""
@@ -312,17 +258,12 @@ class PromptedVisionTransformer(nn.Module):
         if self.embedding_key == "cls":
             return self.run_query(tokens)
         patches = patches.reshape(len(patches), -1, patches.shape[-1]).to(tokens.dtype)  # (B, N, D)
-        if self.embedding_key == "mean":
-            return patches.mean(dim=1)
-        if self.embedding_key == "max":
-            return patches.amax(dim=1)
-        return patches.amax(dim=1) + 2 * patches.mean(dim=1)
+        mean, highest = patches.mean(dim=1), patches.amax(dim=1)
+        return {"mean": mean, "max": highest, "mean_max": highest + 2 * mean}[self.embedding_key]
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
-        """Low precision for matrix products, where `amp_dtype` asks for it."""
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(x.device.type, self.amp_dtype)
+        dtype = self.amp_dtype
+        return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
 
     def _freeze(self, prefixes: tuple[str, ...]) -> None:
         names = [name for name, _ in self.public_parameters()]
@@ -338,9 +279,7 @@ class PromptedVisionTransformer(nn.Module):
 
     def _query_copy(self) -> VisionTransformer | None:
         """An untouched copy for the query where the backbone trains or drops at random."""
-        if self.prompt is None:
-            return None
-        if not self.backbone_trains and not _is_random(self.backbone):
+        if self.prompt is None or not (self.backbone_trains or _is_random(self.backbone)):
             return None
         return copy.deepcopy(self.backbone).requires_grad_(False).eval()
 
@@ -353,15 +292,8 @@ class PromptedVisionTransformer(nn.Module):
 
 
 def find_pooling(head_type: str, has_prompts: bool) -> Pooling:
-    """What the head pools.
-
-    Raises:
-        ValueError: If there is no such head type, or it needs prompt tokens and there are none.
-    """
-    if head_type not in POOLINGS:
-        known = ", ".join(POOLINGS)
-        raise ValueError(f"--head_type {head_type} is unknown: choose one of {known}")
-    pooling = POOLINGS[head_type]
+    """What the head pools; raises ValueError if it is unknown or needs prompts, without any."""
+    pooling = choose(POOLINGS, "--head_type", head_type)
     if pooling.needs_prompts and not has_prompts:
         others = " or ".join(name for name, one in POOLINGS.items() if not one.needs_prompts)
         raise ValueError(
@@ -373,11 +305,11 @@ def find_pooling(head_type: str, has_prompts: bool) -> Pooling:
 
 def _linear_head(width: int, num_classes: int, initializer: str) -> nn.Linear:
     head = nn.Linear(width, num_classes)
+    nn.init.zeros_(head.bias)
     if initializer == "zero":
         nn.init.zeros_(head.weight)
     else:
         nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
     return head
 
 

@@ -24,17 +24,11 @@ ORIGINAL_TAGS = {"vit_base_patch16_224": "vit_base_patch16_224.orig_in21k"}
 
 @dataclass(frozen=True)
 class BackboneIdentity:
-    """Which network it is, wherever it was loaded from.
+    """Which network it is, wherever it was loaded from."""
 
-    Attributes:
-        name: timm name with tag.
-        source: Where the weights came from: a file's name, `timm`, `random`, or a checkpoint.
-        sha256: Digest of names, shapes and values of all its tensors.
-    """
-
-    name: str
-    source: str
-    sha256: str
+    name: str  # of timm, with tag
+    source: str  # a file's name, `timm`, `random`, or a checkpoint
+    sha256: str  # of names, shapes and values of all its tensors
 
     def as_dict(self) -> dict[str, str]:
         """Plain strings, for result files and checkpoints."""
@@ -70,14 +64,8 @@ def build_backbone(
             weights; if it is no plain ViT with a class token; if the patch does not divide the
             size.
     """
-    kwargs = {
-        "num_classes": 0,
-        "img_size": input_size,
-        "pos_drop_rate": drop,
-        "proj_drop_rate": drop,
-        "drop_path_rate": drop_path,
-        **(model_kwargs or {}),
-    }
+    kwargs: dict[str, Any] = {"num_classes": 0, "img_size": input_size, "drop_path_rate": drop_path}
+    kwargs |= {"pos_drop_rate": drop, "proj_drop_rate": drop, **(model_kwargs or {})}
     try:
         vit = timm.create_model(resolve_name(name), pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
@@ -104,8 +92,8 @@ class _NumbersOnCPU(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **({**kwargs, "device": "cpu"} if func is torch.linspace else kwargs))
+        device = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **{**(kwargs or {}), **device})
 
 
 def identify(vit: VisionTransformer, name: str, source: str) -> BackboneIdentity:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
-from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 #: Tokens at block 0, (B, T, D), to outputs behind the last block.
 Pass = Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ def encode(
     recompute: bool = False,
     block_input: BlockInput | None = None,
 ) -> Tensor:
-    """Runs all blocks.
+    """Runs all blocks; returns the tokens `used` downstream, before the final norm, (B, R, D).
 
     Args:
         vit: The transformer.
@@ -41,18 +41,13 @@ def encode(
         used: The tokens of the last block that are used downstream.
         recompute: Whether the backward pass computes activations again to save memory.
         block_input: Changes the input of every block; None: each takes what the one before gives.
-
-    Returns:
-        The used tokens, before the final norm, (B, R, D).
     """
     *earlier, last = vit.blocks
     recompute = recompute and torch.is_grad_enabled()
-    if block_input is None and recompute:
-        return _run_for(last, checkpoint_seq(earlier, tokens, use_reentrant=False), used)
     x = tokens
     for number, block in enumerate(earlier):
         x = x if block_input is None else block_input(number, x)
-        x = checkpoint_seq([block], x, use_reentrant=False) if recompute else block(x)
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     x = x if block_input is None else block_input(len(earlier), x)
     return _run_for(last, x, used)
 

@@ -24,12 +24,9 @@ class WeightsError(ValueError):
 
 
 def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
-    """Loads a local weight file into a ViT; positions are resampled where the grid differs.
+    """Loads Google's `.npz` or a state dict into a ViT, but for the classifier.
 
-    Args:
-        vit: Where to.
-        path: Google's `.npz` or a `.safetensors`, `.pth`, `.pt`, `.bin` state dict; its classifier
-            is ignored.
+    Positions are resampled where the grid differs.
 
     Raises:
         WeightsError: If there is no such file, or it is damaged or does not fit, naming file,
@@ -50,11 +47,7 @@ def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict as timm does, running no code from it.
-
-    Raises:
-        WeightsError: If the file is damaged or holds anything but tensors.
-    """
+    """Reads a state dict as timm does, running no code; WeightsError if it is none, or damaged."""
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         assert all(isinstance(value, Tensor) for value in state.values()), "no state dict in it"
@@ -64,20 +57,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def copy_state(
-    tensors: dict[str, Tensor],
-    state: dict[str, Tensor],
-    source: str,
-) -> None:
-    """Copies tensors into others of the same names and shapes, all or none.
-
-    Args:
-        tensors: Where to.
-        state: Where from.
-        source: File name for messages.
+def copy_state(tensors: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    """Copies a state into tensors of the same names and shapes, all or none.
 
     Raises:
-        WeightsError: Naming the file and every missing, unknown or misshapen tensor.
+        WeightsError: Naming the file (`source`) and every missing, unknown or misshapen tensor.
     """
     problems = [f"{name} is missing" for name in tensors if name not in state]
     for name, value in state.items():
@@ -111,11 +95,7 @@ def _load_npz(vit: VisionTransformer, path: Path) -> None:
 
 
 def _check_npz(vit: VisionTransformer, arrays: NpzFile) -> None:
-    """Compares what timm would load without complaint: depth, width and heads.
-
-    Raises:
-        ValueError: Naming the array, expected and found.
-    """
+    """Raises ValueError where depth, width or heads differ, which timm would not notice."""
     blocks = {match[1] for match in map(_NPZ_BLOCK.search, arrays.files) if match}
     if len(blocks) != len(vit.blocks):
         raise ValueError(f"it has {len(blocks)} blocks, expected {len(vit.blocks)}")

@@ -32,18 +32,10 @@ if TYPE_CHECKING:
 def evaluate(
     model: PromptedVisionTransformer, loader: Loader, test_set: TestSet, run: Run
 ) -> Evaluation:
-    """Evaluates one test set.
+    """Evaluates one test set, in whole vote groups of each process, the same every time.
 
-    Args:
-        model: The prompted model.
-        loader: Batches of (images, targets), each of whole vote groups of this process's share, the
-            same in every evaluation.
-        test_set: What is evaluated.
-        run: Its options, monitor and cached queries count.
-
-    Returns:
-        Accuracies over all images of all processes; `Loss` is the mean over vote groups of the
-        group's mean cross-entropy, so it depends neither on the batch nor on the processes.
+    `Loss` is the mean over vote groups of the group's mean cross-entropy, so it depends neither on
+    the batch nor on the processes.
     """
     model.eval()
     options = run.options
@@ -73,13 +65,7 @@ def average_stats(evaluations: Sequence[Evaluation], selection: str) -> dict[str
 
 
 class EvaluationTotals:
-    """Sums over the batches of a test set, on the device.
-
-    Args:
-        model: The model.
-        allowed: Which classes may be predicted, bool (C,).
-        options: See there.
-    """
+    """Sums over the batches of a test set, on the device; `allowed` classes as a mask (C,)."""
 
     def __init__(
         self, model: PromptedVisionTransformer, allowed: Tensor, options: EngineOptions
@@ -103,17 +89,14 @@ class EvaluationTotals:
         self.num_images += len(targets)
         if not self.num_prompts:
             return
-        for name, key in zip(SELECTIONS, ("prompt_idx", "own_prompt_idx"), strict=True):
-            self.served[name] += count_ids(out[key], self.num_prompts)
+        self.served["batch"] += count_ids(out["prompt_idx"], self.num_prompts)
+        self.served["instance"] += count_ids(out["own_prompt_idx"], self.num_prompts)
         own = out["similarity"].gather(1, out["own_prompt_idx"]).double()  # (B, K)
         self.key_similarity += out["similarity"].double().sum(dim=0)  # (M,)
         self.similarity += torch.stack([own.sum(), own.new_full((), own.numel())])
 
     def newest_accuracy(self) -> tuple[float, int]:
-        """Batch-wise accuracy since it was last asked for, in percent, and its number of images.
-
-        Synchronises with the device.
-        """
+        """Batch-wise accuracy since the last call, in percent, and images; synchronises."""
         correct = self.sums["batch"][2].item()
         num_new = self.num_images - self._num_read
         percent = 100 * (correct - self._correct_read) / num_new
@@ -131,10 +114,8 @@ class EvaluationTotals:
             stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
         if not self.num_prompts:
             return Evaluation(test_set.index, stats)
-        usage = {
-            name: [int(count) for count in sum_over_processes(served).tolist()]
-            for name, served in self.served.items()
-        }
+        served = {name: sum_over_processes(counts).tolist() for name, counts in self.served.items()}
+        usage = {name: [int(count) for count in counts] for name, counts in served.items()}
         similarity, number = sum_over_processes(self.similarity).tolist()
         of_keys = (sum_over_processes(self.key_similarity) / total).tolist()
         return Evaluation(test_set.index, stats, usage, similarity / number, of_keys)
@@ -160,9 +141,8 @@ def _instance_logits(
     served, own = out["prompt_idx"], out["own_prompt_idx"]
     if not model.prompt_order_matters:
         served, own = served.sort(dim=1).values, own.sort(dim=1).values
-    overruled = (
-        (served != own).any(dim=1).nonzero().squeeze(1)
-    )  # synchronises: their number is unknown
+    # Their number is unknown, so this synchronises.
+    overruled = (served != own).any(dim=1).nonzero().squeeze(1)
     if len(overruled) == 0:
         return out["logits"]
     again = model(images[overruled], out["query"][overruled], vote_group_size=1)

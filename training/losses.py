@@ -40,10 +40,9 @@ def masked_cross_entropy(
     loss = F.nll_loss(log_prob, targets)
     if smoothing == 0:
         return loss
-    if allowed is None:
-        spread = log_prob.mean(dim=1)  # (B,)
-    else:
-        spread = log_prob.masked_fill(~allowed, 0).sum(dim=1) / allowed.sum(dim=-1)  # (B,)
+    spread = log_prob.mean(dim=1)  # (B,)
+    if allowed is not None:
+        spread = log_prob.masked_fill(~allowed, 0).sum(dim=1) / allowed.sum(dim=-1)
     return (1 - smoothing) * loss - smoothing * spread.mean()
 
 

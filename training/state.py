@@ -40,113 +40,63 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What stays the same for the whole run.
-
-    Attributes:
-        device: Where to compute.
-        epochs: Epochs of each task.
-        vote_group_size: Images that vote for prompts together.
-        replayed_per_group: Replayed images that join each vote group, where a batch has any.
-        all_classes: Classes of the whole stream; test images may be given any of them.
-        train_mask: Whether training may predict the task's own classes only.
-        task_inc: Whether evaluation may predict the test set's own classes only.
-        pull_coeff: Weight of the pull term; 0 leaves it out.
-        smoothing: Label smoothing, spread over the classes that may be predicted.
-        clip_grad: Largest norm of the gradient; None: no clipping.
-        reinit_optimizer: Whether each task starts with a fresh optimizer.
-        shared_prompt_pool: Whether a task's prompts start from those of the task before.
-        shared_prompt_key: The same for the keys.
-        print_freq: Steps between two progress lines.
-        seed: Seed of the random numbers of the model in training (dropout).
-        read_every: Steps between host synchronisations (loss, accuracy, stop request).
-        loss_scaling: Whether the loss is scaled against underflow, see `OptimizerStep`.
-    """
+    """What stays the same for the whole run."""
 
     device: torch.device
-    epochs: int
-    vote_group_size: int
-    all_classes: tuple[int, ...]
-    train_mask: bool = True
-    task_inc: bool = False
-    pull_coeff: float = 0.1
-    smoothing: float = 0.0
-    clip_grad: float | None = 1.0
-    reinit_optimizer: bool = True
-    shared_prompt_pool: bool = False
-    shared_prompt_key: bool = False
-    print_freq: int = 10
-    seed: int = 42
-    replayed_per_group: int = 0
-    read_every: int = 1
-    loss_scaling: bool = False
+    epochs: int  # of each task
+    vote_group_size: int  # images that vote for prompts together
+    all_classes: tuple[int, ...]  # of the whole stream; test images may be given any of them
+    train_mask: bool = True  # training may predict the task's own classes only
+    task_inc: bool = False  # evaluation may predict the test set's own classes only
+    pull_coeff: float = 0.1  # weight of the pull term; 0 leaves it out
+    smoothing: float = 0.0  # label smoothing, spread over the classes that may be predicted
+    clip_grad: float | None = 1.0  # largest norm of the gradient; None: no clipping
+    reinit_optimizer: bool = True  # each task starts with a fresh optimizer
+    shared_prompt_pool: bool = False  # a task's prompts start from those of the task before
+    shared_prompt_key: bool = False  # the same for the keys
+    print_freq: int = 10  # steps between two progress lines
+    seed: int = 42  # of the random numbers of the model in training (dropout)
+    replayed_per_group: int = 0  # replayed images that join each vote group, if a batch has any
+    read_every: int = 1  # steps between host synchronisations (loss, accuracy, stop request)
+    loss_scaling: bool = False  # scale the loss against underflow, see `OptimizerStep`
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one evaluation of one test set.
+    """Result of one evaluation of one test set; the last three are empty without a pool."""
 
-    Attributes:
-        index: Row of the test set in the accuracy matrix.
-        stats: `Acc@1`, `Acc@5` (percent) and `Loss` for each of `SELECTIONS`.
-        usage: How often each prompt served a test image, for each of `SELECTIONS`; empty without
-            a pool.
-        mean_similarity: Mean cosine similarity of the images to the keys that they select alone.
-        key_similarity: Mean cosine similarity of the images to every key (M,); empty without a
-            pool.
-    """
-
-    index: int
-    stats: dict[str, dict[str, float]]
-    usage: dict[str, list[int]] = field(default_factory=dict)
-    mean_similarity: float | None = None
-    key_similarity: list[float] = field(default_factory=list)
+    index: int  # row of the test set in the accuracy matrix
+    stats: dict[str, dict[str, float]]  # of each selection: Acc@1, Acc@5 (percent) and Loss
+    usage: dict[str, list[int]] = field(default_factory=dict)  # images that each prompt served
+    mean_similarity: float | None = None  # mean cosine of images and the keys they select alone
+    key_similarity: list[float] = field(default_factory=list)  # mean cosine to every key, (M,)
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Results of a finished task.
+    """Results of a finished task."""
 
-    Attributes:
-        task: 0-based number of the task.
-        train_stats: Averages over the last epoch: `Lr`, `Loss`, `Acc@1`, `Acc@5`.
-        evaluations: One for each test set.
-        train_seconds: Wall time of training.
-        eval_seconds: Wall time of evaluation.
-        epoch_stats: The same averages over each epoch.
-    """
-
-    task: int
-    train_stats: dict[str, float]
-    evaluations: list[Evaluation]
-    train_seconds: float
+    task: int  # 0-based number
+    train_stats: dict[str, float]  # averages over the last epoch: Lr, Loss, Acc@1, Acc@5
+    evaluations: list[Evaluation]  # one for each test set
+    train_seconds: float  # wall time
     eval_seconds: float
-    epoch_stats: list[dict[str, float]] = field(default_factory=list)
+    epoch_stats: list[dict[str, float]] = field(default_factory=list)  # averages over each epoch
 
 
 @dataclass
 class TrainState:
-    """Where a run is: what comes next, and the results of the task so far.
+    """Where a run is: what comes next, and the results of the task so far."""
 
-    Attributes:
-        task: 0-based number of the task; T when the run is complete.
-        epoch: Finished epochs of the task; all of them when it is being evaluated.
-        step: Finished steps of the epoch.
-        meters: Sum and count of every meter of the epoch.
-        epoch_stats: Averages over each finished epoch.
-        evaluations: Of the test sets that are evaluated already.
-        train_seconds: Wall time of training.
-        eval_seconds: Wall time of evaluation.
-        optimizer: State dict that the optimizer of a resumed run starts with; None once it has.
-    """
-
-    task: int = 0
-    epoch: int = 0
-    step: int = 0
-    meters: dict[str, list[float]] = field(default_factory=dict)
-    epoch_stats: list[dict[str, float]] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
-    train_seconds: float = 0.0
+    task: int = 0  # 0-based number; T when the run is complete
+    epoch: int = 0  # finished epochs of the task; all of them when it is being evaluated
+    step: int = 0  # finished steps of the epoch
+    meters: dict[str, list[float]] = field(default_factory=dict)  # sum and count of each, in epoch
+    epoch_stats: list[dict[str, float]] = field(default_factory=list)  # of each finished epoch
+    evaluations: list[Evaluation] = field(default_factory=list)  # of test sets that are done
+    train_seconds: float = 0.0  # wall time
     eval_seconds: float = 0.0
+    #: State dict that the optimizer of a resumed run starts with; None once it has.
     optimizer: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -166,14 +116,8 @@ class TrainState:
 
     def report(self) -> TaskReport:
         """Results of the task, at its end."""
-        return TaskReport(
-            self.task,
-            self.epoch_stats[-1],
-            self.evaluations,
-            self.train_seconds,
-            self.eval_seconds,
-            self.epoch_stats,
-        )
+        curve, seconds = self.epoch_stats, (self.train_seconds, self.eval_seconds)
+        return TaskReport(self.task, curve[-1], self.evaluations, *seconds, curve)
 
 
 class Monitor:
@@ -186,10 +130,7 @@ class Monitor:
     def at_boundary(self, state: TrainState, update: OptimizerStep, stop: bool = False) -> None:
         """Called when steps are read, after every epoch, test set and task: a run can resume here.
 
-        Args:
-            state: Where the run is.
-            update: Has the state of the optimizer.
-            stop: Whether the run shall end here, by an exception that this raises.
+        `update` has the state of the optimizer; `stop`: the run shall end, by an exception of this.
         """
 
     def in_evaluation(self) -> None:
@@ -200,10 +141,7 @@ class Monitor:
 
 
 class QueryCache:
-    """Queries of this process's test images, by row of the test set; (n, D) each.
-
-    They are valid as long as the tensors that they were computed from do not change.
-    """
+    """Queries of this process's test images, by row of the test set; (n, D) each."""
 
     def __init__(self) -> None:
         self._queries: dict[int, Tensor] = {}
@@ -212,9 +150,7 @@ class QueryCache:
     def of(self, test_set: TestSet, version: Any) -> Tensor | None:
         """Queries of a test set in the order of its images; None: not cached.
 
-        Args:
-            test_set: The test set.
-            version: `query_version()` of the model; another one than before empties the cache.
+        Another `version`, the model's `query_version()`, than before empties the cache.
         """
         if version != self._version:
             self._queries.clear()
@@ -229,24 +165,13 @@ class QueryCache:
 
 @dataclass
 class Run:
-    """What the loop needs beside the model, the tasks, and its state.
-
-    Attributes:
-        options: What stays the same for the whole run.
-        train_loader: Gives the training batches of a task.
-        test_loader: Gives the batches of a test set.
-        make_optimizer: Makes an optimizer over the model's trainable parameters.
-        make_scheduler: Makes the learning rate schedule of one task, or None.
-        matrices: Accuracy matrix for each of `SELECTIONS`, filled column by column, percent.
-        monitor: Called as the run proceeds.
-        queries: Queries of test images that are computed already.
-    """
+    """What the loop needs beside the model, the tasks, and its state."""
 
     options: EngineOptions
     train_loader: Callable[[Task], Loader]
     test_loader: Callable[[TestSet], Loader]
-    make_optimizer: MakeOptimizer
-    make_scheduler: MakeScheduler
-    matrices: dict[str, Matrix]
+    make_optimizer: MakeOptimizer  # over the model's trainable parameters
+    make_scheduler: MakeScheduler  # the learning rates of one task, or None
+    matrices: dict[str, Matrix]  # accuracies of each selection, filled by column, percent
     monitor: Monitor = field(default_factory=Monitor)
     queries: QueryCache = field(default_factory=QueryCache)

@@ -1,8 +1,8 @@
 """One update of what trains: gradients summed, unscaled, clipped, checked and applied.
 
-Nothing here synchronises with the device, unless the loss is scaled. After a loss or a gradient
-norm that is not finite, this and all later updates are skipped on the device; the caller detects it
-from the returned norms.
+Nothing here synchronises with a GPU, unless the loss is scaled. After a loss or a gradient norm
+that is not finite, this and all later updates are skipped; the caller detects it from the returned
+norms.
 """
 
 import math
@@ -28,12 +28,12 @@ class OptimizerStep:
         device: Where they are.
         clip_grad: Largest norm of the gradient; None: no clipping.
         loss_scaling: Whether the loss is scaled against underflow, as half precision needs it. The
-            scale is lowered, and the update skipped, where gradients overflow; only that
-            synchronises with the device.
+            scale is lowered, and the update skipped, where gradients overflow.
 
     Attributes:
         optimizer: The one in use.
         sound: Whether every loss and every norm so far was finite, bool (), on the device.
+        waits: Whether a step reads `sound`: on the CPU, and where a scaled loss is read anyway.
     """
 
     def __init__(
@@ -50,19 +50,17 @@ class OptimizerStep:
         self.limit = math.inf if clip_grad is None else clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
         self.sound = torch.ones((), dtype=torch.bool, device=device)
+        self.scaler.scale(self.sound)  # type: ignore[no-untyped-call]  # for a process without images
+        self.waits = loss_scaling or device.type == "cpu"
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def may_overflow(self) -> bool:
-        """Whether gradients that are not finite only lower the scale of the loss.
-
-        Reading the scale synchronises with the device.
-        """
+        """Whether gradients that are not finite only lower the scale of the loss."""
         return self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_SCALE
 
     def renew(self, state: dict[str, Any] | None = None) -> None:
@@ -79,27 +77,36 @@ class OptimizerStep:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, loss: Tensor) -> Tensor:
-        """Applies the gradients of all processes, unless they or the loss are not finite.
+        """Applies the gradients of all processes, unless they or their loss () are not finite.
 
-        Args:
-            loss: The loss of all processes, ().
-
-        Returns:
-            Norm of the gradient before clipping, ().
+        Returns the norm of the gradient before clipping, ().
         """
         sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.limit)
-        self.sound &= loss.isfinite()
-        if not self.scaler.is_enabled():
-            self.sound &= norm.isfinite()
-        before = [p.detach().clone() for p in self.parameters]
-        self.scaler.step(self.optimizer)
+        self.sound &= loss.isfinite() & (norm.isfinite() | self.scaler.is_enabled())
+        if not self.waits:
+            self._step_on_device()
+        elif self.sound:
+            self.scaler.step(self.optimizer)  # which leaves it out where gradients overflowed
         self.scaler.update()
-        with torch.no_grad():
-            for p, old in zip(self.parameters, before, strict=True):
-                p.copy_(torch.where(self.sound, p, old))
         return norm
+
+    @torch.no_grad()
+    def _step_on_device(self) -> None:
+        """Steps, unless a value was not finite, which the host does not know.
+
+        Only torch's fused optimizers can skip a step on the device, as for `GradScaler`. What
+        others did is taken back; the copies take memory that the backward pass has freed.
+        """
+        if self.optimizer.param_groups[0].get("fused"):
+            self.optimizer.found_inf = 1.0 - self.sound.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            return
+        before = [p.clone() for p in self.parameters]
+        self.optimizer.step()
+        for p, old in zip(self.parameters, before, strict=True):
+            torch.where(self.sound, p, old, out=p)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, and of the scale where there is one."""
@@ -107,8 +114,12 @@ class OptimizerStep:
         return {**state, "scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave."""
-        self.optimizer.load_state_dict({k: v for k, v in state.items() if k != "scaler"})
+        """Loads what `state_dict` gave, of a fused optimizer or not."""
+        own = self.optimizer.param_groups[0]
+        fused = {"fused": own["fused"]} if "fused" in own else {}
+        groups = [{**group, **fused} for group in state["param_groups"]]
+        kept = {k: v for k, v in state.items() if k != "scaler"}
+        self.optimizer.load_state_dict({**kept, "param_groups": groups})
         self._load_scale(state)
 
     def _load_scale(self, state: dict[str, Any]) -> None:

@@ -64,9 +64,10 @@ def data(task=FIRST, size=8, seed=0):
     return images, torch.tensor(task.classes)[picks]
 
 
-def sgd(model, lr=0.1):
+def sgd(model, lr=0.1, momentum=0.0):
     """An optimizer of all that trains."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
 
 
 def make_run(model, options=OPTIONS, *, tasks=STREAM, **parts):

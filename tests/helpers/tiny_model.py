@@ -1,5 +1,7 @@
 """A tiny prompted model in which every weight counts, and images that it classifies differently."""
 
+import copy
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -53,3 +55,27 @@ def make_model(pool=None, vit=None, seed=0, **changes):
         if prompt.prompt_key is not None:
             prompt.prompt_key.data.copy_(keys_that_divide(model))
     return model
+
+
+def snapshot(module):
+    """A copy of all tensors of a module, by name."""
+    return copy.deepcopy(module.state_dict())
+
+
+def differing(found, wanted):
+    """Names of the tensors that are not equal to the last bit, or in one of the two alone."""
+    found, wanted = (x.state_dict() if hasattr(x, "state_dict") else x for x in (found, wanted))
+    names = found.keys() | wanted.keys()
+    both = found.keys() & wanted.keys()
+    return {
+        name for name in names if name not in both or not torch.equal(found[name], wanted[name])
+    }
+
+
+def close_by_name(found, wanted, **tolerance):
+    """Asserts that tensors of the same names are equal within a tolerance."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
