@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,23 @@ def read_class_order(path: Path, classes: Sequence[str]) -> list[int]:
     Raises:
         ValueError: On whatever is wrong with the file; the message names it.
     """
+    ids_by_name = {name: class_id for class_id, name in enumerate(classes)}
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         is_json = path.suffix == ".json" or text[:1] in ("[", "{")
         entries = _json_entries(text) if is_json else _text_entries(text, classes)
-        return _class_ids(entries, classes)
+        order = [_class_id(entry, ids_by_name) for entry in entries]
+        if not order:
+            raise ValueError("no classes in the file")
+        if twice := [entry for i, entry in enumerate(entries) if order[i] in order[:i]]:
+            raise ValueError(f"class {twice[0]} appears twice")
     except OSError as error:
         raise ValueError(f"--class_order {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--class_order {path}: not a text file ({error.reason})") from error
     except ValueError as error:
         raise ValueError(f"--class_order {path}: {error}") from error
+    return order
 
 
 def _json_entries(text: str) -> list[Any]:
@@ -60,53 +65,29 @@ def _json_entries(text: str) -> list[Any]:
 
 def _text_entries(text: str, classes: Sequence[str]) -> list[str]:
     """Split at commas and blanks, unless a whole line or what stands between commas is a name."""
-    names = set(classes)
     entries: list[str] = []
     for line in map(str.strip, text.splitlines()):
-        for part in [line] if line in names else map(str.strip, line.split(",")):
-            entries.extend([part] if part in names else part.split())
+        for part in [line] if line in classes else map(str.strip, line.split(",")):
+            entries.extend([part] if part in classes else part.split())
     return entries
-
-
-def _class_ids(entries: Sequence[Any], classes: Sequence[str]) -> list[int]:
-    ids_by_name = {name: class_id for class_id, name in enumerate(classes)}
-    order: list[int] = []
-    seen: set[int] = set()
-    for entry in entries:
-        class_id = _class_id(entry, ids_by_name)
-        if class_id in seen:
-            raise ValueError(f"class {entry} appears twice")
-        seen.add(class_id)
-        order.append(class_id)
-    if not order:
-        raise ValueError("no classes in the file")
-    return order
 
 
 def _class_id(entry: Any, ids_by_name: dict[str, int]) -> int:
     by_name = ids_by_name.get(entry) if isinstance(entry, str) else None
-    by_number = _number(entry)
-    if by_number is not None and not 0 <= by_number < len(ids_by_name):
-        by_number = None
-    candidates = {number for number in (by_name, by_number) if number is not None}
-    if not candidates:
+    is_number = type(entry) is int or (
+        isinstance(entry, str) and entry.isascii() and entry.isdigit()
+    )
+    by_number = int(entry) if is_number and int(entry) in range(len(ids_by_name)) else None
+    if by_name is None and by_number is None:
         raise ValueError(
             f"unknown class {entry!r}: give class names or ids from 0 to {len(ids_by_name) - 1}"
         )
-    if len(candidates) > 1:
+    if by_name is not None and by_number not in (None, by_name):
         raise ValueError(
             f"{entry} is the name of class {by_name} but could mean the id {by_number}: write JSON "
             "with plain numbers for ids, or rename the classes"
         )
-    return candidates.pop()
-
-
-def _number(entry: Any) -> int | None:
-    if isinstance(entry, int) and not isinstance(entry, bool):
-        return entry
-    if isinstance(entry, str) and re.fullmatch(r"[0-9]+", entry):
-        return int(entry)
-    return None
+    return by_name if by_number is None else by_number  # type: ignore[return-value]
 
 
 def check_split(num_classes: int, num_tasks: int, classes_per_task: int | None = None) -> int:
@@ -130,8 +111,14 @@ def check_split(num_classes: int, num_tasks: int, classes_per_task: int | None =
             f"--num_tasks {num_tasks} exceeds the {num_classes} classes: every task needs at least "
             "one"
         )
+    if classes_per_task is None and num_classes % num_tasks:
+        fitting = [str(n) for n in range(1, num_classes + 1) if num_classes % n == 0]
+        raise ValueError(
+            f"{num_classes} classes cannot be split evenly over --num_tasks {num_tasks}: choose "
+            f"one of {', '.join(fitting)}, or give --classes_per_task {num_classes // num_tasks}"
+        )
     if classes_per_task is None:
-        return _even_split(num_classes, num_tasks)
+        return num_classes // num_tasks
     if classes_per_task < 1:
         raise ValueError(f"--classes_per_task {classes_per_task}: must be at least 1")
     if num_tasks * classes_per_task > num_classes:
@@ -142,13 +129,3 @@ def check_split(num_classes: int, num_tasks: int, classes_per_task: int | None =
             f"{num_classes // num_tasks}"
         )
     return classes_per_task
-
-
-def _even_split(num_classes: int, num_tasks: int) -> int:
-    if num_classes % num_tasks:
-        fitting = [str(n) for n in range(1, num_classes + 1) if num_classes % n == 0]
-        raise ValueError(
-            f"{num_classes} classes cannot be split evenly over --num_tasks {num_tasks}: choose "
-            f"one of {', '.join(fitting)}, or give --classes_per_task {num_classes // num_tasks}"
-        )
-    return num_classes // num_tasks

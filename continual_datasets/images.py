@@ -9,14 +9,17 @@ Shapes: n images of a source, H height, W width in pixels.
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file, make_dataset
+
+ClassIds = Sequence[int] | NDArray[np.integer]
 
 _TRACEBACK = "Traceback (most recent call last)"
 _NAMES_SHOWN = 5
@@ -37,31 +40,48 @@ class DataError(ValueError):
         super().__init__(" ".join(message.splitlines()))
 
 
-class ImageSource(Protocol):
-    """Labelled images: what every reader returns.
+@contextmanager
+def os_errors_as_data_errors() -> Iterator[None]:
+    """Name the file that is missing or without read permission, in a `DataError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise DataError(reason) from error
+
+
+class ImageSource(ABC):
+    """Labelled images: what every reader returns; an item is an RGB image and its class id.
 
     Attributes:
-        classes: Name of every class, indexed by class id.
         targets: Class id of every image, (n,).
+        classes: Name of every class, indexed by class id.
         by_class: Whether images of a class stand together.
     """
 
-    classes: list[str]
-    targets: NDArray[np.int64]
-    by_class: bool
+    by_class = False
 
-    def __len__(self) -> int: ...
+    def __init__(self, targets: ClassIds, classes: Iterable[str]) -> None:
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        at = range(len(self))[index]  # from the end if negative; an IndexError beyond
+        return self.image(at), int(self.targets[at])
+
+    @abstractmethod
+    def image(self, index: int) -> Any:
+        """The image of a number from 0 to n - 1."""
 
     def digest(self) -> str:
-        """Identifies the images without opening them: a digest of labels and file names."""
-
-    def arrays(self) -> list[NDArray[np.uint8]] | None:
-        """All images in order, grey (n_i, H, W) or colour (n_i, H, W, 3); None if not in memory."""
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+        """Identifies the images without opening them: SHA-256 of the labels, and of file names."""
+        return _sha256(self.targets.tobytes())
 
 
-class ArraySource:
+class ArraySource(ImageSource):
     """Images that fit in memory.
 
     Args:
@@ -70,79 +90,25 @@ class ArraySource:
         classes: Class names.
     """
 
-    by_class = False
-
     def __init__(
-        self,
-        images: NDArray[np.uint8],
-        targets: Sequence[int] | NDArray[np.integer],
-        classes: Iterable[str],
+        self, images: NDArray[np.uint8], targets: ClassIds, classes: Iterable[str]
     ) -> None:
+        super().__init__(targets, classes)
         self.images = images
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.classes = list(classes)
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]).convert("RGB"), int(self.targets[index])
-
-    def digest(self) -> str:
-        """SHA-256 of the labels."""
-        return _sha256(self.targets.tobytes())
-
-    def arrays(self) -> list[NDArray[np.uint8]] | None:
-        """The one array."""
-        return [self.images]
+    def image(self, index: int) -> Any:
+        """An image, as RGB."""
+        return Image.fromarray(self.images[index]).convert("RGB")
 
 
-class _Paths(Sequence[str]):
-    """Paths in one piece of memory: little more than their letters, and pickled in no time.
-
-    Args:
-        names: Relative to the folder.
-        folder: What to put in front of each.
-    """
-
-    def __init__(self, names: Iterable[str], folder: str) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._folder = folder
-        self._text = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])  # (n + 1,), where the one before ends
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def parts(self) -> tuple[bytes, bytes]:
-        """All names, and where each ends; the folder left out."""
-        return self._text, self._ends.tobytes()
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        at = range(len(self))[index]
-        name = self._text[self._ends[at] : self._ends[at + 1]]
-        return os.path.join(self._folder, os.fsdecode(name))
-
-
-class FileSource:
-    """Pictures in files, opened when they are asked for; only their paths are held.
+class FileSource(ImageSource):
+    """Images in files, opened when they are asked for; only their paths are stored.
 
     Args:
         paths: Where the images are, n of them; relative to `folder` if that is given.
         targets: Class ids (n,).
         classes: Class names.
-        folder: What the paths have in common, held once.
-
-    Attributes:
-        paths: The whole path of every image.
+        folder: What the paths have in common, stored once.
     """
 
     by_class = True
@@ -150,70 +116,42 @@ class FileSource:
     def __init__(
         self,
         paths: Iterable[str],
-        targets: Sequence[int] | NDArray[np.integer],
+        targets: ClassIds,
         classes: Iterable[str],
         folder: str | Path = "",
     ) -> None:
-        self.paths = _Paths(paths, str(folder))
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.classes = list(classes)
-        assert len(self.paths) == len(self.targets)
+        super().__init__(targets, classes)
+        self._names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+        self._folder = str(folder)
+        assert len(self._names) == len(self.targets)
 
-    def __len__(self) -> int:
-        return len(self.targets)
+    @property
+    def names(self) -> list[str]:
+        """The path of every image, relative to the folder."""
+        return [os.fsdecode(name) for name in self._names]
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.paths[index]), int(self.targets[index])
+    @property
+    def paths(self) -> list[str]:
+        """The whole path of every image."""
+        return [os.path.join(self._folder, name) for name in self.names]
+
+    def select(self, which: NDArray[Any]) -> "FileSource":
+        """Some of the images: by their numbers, or a mask."""
+        names = (os.fsdecode(name) for name in self._names[which])
+        return FileSource(names, self.targets[which], self.classes, self._folder)
+
+    def image(self, index: int) -> Any:
+        """Opens an image, see `open_image`."""
+        return open_image(os.path.join(self._folder, os.fsdecode(self._names[index])))
 
     def digest(self) -> str:
         """SHA-256 of the labels and of the paths, without the folder in front of all of them."""
-        return _sha256(self.targets.tobytes(), *self.paths.parts())
-
-    def arrays(self) -> list[NDArray[np.uint8]] | None:
-        """None: the images are files."""
-        return None
+        names = self._names.tolist()
+        ends = np.cumsum([0, *map(len, names)])
+        return _sha256(self.targets.tobytes(), b"".join(names), ends.tobytes())
 
 
-class FolderSource(FileSource):
-    """Pictures in one folder per class, opened when they are asked for.
-
-    Args:
-        folder: Holds one folder per class; sub-folders of a class belong to it, hidden files and
-            folders do not.
-        classes: Names of the class folders; their order gives the class ids.
-
-    Raises:
-        DataError: If a class has no image.
-    """
-
-    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
-        class_ids = {name: class_id for class_id, name in enumerate(classes)}
-        prefix = os.path.join(os.path.expanduser(folder), "")
-
-        def is_shown_image(path: str) -> bool:
-            return is_image_file(path) and f"{os.sep}." not in path.removeprefix(prefix)
-
-        samples = make_dataset(folder, class_ids, is_valid_file=is_shown_image, allow_empty=True)
-        names = (path.removeprefix(prefix) for path, _ in samples)
-        super().__init__(names, [class_id for _, class_id in samples], classes, prefix)
-        self._check_classes_filled(folder)
-
-    def _check_classes_filled(self, folder: Path) -> None:
-        counts = np.bincount(self.targets, minlength=len(self.classes))
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
-        if len(empty) == len(self.classes):
-            raise DataError(
-                f"no image in any of the {len(empty)} class folders of {folder} "
-                f"(looked for {', '.join(IMG_EXTENSIONS)})"
-            )
-        if empty:
-            raise DataError(
-                f"no image for class {join_names(empty)} in {folder}: add images or remove the "
-                f"folder (looked for {', '.join(IMG_EXTENSIONS)})"
-            )
-
-
-class ConcatSource:
+class ConcatSource(ImageSource):
     """The images of several sources, one source behind the other.
 
     Args:
@@ -231,36 +169,21 @@ class ConcatSource:
     ) -> None:
         offsets = [0] * len(parts) if label_offsets is None else label_offsets
         shifted = [part.targets + offset for part, offset in zip(parts, offsets, strict=True)]
-        self.parts = list(parts)
+        super().__init__(np.concatenate(shifted), classes)
         self.by_class = any(part.by_class for part in parts)
-        self.targets = np.concatenate(shifted, dtype=np.int64)
-        self.classes = list(classes)
+        self._parts = list(parts)
         self._ends = np.cumsum([len(part) for part in parts])
         assert self.targets.max(initial=0) < len(self.classes)
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        at = range(len(self))[index]  # from the end if negative; an IndexError beyond
-        which = int(np.searchsorted(self._ends, at, side="right"))
-        part = self.parts[which]
-        image, _ = part[at - int(self._ends[which]) + len(part)]
-        return image, int(self.targets[at])
+    def image(self, index: int) -> Any:
+        """An image of a part."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[which]
+        return part.image(index - int(self._ends[which]) + len(part))
 
     def digest(self) -> str:
         """SHA-256 of the labels and of the parts."""
-        return _sha256(self.targets.tobytes(), *(part.digest().encode() for part in self.parts))
-
-    def arrays(self) -> list[NDArray[np.uint8]] | None:
-        """Those of all parts; None if a part has none."""
-        found: list[NDArray[np.uint8]] = []
-        for part in self.parts:
-            arrays = part.arrays()
-            if arrays is None:
-                return None
-            found += arrays
-        return found
+        return _sha256(self.targets.tobytes(), *(part.digest().encode() for part in self._parts))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -278,12 +201,22 @@ def open_image(path: str | Path) -> Image.Image:
             image.load()
             return _to_rgb(image)
     except Exception as error:  # damaged files make decoders raise anything, struct.error included
-        raise DataError(f"{path}: {_reason(error, path)}") from error
+        reason = f"cannot be read as an image ({error or type(error).__name__})"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image, or of a format Pillow cannot read"
+            if os.path.getsize(path) == 0:
+                reason = "the file is empty"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise DataError(f"{path}: {reason}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray(_sixteen_to_eight_bit(np.asarray(image))).convert("RGB")
+        values = np.asarray(image)  # (H, W)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit pixels exceed the 16-bit range: save it with 8 or 16 bit")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range: save it with 8 or 16 bit")
     if not image.has_transparency_data:
@@ -293,26 +226,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return canvas.convert("RGB")
 
 
-def _sixteen_to_eight_bit(values: NDArray[np.integer]) -> NDArray[np.uint8]:
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels exceed the 16-bit range: save it with 8 or 16 bit")
-    return np.round(values / 257).astype(np.uint8)  # (H, W); 65535 / 257 = 255
-
-
-def _reason(error: Exception, path: str | Path) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        empty = os.path.getsize(path) == 0
-        return "the file is empty" if empty else "not an image, or of a format Pillow cannot read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"cannot be read as an image ({error or type(error).__name__})"
-
-
 def _sha256(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
-"""The way of an image to the model: as pixels out of the workers, or made on the device.
+"""Image preprocessing, in the DataLoader workers or on the device.
 
 | | in the workers | on the device |
 |---|---|---|
 | any data | decode, crop, resize, flip to 8-bit pixels | to the model's input |
-| data kept on the device | draw the crop and the flip | crop, resize, flip, to the input |
+| data stored on the device | draw crop and flip | crop, enlarge, flip, to the model's input |
 
 Both give the same images, to the last bit.
 
@@ -11,17 +11,18 @@ Shapes: B images, S input size in pixels.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from cli.settings import TransformSettings
 from continual_datasets import device_transforms
-from continual_datasets.device_transforms import DeviceImages
-from continual_datasets.images import ImageSource
+from continual_datasets.device_transforms import Place
+from continual_datasets.images import ArraySource, ImageSource
 from continual_datasets.transforms import Transform, build_transform, to_input
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
@@ -30,33 +31,57 @@ _SHARE_OF_MEMORY = 0.25
 logger = logging.getLogger(__name__)
 
 
-class ToImages(NamedTuple):
-    """What makes images (B, 3, S, S) of the first tensor of a batch, which is on the device.
-
-    Attributes:
-        train: For training batches.
-        test: For test batches.
-    """
-
-    train: Callable[[Tensor], Tensor]
-    test: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
 class ImagePipeline:
     """What happens to an image, and where.
+
+    Args:
+        options: The image transforms.
+        device: Where the model is.
+        images: All images (n, C, H, W), stored there; None: the workers make pixels.
 
     Attributes:
         train_transform: What the workers make of a training image.
         test_transform: The same of a test image.
-        to_images: What the device makes of batches of these, (B, 3, S, S).
         on_device: Whether the images are stored on the device.
     """
 
-    train_transform: Transform
-    test_transform: Transform
-    to_images: ToImages
-    on_device: bool
+    def __init__(
+        self, options: TransformSettings, device: torch.device, images: Tensor | None = None
+    ) -> None:
+        self.on_device = images is not None
+        self.train_transform: Transform = build_transform(True, options)
+        self.test_transform: Transform = build_transform(False, options)
+        if self.on_device:
+            self.train_transform = partial(device_transforms.random_crop, options=options)
+            self.test_transform = partial(device_transforms.central_crop, options=options)
+        self._options, self._images, self._finish = options, images, to_input(options, device)
+
+    def to_input(self, batch: Tensor, train: bool) -> Tensor:
+        """Input of the model, (B, 3, S, S), from what the workers made of the images."""
+        if self._images is not None:
+            options = self._options
+            interpolation = options.train_interpolation if train else options.test_interpolation
+            batch = device_transforms.cropped(
+                self._images, batch, options.input_size, interpolation
+            )
+        return self._finish(batch)
+
+
+class PlacedSource(ImageSource):
+    """Replaces a source whose images are on the device: an item is (`Place`, class id).
+
+    Args:
+        source: The source; of its images, only the shape is stored.
+        first_row: Number of its first image among all images on the device.
+    """
+
+    def __init__(self, source: ArraySource, first_row: int) -> None:
+        super().__init__(source.targets, source.classes)
+        self.first_row, self.shape = first_row, source.images.shape[1:3]
+
+    def image(self, index: int) -> Place:
+        """Where an image is."""
+        return self.first_row + index, *self.shape
 
 
 def build_pipeline(
@@ -65,62 +90,73 @@ def build_pipeline(
     sources: Sequence[ImageSource],
     device: torch.device,
 ) -> tuple[ImagePipeline, list[ImageSource]]:
-    """Chooses the way and prepares it.
+    """Chooses where images are preprocessed.
 
     Args:
-        on_device: Whether to store the images on the device, where possible; `auto`: on a GPU, if
-            they can.
-        options: What happens to an image.
+        on_device: Whether to store the images on the device; `auto`: on a GPU, if possible.
+        options: The image transforms.
         sources: All images of the run.
         device: Where the model is.
 
     Returns:
-        The way, and the sources to take instead, in the same order.
+        The pipeline, and the sources to use instead, in the same order.
+
+    Raises:
+        ValueError: If `on_device` is true, but the images cannot be stored there.
     """
-    finish = to_input(options, device)
-    reason = _why_not(on_device, options, sources, device)
-    assert on_device is not True or reason is None, reason
-    if on_device == "auto" and device.type == "cuda" and reason is not None:
-        logger.info("Images are not stored on %s: %s", device, reason)
-    if reason is not None:
-        build, to_images = build_transform, ToImages(finish, finish)
-        placed = list(sources)
-    else:
-        build = device_transforms.build_draw
-        images, placed = device_transforms.place(sources, device)
-        to_images = _made_on_device(images, options, finish)
-    train, test = build(True, options), build(False, options)
-    return ImagePipeline(train, test, to_images, on_device=reason is None), placed
+    reason = why_not_on_device(options)
+    arrays = [source for source in sources if isinstance(source, ArraySource)]
+    if len(arrays) < len(sources):
+        reason = "the images are files, which are read when they are needed"
+    elif (side := max(stored_shape(arrays)[2:])) > options.input_size:
+        reason = reason or (
+            f"shrinking {side} pixels to --input-size {options.input_size} needs the loader's "
+            "workers"
+        )
+    if on_device is True and reason:
+        raise ValueError(f"--data_on_device true: {reason}; leave it out")
+    if on_device == "auto" and device.type != "cpu":
+        reason = reason or _too_large(arrays, device)
+        if reason:
+            logger.info("Images are not stored on %s: %s", device, reason)
+        on_device = not reason
+    if on_device is not True:
+        return ImagePipeline(options, device), list(sources)
+    firsts = accumulate(map(len, arrays), initial=0)
+    placed = map(PlacedSource, arrays, firsts)
+    return ImagePipeline(options, device, store(arrays, device)), list(placed)
 
 
-def _made_on_device(
-    images: DeviceImages, options: TransformSettings, finish: Callable[[Tensor], Tensor]
-) -> ToImages:
-    def train(draws: Tensor) -> Tensor:
-        return finish(images.train_pixels(draws, options))
+def why_not_on_device(options: TransformSettings) -> str | None:
+    """Names the options that only the transforms of the workers know; None if there are none."""
+    names = ["--aa", "--color-jitter", "--reprob", "--train_resize", "--train_jpeg"]
+    if options.train_interpolation not in device_transforms.FILTERS:
+        names.append("--train-interpolation")
+    values = [getattr(options, name.strip("-").replace("-", "_")) for name in names]
+    flags = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value]
+    verb = "needs" if len(flags) == 1 else "need"
+    return f"{', '.join(flags)} {verb} the loader's workers" if flags else None
 
-    def test(draws: Tensor) -> Tensor:
-        return finish(images.test_pixels(draws, options))
 
-    return ToImages(train, test)
-
-
-def _why_not(
-    on_device: bool | str,
-    options: TransformSettings,
-    sources: Sequence[ImageSource],
-    device: torch.device,
-) -> str | None:
-    """What speaks against images on the device."""
-    if on_device is False or (on_device == "auto" and device.type == "cpu"):
-        return "not asked for"
-    if (reason := device_transforms.why_not_on_device(options)) is not None:
-        return reason
-    arrays = [source.arrays() for source in sources]
-    if any(part is None for part in arrays):
-        return "the images are files, which are read when they are needed"
-    if on_device is True:
-        return None
-    needed = device_transforms.num_bytes([array for part in arrays for array in part or ()])
-    free, _ = torch.cuda.mem_get_info(device)
+def _too_large(arrays: Sequence[ArraySource], device: torch.device) -> str | None:
+    needed, (free, _) = math.prod(stored_shape(arrays)), torch.cuda.mem_get_info(device)
     return None if needed <= _SHARE_OF_MEMORY * free else f"they take {needed / 1e9:.1f} GB"
+
+
+def stored_shape(sources: Sequence[ArraySource]) -> tuple[int, int, int, int]:
+    """(n, C, H, W) that holds all images; one channel if all are grey."""
+    shapes = [source.images.shape for source in sources]
+    channels = 3 if any(len(shape) == 4 for shape in shapes) else 1
+    return sum(s[0] for s in shapes), channels, max(s[1] for s in shapes), max(s[2] for s in shapes)
+
+
+def store(sources: Sequence[ArraySource], device: torch.device) -> Tensor:
+    """Copies all images to the device, in order: (n, C, H, W) uint8, each in the upper left."""
+    images = torch.zeros(stored_shape(sources), dtype=torch.uint8, device=device)
+    row = 0
+    for source in sources:
+        array = source.images if source.images.ndim == 4 else source.images[..., None]
+        part = torch.from_numpy(array.transpose(0, 3, 1, 2).copy())  # (n_i, 1 or 3, H_i, W_i)
+        images[row : row + len(part), :, : part.shape[2], : part.shape[3]] = part
+        row += len(part)
+    return images

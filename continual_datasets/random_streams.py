@@ -24,20 +24,13 @@ class Stream(IntEnum):
 
 
 def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list[int]:
-    """Words of 32 random bits.
-
-    Args:
-        seed: Seed of the run.
-        stream: What they are for.
-        place: Numbers that identify the place in the run (task, epoch, ...).
-        num_words: How many.
-    """
+    """Words of 32 random bits for one purpose and place in the run (task, epoch, ...)."""
     sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(int(stream), *place))
     return sequence.generate_state(num_words).tolist()
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
-    """A generator for one purpose and place, see `random_words`."""
+    """A generator for one purpose and place in the run (task, epoch, ...)."""
     return np.random.default_rng(random_words(seed, stream, *place, num_words=4))
 
 

@@ -13,8 +13,6 @@ Shapes: n training images of the run, m images in the buffer, C classes.
 Source: Wang et al., CVPR 2022, section 5 (L2P-R; the paper gives the sizes, not the recipe).
 """
 
-from bisect import bisect_right
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,16 +53,13 @@ class ReplayBuffer:
         candidates = np.union1d(self.indices, indices)
         candidates = candidates[np.argsort(self.priorities[candidates])]
         targets = self.targets[candidates]
-        quotas = self._quotas(np.bincount(targets))
+        available = np.bincount(targets)  # (C,)
+        if self.per_class is not None:
+            quotas = np.minimum(available, self.per_class)
+        else:
+            quotas = even_shares(available, self.size or 0)
         kept = [candidates[targets == c][:quota] for c, quota in enumerate(quotas)]
         self.indices = np.sort(np.concatenate(kept))
-
-    def _quotas(self, available: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many images of each class to keep, (C,)."""
-        if self.per_class is not None:
-            return np.minimum(available, self.per_class)
-        assert self.size is not None
-        return even_shares(available, self.size)
 
 
 def even_shares(available: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -79,8 +74,9 @@ def even_shares(available: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         equally many, and what is left over goes to the lowest class ids, one place each. So a
         class never gets more places when images of others come.
     """
-    levels = range(size + 1)
-    level = bisect_right(levels, size, key=lambda n: np.minimum(available, n).sum()) - 1
-    shares = np.minimum(available, level)
-    shares[np.flatnonzero(available > level)[: size - int(shares.sum())]] += 1
+    shares = np.zeros_like(available)
+    while size > 0 and (shares < available).any():
+        next_places = np.flatnonzero(shares < available)[:size]  # one for each class that has more
+        shares[next_places] += 1
+        size -= len(next_places)
     return shares

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from cli.flags import choose
 from cli.parser import shown
 from cli.settings import Settings, find_flag
 from continual_datasets import class_order as orders
@@ -31,19 +32,12 @@ TaskClasses = list[list[int]]
 
 @dataclass(frozen=True)
 class StreamSource:
-    """What a scenario makes its stream of tasks from.
+    """What a scenario makes its stream of tasks from."""
 
-    Attributes:
-        parts: What `Scenario.load` gave, or the same images on another device.
-        transforms: What happens to every image.
-        global_batch: Images of all processes in a training step.
-        task_classes: Class ids of each task, from a checkpoint; None: as the settings say.
-    """
-
-    parts: Parts
+    parts: Parts  # what `Scenario.load` gave, or the same images on another device
     transforms: Transforms
-    global_batch: int
-    task_classes: TaskClasses | None = None
+    global_batch: int  # images of all processes in a training step
+    task_classes: TaskClasses | None = None  # from a checkpoint; None: as the settings say
 
     def only_part(self) -> tuple[ImageSource, ImageSource]:
         """Training and test images of a single data set."""
@@ -53,44 +47,46 @@ class StreamSource:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way to make tasks of data.
-
-    Attributes:
-        settings: Settings of the run.
-        own_flags: Settings that have no effect in scenarios which do not list them.
-        tasks_are_folders: Whether the number of tasks is known only where the data are.
-        _instead: What must change besides --scenario to leave this scenario, for messages.
-    """
+    """One way to make tasks of data."""
 
     settings: Settings
 
     name: ClassVar[str]
+    #: Settings that have no effect in scenarios which do not list them.
     own_flags: ClassVar[tuple[str, ...]] = ()
+    #: Whether the number of tasks is known only where the data are.
     tasks_are_folders: ClassVar[bool] = False
+    #: What must change besides --scenario to leave this scenario, for messages.
     _instead: ClassVar[str] = ""
 
     def problems(self) -> Iterator[str]:
         """Settings that contradict the scenario, a line each; reads no data."""
         yield from self._problems_of_several()
-        for flag, value, owners in _flags_of_others(self):
-            yield f"{flag} {value}: needs {self._instead}--scenario {' or '.join(owners)}"
+        for name in dict.fromkeys(name for kind in SCENARIOS.values() for name in kind.own_flags):
+            owners = [owner for owner, kind in SCENARIOS.items() if name in kind.own_flags]
+            flag, value = find_flag(name), self.settings[name]
+            if self.name not in owners and value != flag.default:
+                needed = f"{self._instead}--scenario {' or '.join(owners)}"
+                yield f"{flag.spelling} {shown(value)}: needs {needed}"
         data = self.settings.data
         names = list(registry.find_sources(data.dataset))
         if data.file_lists is not None and names != ["CORe50"]:
             yield f"--file_lists are those of CORe50: leave them out with --dataset {data.dataset}"
+        if self.is_joint and self.settings.replay.has_buffer:
+            yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
 
     @property
-    def splitting(self) -> "Scenario":
-        """The scenario that splits the data: itself, unless it joins the tasks of another."""
-        return self
+    def is_joint(self) -> bool:
+        """Whether all tasks are learned at once and tested on all test sets: the upper bound."""
+        return self.settings.tasks.joint or self.settings.tasks.scenario == "joint"
+
+    def stream(self, source: StreamSource) -> TaskStream:
+        """What `build` makes, with all tasks joined where the settings say so."""
+        split = self.build(source)
+        return task_splits.joint(split, source.transforms) if self.is_joint else split
 
     def num_tasks(self) -> int:
-        """T, the number of tasks.
-
-        Raises:
-            DataError: If the folders that are the tasks are missing.
-            ValueError: If there is no such data set.
-        """
+        """The tasks that the data are split into; DataError if the folders of tasks are missing."""
         raise NotImplementedError
 
     def num_classes(self) -> int:
@@ -98,19 +94,11 @@ class Scenario:
         return registry.count_classes(self.settings.data.dataset, self._path)
 
     def check_classes(self) -> None:
-        """Makes sure that the data are there, and the classes fit the number of tasks.
-
-        Raises:
-            ValueError: If they do not, with what would fit; or as `num_tasks`.
-        """
+        """Raises ValueError if data are missing, or the classes do not fit the number of tasks."""
         self.num_classes()
 
     def load(self) -> Parts:
-        """Reads the data.
-
-        Raises:
-            ValueError: If something is wrong with them.
-        """
+        """Reads the data; ValueError if something is wrong with them."""
         parts = registry.load_parts(self.settings.data.dataset, self._path)
         return (
             {name: train for name, (train, _) in parts.items()},
@@ -118,11 +106,7 @@ class Scenario:
         )
 
     def build(self, source: StreamSource) -> TaskStream:
-        """Makes the stream of tasks.
-
-        Raises:
-            ValueError: If the data do not fit the settings.
-        """
+        """Splits the data into a stream of tasks; ValueError if they do not fit the settings."""
         raise NotImplementedError
 
     @property
@@ -130,12 +114,11 @@ class Scenario:
         return Path(self.settings.data.data_path)
 
     def _problems_of_several(self) -> Iterator[str]:
-        names = list(registry.find_sources(self.settings.data.dataset))
-        if len(names) > 1:
+        given = self.settings.data.dataset
+        if len(registry.find_sources(given)) > 1:
             yield (
-                f"--scenario {self.name} takes one data set; several "
-                f"({self.settings.data.dataset}) are learned one after the other: leave --scenario "
-                "out"
+                f"--scenario {self.name} takes one data set; several ({given}) are learned one "
+                "after the other: leave --scenario out"
             )
 
     def class_order(self, classes: Sequence[str], given: TaskClasses | None = None) -> list[int]:
@@ -167,20 +150,11 @@ def scenario(name: str) -> Callable[[type[Scenario]], type[Scenario]]:
 
 
 def find_scenario(settings: Settings) -> Scenario:
-    """The scenario that the settings describe.
-
-    Raises:
-        ValueError: If there is none of that name, or no such data set.
-    """
-    name = settings.tasks.scenario
-    if name not in SCENARIOS:
-        raise ValueError(f"--scenario {name} is unknown: choose one of {', '.join(SCENARIOS)}")
-    several = len(registry.find_sources(settings.data.dataset)) > 1
-    if several and name in ("class-incremental", "joint"):
-        found: Scenario = DatasetIncremental(settings)
-    else:
-        found = SCENARIOS["class-incremental" if name == "joint" else name](settings)
-    return Joint(settings, found) if settings.tasks.joint or name == "joint" else found
+    """The scenario of the settings; ValueError if it is unknown, or the data set is."""
+    kind = choose({**SCENARIOS, "joint": ClassIncremental}, "--scenario", settings.tasks.scenario)
+    if kind is ClassIncremental and len(registry.find_sources(settings.data.dataset)) > 1:
+        kind = DatasetIncremental
+    return kind(settings)
 
 
 @scenario("class-incremental")
@@ -199,14 +173,14 @@ class ClassIncremental(Scenario):
         check_split(self.num_classes(), self.num_tasks(), per_task)
 
     def build(self, source: StreamSource) -> TaskStream:
-        """See `task_splits.class_incremental`."""
+        """See `task_splits.by_classes`."""
         train, test = source.only_part()
         order = self.class_order(train.classes, source.task_classes)
         num_tasks = self.num_tasks()
         per_task = check_split(len(order), num_tasks, self.settings.tasks.classes_per_task)
-        return task_splits.class_incremental(
-            train, test, order, num_tasks, per_task, source.transforms
-        )
+        firsts = range(0, num_tasks * per_task, per_task)
+        groups = [order[first : first + per_task] for first in firsts]
+        return task_splits.by_classes(train, test, groups, source.transforms)
 
 
 @scenario("dataset-incremental")
@@ -248,21 +222,16 @@ class DomainIncremental(Scenario):
 
     def load(self) -> Parts:
         """Reads the data by domain."""
-        data = self.settings.data
-        return registry.load_domains(data.dataset, self._path, self._lists, data.domains)
+        return self._domains().load()
 
     def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.domain_incremental`."""
         return task_splits.domain_incremental(*source.parts, source.transforms)
 
-    @property
-    def _lists(self) -> Path | None:
-        lists = self.settings.data.file_lists
-        return None if lists is None else Path(lists).expanduser()
-
     def _domains(self) -> DomainList:
         data = self.settings.data
-        return registry.list_domains(data.dataset, self._path, self._lists, data.domains)
+        lists = None if data.file_lists is None else Path(data.file_lists).expanduser()
+        return registry.list_domains(data.dataset, self._path, lists, data.domains)
 
 
 @scenario("gaussian")
@@ -287,10 +256,7 @@ class Gaussian(Scenario):
 
     def check_classes(self) -> None:
         """Whether the schedule has room for the peaks of all classes."""
-        tasks = self.settings.tasks
-        task_splits.presence(
-            self.num_classes(), self.num_tasks(), tasks.schedule_steps, tasks.gaussian_sigma
-        )
+        task_splits.presence(self.num_classes(), *self._schedule)
 
     def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.gaussian`."""
@@ -299,74 +265,16 @@ class Gaussian(Scenario):
         num_images = self.settings.tasks.images_per_episode(source.global_batch)
         return task_splits.gaussian(train, test, episodes, num_images, source.transforms)
 
-    def _episodes(self, classes: Sequence[str]) -> list[tuple[int, ...]]:
+    @property
+    def _schedule(self) -> tuple[int, int, float]:
         tasks = self.settings.tasks
+        return self.num_tasks(), tasks.schedule_steps, tasks.gaussian_sigma
+
+    def _episodes(self, classes: Sequence[str]) -> list[tuple[int, ...]]:
         order = self.class_order(classes)
         if len(order) < len(classes):
             raise ValueError(
-                f"--class_order {tasks.class_order} names {len(order)} of {len(classes)} classes: "
-                "--scenario gaussian takes all of them"
+                f"--class_order {self.settings.tasks.class_order} names {len(order)} of "
+                f"{len(classes)} classes: --scenario gaussian takes all of them"
             )
-        return task_splits.gaussian_episodes(
-            order,
-            self.num_tasks(),
-            tasks.schedule_steps,
-            tasks.gaussian_sigma,
-            self.settings.run.seed,
-        )
-
-
-@scenario("joint")
-@dataclass(frozen=True)
-class Joint(Scenario):
-    """All tasks of another scenario at once, tested on all of its test sets: the upper bound.
-
-    Attributes:
-        joined: The scenario whose tasks are joined.
-    """
-
-    joined: Scenario
-
-    @property
-    def splitting(self) -> Scenario:
-        """The scenario whose tasks are joined."""
-        return self.joined
-
-    def problems(self) -> Iterator[str]:
-        """Those of the joined scenario, and a replay buffer."""
-        yield from self.joined.problems()
-        if self.settings.replay.has_buffer:
-            yield "--joint learns all tasks at once and has nothing to replay: leave the buffer out"
-
-    def num_tasks(self) -> int:
-        """One."""
-        return 1
-
-    def num_classes(self) -> int:
-        """Those of the joined scenario."""
-        return self.joined.num_classes()
-
-    def check_classes(self) -> None:
-        """Whether the joined scenario is possible."""
-        self.joined.check_classes()
-
-    def load(self) -> Parts:
-        """Reads the data of the joined scenario."""
-        return self.joined.load()
-
-    def build(self, source: StreamSource) -> TaskStream:
-        """See `task_splits.joint`."""
-        return task_splits.joint(self.joined.build(source), source.transforms)
-
-
-def _flags_of_others(chosen: Scenario) -> Iterator[tuple[str, str, list[str]]]:
-    """Flags that are set although only other scenarios have them: spelling, value, scenarios."""
-    owners: dict[str, list[str]] = {}
-    for name, kind in SCENARIOS.items():
-        for flag in kind.own_flags:
-            owners.setdefault(flag, []).append(name)
-    for flag, names in owners.items():
-        declared = find_flag(flag)
-        value = chosen.settings[flag]
-        if chosen.name not in names and value != declared.default:
-            yield declared.spelling, shown(value), names
+        return task_splits.gaussian_episodes(order, *self._schedule, self.settings.run.seed)

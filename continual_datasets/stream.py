@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
+    from numpy.typing import NDArray
 
     from continual_datasets.images import ImageSource
     from continual_datasets.pipeline import ImagePipeline
+    from continual_datasets.task_data import TestData, TrainData
 
 
 def task_name(index: int) -> str:
@@ -47,84 +46,36 @@ def title(part: Task | TestSet) -> str:
     return f"Task {part.index + 1}" if part.name == task_name(part.index) else part.name
 
 
-class LabelledData(Protocol):
-    """What the loaders need of a task's or a test set's data.
-
-    `data[epoch, position]` (training) or `data[position]` (test) is what the transform made of an
-    image, a tensor, and its class id.
-    """
-
-    targets: NDArray[np.int64]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any) -> tuple[Tensor, int]: ...
-
-
-class TrainingData(LabelledData, Protocol):
-    """The same of a task, which is a part of the run's training images.
-
-    Attributes:
-        indices: Which of all training images of the run these are, (n,).
-    """
-
-    indices: NDArray[np.int64]
-
-    def replayed(self, epoch: int, draw: int, image: int) -> tuple[Tensor, int]:
-        """A training image of the run, of any task, as a draw of this task's replay shows it."""
-
-
 @dataclass(frozen=True)
 class TestSet:
-    """Images that are evaluated together and get one row of the accuracy matrix.
-
-    Attributes:
-        index: Row of the accuracy matrix, from 0.
-        name: What people call it.
-        data: Images by position.
-        classes: Ids of the classes in it.
-    """
+    """Images that are evaluated together and get one row of the accuracy matrix."""
 
     __test__ = False  # no test class, whatever pytest thinks of the name
 
-    index: int
-    name: str
-    data: LabelledData
-    classes: tuple[int, ...]
+    index: int  # row of the accuracy matrix, from 0
+    name: str  # what people call it
+    data: TestData  # images by position
+    classes: tuple[int, ...]  # ids of the classes in it
 
 
 @dataclass(frozen=True)
 class Task:
-    """One step of the stream.
+    """One step of the stream."""
 
-    Attributes:
-        index: Column of the accuracy matrix, from 0.
-        name: What people call it.
-        data: Training images by (epoch, position).
-        classes: Ids of the classes that may be predicted while it is trained.
-        test_sets: What to evaluate after it; nothing where it is empty.
-    """
-
-    index: int
-    name: str
-    data: TrainingData
-    classes: tuple[int, ...]
-    test_sets: tuple[TestSet, ...]
+    index: int  # column of the accuracy matrix, from 0
+    name: str  # what people call it
+    data: TrainData  # training images by (epoch, position)
+    classes: tuple[int, ...]  # ids of the classes that may be predicted while it is trained
+    test_sets: tuple[TestSet, ...]  # what to evaluate after it; nothing where it is empty
 
 
 @dataclass(frozen=True)
 class TaskStream:
-    """All tasks in the order in which they are learned.
-
-    Attributes:
-        tasks: The tasks.
-        train: All training images of the run; the tasks' `indices` refer to these.
-        pipeline: How the images are preprocessed.
-    """
+    """All tasks in the order in which they are learned."""
 
     tasks: tuple[Task, ...]
-    train: ImageSource
-    pipeline: ImagePipeline | None = None
+    train: ImageSource  # all training images of the run; the tasks' `indices` refer to these
+    pipeline: ImagePipeline | None = None  # how the images are preprocessed
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -26,71 +26,77 @@ from continual_datasets.random_streams import Stream, random_words
 from continual_datasets.stream import TaskStream
 from continual_datasets.transforms import Transform
 
-# Keys
-
 
 class TrainKey(NamedTuple):
-    """Key of a task's own image.
-
-    Attributes:
-        task: Index of the task.
-        epoch: 0-based epoch of the task.
-        position: Number of the image in the task.
-    """
+    """Key of a task's own image."""
 
     task: int
-    epoch: int
-    position: int
+    epoch: int  # 0-based epoch of the task
+    position: int  # number of the image in the task
 
 
 class Replayed(NamedTuple):
-    """Key of a replayed image.
+    """Key of a replayed image."""
 
-    Attributes:
-        task: Index of the task in which it is replayed.
-        epoch: 0-based epoch of the task.
-        draw: Number of the draw in the epoch.
-        image: Number of the image in the source.
-    """
-
-    task: int
-    epoch: int
-    draw: int
-    image: int
+    task: int  # in which it is replayed
+    epoch: int  # 0-based epoch of the task
+    draw: int  # number of the draw in the epoch
+    image: int  # number of the image in the source
 
 
 class TestKey(NamedTuple):
-    """Key of a test image.
-
-    Attributes:
-        test_set: Index of the test set.
-        position: Number of the image in it.
-    """
+    """Key of a test image."""
 
     test_set: int
-    position: int
+    position: int  # number of the image in the test set
 
 
 Key = TrainKey | Replayed | TestKey
 
 
-# Data of a task, of a test set, of a run
+class _Subset:
+    """Part of a source.
+
+    Args:
+        source: Where the images come from.
+        indices: Which of its images these are, (n,).
+        transform: From `build_transform`.
+
+    Attributes:
+        targets: Class id of every image, (n,).
+    """
+
+    def __init__(
+        self, source: ImageSource, indices: NDArray[np.int64], transform: Transform
+    ) -> None:
+        self.source, self.indices, self.transform = source, indices, transform
+        self.targets = source.targets[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
-class TrainData:
-    """Part of a source, augmented; indexed by (epoch, position).
+class TestData(_Subset):
+    """Images that are not augmented; indexed by position."""
+
+    __test__ = False  # no test class, whatever pytest thinks of the name
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image, target = self.source[int(self.indices[position])]
+        return self.transform(image), target
+
+
+class TrainData(_Subset):
+    """Images that are augmented; indexed by (epoch, position).
 
     Loading an image changes the global generators: `RunData` restores them, once for a whole batch.
 
     Args:
         source: Where the images come from.
         indices: Which of its images these are, (n,); one that occurs again is augmented anew.
-        transform: From `build_transform(train=True, ...)`; may draw from the global generators.
+        transform: From `build_transform`; may draw from the global generators.
         seed: Seed of the run.
         task: Index of the task.
-
-    Attributes:
-        targets: Class id of every image, (n,).
     """
 
     def __init__(
@@ -101,20 +107,18 @@ class TrainData:
         seed: int,
         task: int,
     ) -> None:
-        self.source = source
-        self.indices = indices
-        self.targets = source.targets[indices]
-        self.transform = transform
-        self.seed = seed
-        self.task = task
+        super().__init__(source, indices, transform)
+        self.seed, self.task = seed, task
 
     @cached_property
     def repeats(self) -> NDArray[np.int64]:
         """How often each image has occurred before its position, (n,)."""
-        return _times_before(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
+        by_index = np.argsort(self.indices, kind="stable")
+        places = np.arange(len(by_index))
+        is_first = np.diff(self.indices[by_index], prepend=-1) != 0
+        repeats = np.empty_like(places)
+        repeats[by_index] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+        return repeats
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, position = key
@@ -128,37 +132,10 @@ class TrainData:
 
     def _augmented(self, index: int, stream: Stream, *place: int) -> tuple[Tensor, int]:
         image, target = self.source[index]
-        _seed_global_rng(random_words(self.seed, stream, *place, num_words=3))
-        return self.transform(image), target
-
-
-class TestData:
-    """Part of a source, not augmented; indexed by position.
-
-    Args:
-        source: Where the images come from.
-        indices: Which of its images these are, (n,).
-        transform: From `build_transform(train=False, ...)`.
-
-    Attributes:
-        targets: Class id of every image, (n,).
-    """
-
-    __test__ = False  # no test class, whatever pytest thinks of the name
-
-    def __init__(
-        self, source: ImageSource, indices: NDArray[np.int64], transform: Transform
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.targets = source.targets[indices]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        image, target = self.source[int(self.indices[position])]
+        words = random_words(self.seed, stream, *place, num_words=3)
+        torch.default_generator.manual_seed(words[0])  # torch.manual_seed: accelerators', too
+        random.seed(words[1])
+        np.random.seed(words[2])
         return self.transform(image), target
 
 
@@ -189,16 +166,6 @@ class RunData(Dataset):
         return self.tasks[key.task][key.epoch, key.position]
 
 
-def _times_before(indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each index has occurred before its position, (n,)."""
-    by_index = np.argsort(indices, kind="stable")
-    places = np.arange(len(indices))
-    is_first = np.diff(indices[by_index], prepend=-1) != 0
-    times = np.empty_like(places)
-    times[by_index] = places - np.maximum.accumulate(np.where(is_first, places, 0))
-    return times
-
-
 @contextmanager
 def _global_rng_kept() -> Iterator[None]:
     """Leave the CPU generators of torch, Python and NumPy as they were found."""
@@ -209,10 +176,3 @@ def _global_rng_kept() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
-
-
-def _seed_global_rng(words: Sequence[int]) -> None:
-    # Not torch.manual_seed: that would reset the accelerator's generators too.
-    torch.default_generator.manual_seed(words[0])
-    random.seed(words[1])
-    np.random.seed(words[2])

@@ -30,17 +30,11 @@ from continual_datasets.transforms import Transform
 
 @dataclass(frozen=True)
 class Transforms:
-    """Transforms of every image, whatever the scenario.
+    """Transforms of every image, whatever the scenario."""
 
-    Attributes:
-        train_transform: Augments a training image.
-        test_transform: Prepares a test image.
-        seed: Seed of augmentation and schedule.
-    """
-
-    train_transform: Transform
-    test_transform: Transform
-    seed: int
+    train_transform: Transform  # augments a training image
+    test_transform: Transform  # prepares a test image
+    seed: int  # of augmentation and schedule
 
     def train(self, source: ImageSource, indices: NDArray[np.int64], task: int) -> TrainData:
         """A task's part of the training images."""
@@ -58,34 +52,6 @@ class Transforms:
         return TestData(source, indices, self.test_transform)
 
 
-def class_incremental(
-    train: ImageSource,
-    test: ImageSource,
-    order: Sequence[int],
-    num_tasks: int,
-    classes_per_task: int,
-    transforms: Transforms,
-) -> TaskStream:
-    """Splits the classes into tasks; after each, evaluates on the classes of all tasks so far.
-
-    Args:
-        train: Training images.
-        test: Test images of the same classes.
-        order: Class ids in the order of their tasks; what num_tasks * classes_per_task leaves
-            over is not used.
-        num_tasks: T.
-        classes_per_task: New classes of every task.
-        transforms: What happens to every image.
-
-    Raises:
-        DataError: If a class has no training or no test image.
-    """
-    assert num_tasks * classes_per_task <= len(order), "see check_split"
-    firsts = range(0, num_tasks * classes_per_task, classes_per_task)
-    groups = [order[first : first + classes_per_task] for first in firsts]
-    return by_classes(train, test, groups, transforms)
-
-
 def by_classes(
     train: ImageSource, test: ImageSource, groups: Sequence[Sequence[int]], transforms: Transforms
 ) -> TaskStream:
@@ -100,16 +66,13 @@ def by_classes(
     Raises:
         DataError: If a class has no training or no test image.
     """
-    used = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in groups])
-    _check_all_present(used, train, test)
+    _check_all_present([c for classes in groups for c in classes], train, test)
     tasks: list[Task] = []
     test_sets: list[TestSet] = []
-    for index, group in enumerate(groups):
-        ids = np.asarray(group, dtype=np.int64)
-        name, classes = task_name(index), tuple(ids.tolist())
-        test_data = transforms.test(test, _images_of(ids, test))
+    for index, classes in enumerate(map(tuple, groups)):
+        name, test_data = task_name(index), transforms.test(test, _images_of(classes, test))
         test_sets.append(TestSet(index, name, test_data, classes))
-        data = transforms.train(train, _images_of(ids, train), index)
+        data = transforms.train(train, _images_of(classes, train), index)
         tasks.append(Task(index, name, data, classes, tuple(test_sets)))
     return TaskStream(tuple(tasks), train)
 
@@ -125,16 +88,13 @@ def several_data_sets(
         transforms: What happens to every image.
     """
     names = [f"{name}/{c}" for name, source in train.items() for c in source.classes]
-    sizes = [len(source.classes) for source in train.values()]
-    offsets = [0, *np.cumsum(sizes)[:-1].tolist()]
-    joined = [
-        {
-            name: ConcatSource([source], names, [offset])
-            for (name, source), offset in zip(parts.items(), offsets, strict=True)
-        }
-        for parts in (train, test)
-    ]
-    return domain_incremental(joined[0], joined[1], transforms)
+    ends = np.cumsum([len(source.classes) for source in train.values()]).tolist()
+    offsets = dict(zip(train, [0, *ends], strict=False))
+
+    def shifted(parts: Mapping[str, ImageSource]) -> dict[str, ImageSource]:
+        return {name: ConcatSource([part], names, [offsets[name]]) for name, part in parts.items()}
+
+    return domain_incremental(shifted(train), shifted(test), transforms)
 
 
 def domain_incremental(
@@ -185,12 +145,12 @@ def gaussian(
     Raises:
         DataError: If a class has no training or no test image.
     """
-    classes = np.arange(len(train.classes))
+    classes = tuple(range(len(train.classes)))
     _check_all_present(classes, train, test)
-    test_set = TestSet(0, "all classes", transforms.test(test), tuple(classes.tolist()))
+    test_set = TestSet(0, "all classes", transforms.test(test), classes)
     tasks = []
     for index, episode in enumerate(episodes):
-        indices = _images_of(np.asarray(episode, dtype=np.int64), train)
+        indices = _images_of(episode, train)
         if images_per_episode is not None:
             indices = _draw(indices, images_per_episode, transforms.seed, index)
         data = transforms.train(train, indices, index)
@@ -200,16 +160,16 @@ def gaussian(
 
 def joint(stream: TaskStream, transforms: Transforms) -> TaskStream:
     """Makes a single task of a whole stream: the upper bound of what learning in turn can reach."""
-    classes = list(dict.fromkeys(c for task in stream.tasks for c in task.classes))
+    classes = tuple(dict.fromkeys(c for task in stream.tasks for c in task.classes))
     indices = np.unique(np.concatenate([task.data.indices for task in stream.tasks]))
-    task = Task(
-        0,
-        "all tasks",
-        transforms.train(stream.train, indices, 0),
-        tuple(classes),
-        tuple(stream.test_sets),
-    )
+    data = transforms.train(stream.train, indices, 0)
+    task = Task(0, "all tasks", data, classes, tuple(stream.test_sets))
     return replace(stream, tasks=(task,))
+
+
+def evaluated_tasks(num_tasks: int, every: int) -> set[int]:
+    """Indices of the tasks that are followed by an evaluation: each so many, and the last."""
+    return {*range(every - 1, num_tasks, every), num_tasks - 1}
 
 
 def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
@@ -217,11 +177,6 @@ def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
     kept = evaluated_tasks(stream.num_tasks, num_tasks)
     tasks = [t if t.index in kept else replace(t, test_sets=()) for t in stream.tasks]
     return replace(stream, tasks=tuple(tasks))
-
-
-def evaluated_tasks(num_tasks: int, every: int) -> set[int]:
-    """Indices of the tasks that are followed by an evaluation."""
-    return {*range(every - 1, num_tasks, every), num_tasks - 1}
 
 
 def gaussian_episodes(
@@ -293,7 +248,7 @@ def _draw(indices: NDArray[np.int64], number: int, seed: int, episode: int) -> N
     return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:number]
 
 
-def _images_of(classes: NDArray[np.int64], source: ImageSource) -> NDArray[np.int64]:
+def _images_of(classes: Sequence[int], source: ImageSource) -> NDArray[np.int64]:
     return np.flatnonzero(np.isin(source.targets, classes))  # (n,), in the data set's order
 
 
@@ -301,12 +256,11 @@ def _classes_in(targets: NDArray[np.int64]) -> tuple[int, ...]:
     return tuple(np.unique(targets).tolist())
 
 
-def _check_all_present(classes: NDArray[np.int64], train: ImageSource, test: ImageSource) -> None:
+def _check_all_present(classes: Sequence[int], train: ImageSource, test: ImageSource) -> None:
     for split, source in (("training", train), ("test", test)):
-        missing = classes[~np.isin(classes, source.targets)]
-        if len(missing):
-            known = dict(enumerate(source.classes))
-            names = ", ".join(known.get(c, f"number {c}") for c in missing.tolist())
+        present, known = set(source.targets.tolist()), dict(enumerate(source.classes))
+        if missing := [c for c in classes if c not in present]:
+            names = ", ".join(known.get(c, f"number {c}") for c in missing)
             raise DataError(
                 f"no {split} image of class {names}: add images, or leave the class out of "
                 "--class_order"

@@ -18,12 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.auto_augment import (
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -46,7 +41,7 @@ LARGEST_UNCROPPED = 32
 def policy_problem(policy: str) -> str | None:
     """What is wrong with a policy of `--aa`; None: nothing."""
     try:
-        _augmentation_policy(policy, size=224, resampling=None, fill=(128, 128, 128))
+        _augmentation_policy(TransformSettings(aa=policy))
     except (AssertionError, LookupError, TypeError, ValueError):
         return (
             f"--aa {policy} is not a policy of timm: give for instance "
@@ -62,7 +57,7 @@ def build_transform(train: bool, options: TransformSettings) -> Transform:
         train: Whether to augment: random crop, flip and whatever `options` ask for. Otherwise
             resize and centre crop, as the original: the short side to 256/224 of the input size;
             up to 32 pixels the whole image is resized instead.
-        options: See `TransformSettings`.
+        options: What to do.
 
     Returns:
         Function from a PIL image to uint8 pixels (3, S, S), for `to_input`; with random erasing,
@@ -71,21 +66,21 @@ def build_transform(train: bool, options: TransformSettings) -> Transform:
     steps = _train_steps(options) if train else _test_steps(options)
     steps.append(_to_pixels)
     if train and options.reprob:
-        steps += [_to_floats, *_normalisation(options), _random_erasing(options)]
+        count, norm = options.recount, NORMS[options.norm]
+        steps.append(_to_floats)
+        steps += [] if norm is None else [transforms.Normalize(*norm)]
+        steps.append(
+            RandomErasing(options.reprob, mode=options.remode, min_count=count, device="cpu")
+        )
     return transforms.Compose(steps)
 
 
 def to_input(options: TransformSettings, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Builds the transform from a batch of pixels to the model's input.
-
-    Args:
-        options: See `TransformSettings`.
-        device: Where the batches are.
+    """Builds the transform from a batch of pixels on a device to the model's input.
 
     Returns:
         Function from uint8 pixels (B, 3, S, S) to float32 (B, 3, S, S), in [0, 1] unless a `norm`
-        is asked for; a float batch is finished and returned as it is. All devices compute the same
-        bits.
+        is asked for; a float batch is returned as it is. All devices compute the same bits.
     """
     full = torch.tensor(255.0, device=device)  # by a plain number CUDA would multiply by 1 / 255
     norm = NORMS[options.norm] or ()
@@ -95,31 +90,28 @@ def to_input(options: TransformSettings, device: torch.device) -> Callable[[Tens
         if batch.is_floating_point():
             return batch
         images = batch / full  # (B, 3, S, S)
-        if constants:
-            mean, std = constants
-            images.sub_(mean).div_(std)
-        return images
+        return images.sub_(constants[0]).div_(constants[1]) if constants else images
 
     return convert
 
 
+def _test_steps(options: TransformSettings) -> list[Callable]:
+    size, mode = options.input_size, InterpolationMode(options.test_interpolation)
+    if size <= LARGEST_UNCROPPED:
+        return [transforms.Resize((size, size), mode)]
+    return [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+
+
 def _train_steps(options: TransformSettings) -> list[Callable]:
     steps: list[Callable] = []
-    if options.train_resize is not None:
-        size = (options.train_resize, options.train_resize)
-        steps.append(transforms.Resize(size, InterpolationMode.BILINEAR))
+    if (side := options.train_resize) is not None:
+        steps.append(transforms.Resize((side, side), InterpolationMode.BILINEAR))
     if options.train_jpeg is not None:
         steps.append(partial(_through_jpeg, quality=options.train_jpeg))
     steps.append(_random_crop(options))
     steps.append(transforms.RandomHorizontalFlip(options.hflip))
     if options.aa:
-        norm = NORMS[options.norm] or NORMS["half"]
-        assert norm is not None
-        resampling = (
-            None if options.train_interpolation == "random" else options.train_interpolation
-        )
-        fill = tuple(round(255 * mean) for mean in norm[0])
-        steps.append(_augmentation_policy(options.aa, options.input_size, resampling, fill))
+        steps.append(_augmentation_policy(options))
     if options.color_jitter:
         steps.append(transforms.ColorJitter(*[options.color_jitter] * 3))
     return steps
@@ -132,30 +124,28 @@ def _through_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def _random_crop(options: TransformSettings) -> Callable:
-    names = [options.train_interpolation]
-    if options.train_interpolation == "random":
-        names = ["bilinear", "bicubic"]
-    crops = [
-        transforms.RandomResizedCrop(
-            options.input_size, options.scale, options.ratio, InterpolationMode(name)
-        )
-        for name in names
-    ]
-    return crops[0] if len(crops) == 1 else transforms.RandomChoice(crops)
+    is_random = options.train_interpolation == "random"
+    names = ["bilinear", "bicubic"] if is_random else [options.train_interpolation]
+    where = options.input_size, options.scale, options.ratio
+    crops = [transforms.RandomResizedCrop(*where, InterpolationMode(name)) for name in names]
+    return transforms.RandomChoice(crops) if is_random else crops[0]
 
 
-def _augmentation_policy(
-    policy: str, size: int, resampling: str | None, fill: tuple[int, ...]
-) -> Callable:
-    hparams: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": fill}
-    if resampling is not None:
-        hparams["interpolation"] = Image.Resampling[resampling.upper()]
+def _augmentation_policy(options: TransformSettings) -> Callable:
+    policy, norm = str(options.aa), NORMS[options.norm] or NORMS["half"]
+    assert norm is not None
+    hparams: dict[str, Any] = {
+        "translate_const": int(options.input_size * 0.45),
+        "img_mean": tuple(round(255 * mean) for mean in norm[0]),
+    }
+    if options.train_interpolation != "random":
+        hparams["interpolation"] = Image.Resampling[options.train_interpolation.upper()]
     if policy.startswith("rand"):
-        built = rand_augment_transform(policy, hparams)
+        built = auto_augment.rand_augment_transform(policy, hparams)
     elif policy.startswith("augmix"):
-        built = augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
+        built = auto_augment.augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
     else:
-        built = auto_augment_transform(policy, hparams)
+        built = auto_augment.auto_augment_transform(policy, hparams)
     ops = built.ops if hasattr(built, "ops") else [op for ops in built.policy for op in ops]
     for op in ops:
         if op.name.startswith("Posterize"):
@@ -169,16 +159,6 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return image.point([value >> dropped << dropped for value in range(256)] * 3)
 
 
-def _random_erasing(options: TransformSettings) -> Callable:
-    return RandomErasing(
-        options.reprob,
-        mode=options.remode,
-        min_count=options.recount,
-        max_count=options.recount,
-        device="cpu",
-    )
-
-
 def _to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, S, S)
 
@@ -189,18 +169,3 @@ def _to_floats(pixels: Tensor) -> Tensor:
     On two busy cores the pool made it 8 ms per image of 224 pixels instead of 0.1.
     """
     return torch.from_numpy(pixels.numpy().astype(np.float32) / np.float32(255))
-
-
-def _normalisation(options: TransformSettings) -> list[Callable]:
-    norm = NORMS[options.norm]
-    return [] if norm is None else [transforms.Normalize(*norm)]
-
-
-def _test_steps(options: TransformSettings) -> list[Callable]:
-    size, mode = options.input_size, InterpolationMode(options.test_interpolation)
-    if size <= LARGEST_UNCROPPED:
-        return [transforms.Resize((size, size), mode)]
-    return [
-        transforms.Resize(int(256 / 224 * size), mode),
-        transforms.CenterCrop(size),
-    ]

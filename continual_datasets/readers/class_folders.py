@@ -1,108 +1,131 @@
 """Folders of classes: their content, and sources of the images found there."""
 
+import logging
+import mimetypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from continual_datasets.images import DataError, FileSource, ImageSource, join_names
+from continual_datasets.images import (
+    DataError,
+    FileSource,
+    ImageSource,
+    join_names,
+    os_errors_as_data_errors,
+)
 
-# Listings
+logger = logging.getLogger(__name__)
 
-
-def files_in(folder: Path) -> list[str]:
-    """Names of the files in a folder but for hidden ones, in no order."""
-    return [entry.name for entry in _entries(folder) if entry.is_file()]
-
-
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder but for hidden ones, sorted."""
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:  # hidden ones (.ipynb_checkpoints, ._1.png, ...) are nobody's class or image
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from error
-
-
-def images_in(folder: Path, suffixes: tuple[str, ...] = IMG_EXTENSIONS) -> list[str]:
-    """Names of the images in a folder, sorted."""
-    return sorted(name for name in files_in(folder) if name.lower().endswith(suffixes))
-
-
-# Classes and domains
-
-
+#: Training and test images.
 Splits = tuple[ImageSource, ImageSource]
+
+#: The same by domain.
 Domains = tuple[dict[str, ImageSource], dict[str, ImageSource]]
 
 
-class DomainList(NamedTuple):
-    """Names of the domains as they are learned, and how many classes each of them has."""
+@dataclass(frozen=True)
+class DomainList:
+    """Names of the domains as they are learned, how many classes each has, and how to read them."""
 
     names: tuple[str, ...]
     classes: int
+    read: Callable[[], Domains]
+
+    def load(self) -> Domains:
+        """Read the training images by domain; and the test images, of all or likewise.
+
+        Raises:
+            DataError: If the data are incomplete or contradict themselves.
+        """
+        with os_errors_as_data_errors():
+            train, test = self.read()
+        tested = self.names if test.keys() == train.keys() else test
+        return {name: train[name] for name in self.names}, {name: test[name] for name in tested}
 
 
-@dataclass(frozen=True)
-class ClassFiles:
-    """Files of one class in one folder.
-
-    Attributes:
-        folder: Relative to the folder of the source.
-        class_id: Their class.
-        names: Names of the files.
-    """
-
-    folder: str
-    class_id: int
-    names: Sequence[str]
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder but for hidden ones (.ipynb_checkpoints, ...), sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def gather(root: Path, groups: Iterable[ClassFiles], classes: Sequence[str]) -> FileSource:
-    """The images of several folders, one folder behind the other.
+def files_below(folder: Path) -> list[str]:
+    """Paths of the files in a folder and its sub-folders but for hidden ones, sorted."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[tuple[str, str]] = []
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [(place, name) for name in names if not name.startswith(".")]
+    return [os.path.join(*pair)[len(str(folder)) + 1 :] for pair in sorted(found)]
+
+
+def gather(
+    root: Path, classes: Sequence[str], folders: Mapping[str, int] | None = None
+) -> FileSource:
+    """The images of several folders and their sub-folders, one folder behind the other.
+
+    Args:
+        root: Folder of the source.
+        classes: Class names.
+        folders: The class of every folder, by its path below; None: each class has one of its name.
 
     Raises:
-        DataError: If a folder has none.
+        DataError: If a folder has no image.
     """
-    groups = list(groups)
-    if empty := [group.folder for group in groups if not group.names]:
-        raise DataError(f"no image in {root}/{join_names(empty)}: the data are incomplete")
-    targets = np.repeat(
-        [group.class_id for group in groups], [len(group.names) for group in groups]
-    )
-    names = (f"{group.folder}/{name}" for group in groups for name in group.names)
+    folders = folders or {name: class_id for class_id, name in enumerate(classes)}
+    names, targets, empty, left_out = [], [], [], []
+    for folder, class_id in folders.items():
+        files = [f"{folder}/{name}" for name in files_below(root / folder)]
+        images = [name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        left_out += [name for name in set(files).difference(images) if _is_other_image(name)]
+        names += images
+        targets += [class_id] * len(images)
+        empty += [] if images else [folder]
+    if empty:
+        raise DataError(
+            f"no image in {root}/{join_names(empty)} ({len(empty)} of {len(folders)} folders; "
+            f"looked for {', '.join(IMG_EXTENSIONS)}): add images or remove the folder"
+        )
+    if left_out:
+        logger.warning(
+            "left out %d images in %s, such as %s: only %s are read, convert the others",
+            *(len(left_out), root, root / left_out[0], ", ".join(IMG_EXTENSIONS)),
+        )
     return FileSource(names, targets, classes, root)
 
 
-def check_same_classes(
-    train: Path, classes: Sequence[str], test: Path, test_classes: Sequence[str]
-) -> None:
-    """Makes sure that two folders have the same classes, and more than one.
+def _is_other_image(name: str) -> bool:
+    kind, _ = mimetypes.guess_type(name)
+    return kind is not None and kind.startswith("image/")
+
+
+def common_classes(
+    folders: Sequence[Path], layout: str, classes_in: Callable[[Path], list[str]] = folders_in
+) -> list[str]:
+    """The classes that all folders have, in the order of the first.
 
     Raises:
-        DataError: Naming what only one of them has.
+        DataError: Saying that the layout is expected, if a folder has no class, or only one; or
+            naming what only one of two folders has.
     """
-    only = {
-        train: sorted(set(classes) - set(test_classes)),
-        test: sorted(set(test_classes) - set(classes)),
-    }
-    # Two folders of a data set differ in their names, or else in their parents' names.
-    shown = {path: path.name if train.parent == test.parent else path for path in only}
-    problems = [
-        f"only in {shown[path]}: {join_names(names)}" for path, names in only.items() if names
-    ]
-    if problems:
-        raise DataError(
-            f"the classes of {train} and {test} differ ({'; '.join(problems)}): "
-            "both need the same class folders"
-        )
+    found = {folder: classes_in(folder) for folder in folders}
+    if empty := [str(folder) for folder, names in found.items() if not names]:
+        raise DataError(f"no class folder in {join_names(empty)}; {layout}")
+    (first, classes), *others = found.items()
+    for other, names in others:
+        only = {first: set(classes) - set(names), other: set(names) - set(classes)}
+        problems = [f"only in {f}: {join_names(sorted(x))}" for f, x in only.items() if x]
+        if problems:
+            raise DataError(
+                f"the classes of {first} and {other} differ ({'; '.join(problems)}): "
+                "both need the same class folders"
+            )
     if len(classes) == 1:
-        raise DataError(f"only one class ({classes[0]}) in {train}: at least two are needed")
+        raise DataError(f"only one class ({classes[0]}) in {first}, at least two needed; {layout}")
+    return classes

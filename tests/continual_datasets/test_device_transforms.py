@@ -2,395 +2,253 @@
 
 import pickle
 from dataclasses import replace
+from itertools import chain, product
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision import transforms
 
 from cli.settings import TransformSettings
-from continual_datasets.device_transforms import (
-    DeviceImages,
-    Place,
-    PlacedSource,
-    build_draw,
-    num_bytes,
-    why_not_on_device,
-)
-from continual_datasets.images import ArraySource, ConcatSource, FileSource
-from continual_datasets.task_splits import Transforms, class_incremental, several_data_sets
+from continual_datasets import device_transforms
+from continual_datasets.device_transforms import cropped
+from continual_datasets.images import ArraySource, FileSource
+from continual_datasets.pipeline import PlacedSource, build_pipeline, store, stored_shape
+from continual_datasets.task_splits import Transforms, by_classes, several_data_sets
 from continual_datasets.transforms import build_transform
 
-CPU = torch.device("cpu")
-#: Grey and colour, square and not, smaller and larger than the input.
-SHAPES = [(8, 8), (28, 28), (32, 32, 3), (40, 24, 3), (300, 260, 3)]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+META = torch.device("meta")  # has no values: reading one is an error
+DEVICES = [
+    CPU,
+    pytest.param(CUDA, marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ]),
+]  # fmt: skip
+#: Grey and colour, square and not.
+SHAPES = [(8, 8), (1, 5, 3), (16, 9), (28, 28), (32, 32, 3), (31, 32, 3), (40, 24, 3), (60, 64, 3)]
+FIXED = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
-def make_array(shape, number=3, seed=0):
+def make_source(shape, seed=0, per_class=3, num_classes=4):
     """Coarse and fine patterns over the whole range, so that cubic overshoot is cut off."""
     rng = np.random.default_rng(seed)
-    array = rng.integers(0, 256, (number, *shape), dtype=np.uint8)
-    array[0] = np.where(array[0] > 127, 255, 0)
-    array[1, shape[0] // 2 :] = 255
-    return array
+    targets = rng.permutation(np.repeat(range(num_classes), per_class))
+    images = rng.integers(0, 256, (len(targets), *shape), dtype=np.uint8)
+    images[::2] = np.where(images[::2] > 127, 255, 0)
+    images[1, shape[0] // 2 :] = 255
+    return ArraySource(images, targets, [f"name{i}" for i in range(num_classes)])
 
 
-def to_pil(picture):
-    return Image.fromarray(picture).convert("RGB")
+def make_options(size, interpolation="bilinear", **changes):
+    both = {"train_interpolation": interpolation, "test_interpolation": interpolation}
+    return TransformSettings(input_size=size, **both, **changes)
 
 
-def levels(pixels):
-    """8-bit levels, whether they come as such or in [0, 1]."""
-    if pixels.dtype == torch.uint8:
-        return pixels
-    return torch.round(255 * pixels).to(torch.uint8)
+def crops_of(sources, train, options):
+    """Crop parameters of all images; the global generator is seeded with the image's number."""
+    kind = device_transforms.random_crop if train else device_transforms.central_crop
+    made, states = [], []
+    for source in sources:
+        for place, _ in PlacedSource(source, len(made)):
+            torch.manual_seed(place[0])
+            made.append(kind(place, options))
+            states.append(torch.get_rng_state())
+    return torch.stack(made), states
 
 
-def places(arrays):
-    sizes = [array.shape[1:3] for array in arrays for _ in array]
-    return [Place(row, *size) for row, size in enumerate(sizes)]
-
-
-def pixels_of_workers(train, arrays, options, seeds):
+def assert_as_workers(sources, train, options, device=CPU):
+    crops, states = crops_of(sources, train, options)
+    assert crops.dtype == torch.int64
+    size, interpolation = options.input_size, options.train_interpolation
+    found = cropped(store(sources, device), crops.to(device), size, interpolation).cpu()
     transform = build_transform(train, options)
-    made = []
-    for picture, seed in zip([p for array in arrays for p in array], seeds, strict=True):
-        torch.manual_seed(seed)
-        made.append(levels(transform(to_pil(picture))))
-    return torch.stack(made)
-
-
-def make_draws(train, arrays, options, seeds):
-    draw = build_draw(train, options)
-    made = []
-    for place, seed in zip(places(arrays), seeds, strict=True):
-        torch.manual_seed(seed)
-        made.append(draw(place))
-    return torch.stack(made)
-
-
-def pixels_on(device, train, arrays, options, draws):
-    images = DeviceImages(arrays, device)
-    make = images.train_pixels if train else images.test_pixels
-    return make(draws.to(device), options).cpu()
-
-
-def assert_as_workers(device, train, arrays, options, first_seed=0):
-    number = sum(map(len, arrays))
-    seeds = range(first_seed, first_seed + number)
-    draws = make_draws(train, arrays, options, seeds)
-    found = pixels_on(device, train, arrays, options, draws)
-    expected = pixels_of_workers(train, arrays, options, seeds)
-    assert found.dtype == torch.uint8
-    assert found.shape == (number, 3, options.input_size, options.input_size)
-    assert torch.equal(found, expected)
-
-
-def make_options(input_size, interpolation):
-    return TransformSettings(
-        input_size=input_size,
-        train_interpolation=interpolation,
-        test_interpolation=interpolation,
-    )
+    expected = []
+    for number, (image, _) in enumerate(chain.from_iterable(sources)):
+        torch.manual_seed(number)
+        expected.append(transform(image))
+        assert torch.equal(torch.get_rng_state(), states[number])
+    assert torch.equal(found, torch.stack(expected))
+    assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
 
 
 # Pixels
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 32, 48, 224])
+@pytest.mark.parametrize("size", [16, 32, 33, 64, 224])
 @pytest.mark.parametrize("train", [True, False])
-def test_pixels_are_those_of_pillow(train, size, interpolation, shape):
-    arrays = [make_array(shape)]
-    assert_as_workers(CPU, train, arrays, make_options(size, interpolation))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 32, 48, 224])
-@pytest.mark.parametrize("train", [True, False])
-def test_pixels_on_cuda_are_those_of_pillow(train, size, interpolation):
-    arrays = [make_array(shape) for shape in SHAPES]
-    assert_as_workers(torch.device("cuda"), train, arrays, make_options(size, interpolation))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_making_pixels_does_not_wait_for_cuda():
-    arrays = [make_array(shape) for shape in SHAPES]
-    options = make_options(48, "bicubic")
-    images = DeviceImages(arrays, torch.device("cuda"))
-    draws = make_draws(True, arrays, options, range(15)).cuda()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        images.train_pixels(draws, options)
-        images.test_pixels(draws, options)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("size", [16, 48])
-def test_making_pixels_never_reads_a_value(train, size):
-    meta = torch.device("meta")  # has no values: reading one is an error
-    images = DeviceImages([make_array((32, 30, 3))], meta)
-    make = images.train_pixels if train else images.test_pixels
-    draws = torch.empty((5, 6), dtype=torch.int64, device=meta)
-    pixels = make(draws, make_options(size, "bicubic"))
-    assert (pixels.shape, pixels.dtype) == ((5, 3, size, size), torch.uint8)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("size", [31, 33, 47])
-def test_images_of_all_sizes_share_a_batch(train, size):
-    arrays = [make_array(shape) for shape in (*SHAPES, (31, 33), (37, 90, 3), (1, 5, 3))]
-    assert_as_workers(CPU, train, arrays, make_options(size, "bilinear"))
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", [(60, 20, 3), (21, 60, 3), (60, 60), (60, 61, 3), (34, 33)])
-def test_shrinking_keeps_the_order_of_pillows_passes(train, shape):
-    arrays = [make_array(shape, 40)]
-    options = replace(make_options(16, "bicubic"), scale=(0.3, 1.0), ratio=(0.2, 5.0))
-    assert_as_workers(CPU, train, arrays, options)
+def test_pixels_are_those_of_pillow(train, size, interpolation, device):
+    sources = [make_source(shape, i) for i, shape in enumerate(SHAPES) if max(shape) <= size]
+    assert_as_workers(sources, train, make_options(size, interpolation), device)
 
 
 @pytest.mark.parametrize("options", [
-    TransformSettings(input_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=1.0),  # a copy
-    TransformSettings(input_size=32, scale=(0.01, 0.02)),  # a few pixels
-    replace(make_options(20, "bicubic"), scale=(0.5, 1.0), ratio=(0.2, 5.0)),
-    TransformSettings(input_size=8, scale=(1.0, 1.0), ratio=(3.0, 4.0)),  # the central crop
+    make_options(32, "bilinear", **FIXED, hflip=1.0),  # a copy
+    make_options(32, "bilinear", scale=(0.01, 0.02), hflip=0.0),  # a few pixels
+    make_options(40, "bicubic", scale=(0.5, 1.0), ratio=(0.2, 5.0)),
+    make_options(48, "bicubic", scale=(1.0, 1.0), ratio=(3.0, 4.0)),  # the central crop
 ])  # fmt: skip
 def test_pixels_of_all_crops_are_those_of_pillow(options):
-    arrays = [make_array((32, 32, 3), 60), make_array((28, 28), 60)]
-    assert_as_workers(CPU, True, arrays, options, first_seed=500)
-
-
-def test_order_and_repetition_within_a_batch_change_nothing():
-    arrays = [make_array(shape) for shape in SHAPES[:4]]
-    options = make_options(24, "bilinear")
-    draws = make_draws(True, arrays, options, range(12))
-    order = torch.tensor([7, 3, 3, 11, 0, 7])
-    whole = pixels_on(CPU, True, arrays, options, draws)
-    assert torch.equal(pixels_on(CPU, True, arrays, options, draws[order]), whole[order])
-    assert len(whole.flatten(1).unique(dim=0)) == 12
-
-
-def test_batch_without_images_has_no_pixels():
-    draws = torch.empty((0, 6), dtype=torch.int64)
-    for train in (True, False):
-        pixels = pixels_on(CPU, train, [make_array((8, 8))], make_options(16, "bilinear"), draws)
-        assert (pixels.shape, pixels.dtype) == ((0, 3, 16, 16), torch.uint8)
-
-
-# Draws
-
-
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.01, 0.05), (1.0, 1.0)])
-@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1.0, 1.0), (2.0, 3.0), (0.2, 0.3)])
-@pytest.mark.parametrize("hflip", [0.0, 0.3, 1.0])
-def test_draw_is_what_the_transform_does(monkeypatch, scale, ratio, hflip):
-    options = TransformSettings(input_size=4, scale=scale, ratio=ratio, hflip=hflip)
-    done = []
-    monkeypatch.setattr(
-        transforms.functional,
-        "resized_crop",
-        lambda image, *box, **_: done.append([*box[:4], 0]) or image,
+    assert_as_workers(
+        [make_source((32, 32, 3), per_class=15), make_source((28, 28))], True, options
     )
-    monkeypatch.setattr(
-        transforms.functional, "hflip", lambda image: done[-1].__setitem__(4, 1) or image
-    )
-    transform, draw = build_transform(True, options), build_draw(True, options)
-    for seed in range(120):
-        height, width = [(32, 32), (28, 28), (40, 24), (9, 70)][seed % 4]
-        torch.manual_seed(seed)
-        transform(Image.new("RGB", (width, height)))
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        drawn = draw(Place(seed, height, width))
-        assert drawn.dtype == torch.int64
-        assert drawn.tolist() == [seed, *done[-1]]
-        assert torch.equal(torch.get_rng_state(), state)
-    assert len(done) == 120
-    assert {flip for *_, flip in done} == {0.0: {0}, 0.3: {0, 1}, 1.0: {1}}[hflip]
-
-
-def test_draw_falls_back_to_the_central_crop():
-    draw = build_draw(True, TransformSettings(scale=(1.0, 1.0), ratio=(2.0, 3.0), hflip=0.0))
-    assert draw(Place(7, 30, 30)).tolist() == [7, 7, 0, 15, 30, 0]
-
-
-def test_draw_of_a_test_image_is_the_whole_and_draws_nothing():
-    before = torch.get_rng_state()
-    drawn = build_draw(False, TransformSettings())(Place(5, 40, 24))
-    assert (drawn.tolist(), drawn.dtype) == ([5, 0, 0, 40, 24, 0], torch.int64)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_draws_can_be_sent_to_workers(train):
-    draw = build_draw(train, TransformSettings())
-    again = pickle.loads(pickle.dumps(draw))
-    torch.manual_seed(1)
-    expected = draw(Place(0, 32, 32))
-    torch.manual_seed(1)
-    assert torch.equal(again(Place(0, 32, 32)), expected)
+def test_order_and_repetition_within_a_batch_change_nothing(train):
+    sources, options = [make_source((8, 8)), make_source((20, 24, 3))], make_options(24, "bicubic")
+    crops, images = crops_of(sources, train, options)[0], store(sources, CPU)
+    order = torch.tensor([7, 3, 3, 23, 0, 7])
+    whole = cropped(images, crops, 24, "bicubic")
+    assert torch.equal(cropped(images, crops[order], 24, "bicubic"), whole[order])
+    assert len(whole.flatten(1).unique(dim=0)) == 24
+    assert cropped(images, crops[:0], 24, "bicubic").shape == (0, 3, 24, 24)
 
 
-# Sources
+def test_making_pixels_never_reads_a_value():
+    """So it never waits for a GPU."""
+    images = torch.empty((9, 3, 32, 30), dtype=torch.uint8, device=META)
+    crops = torch.empty((5, 10), dtype=torch.int64, device=META)
+    for interpolation in device_transforms.FILTERS:
+        pixels = cropped(images, crops, 48, interpolation)
+        assert (pixels.shape, pixels.dtype) == ((5, 3, 48, 48), torch.uint8)
 
 
-def make_source(shape, seed, per_class=3, num_classes=4):
-    targets = np.random.default_rng(seed).permutation(np.repeat(range(num_classes), per_class))
-    array = make_array(shape, len(targets), seed)
-    return ArraySource(array, targets, [f"name{i}" for i in range(num_classes)])
+@pytest.mark.parametrize("hflip", [0.0, 0.3, 1.0])
+def test_crop_parameters_are_box_and_flip(hflip):
+    options = make_options(64, "bilinear", hflip=hflip)
+    crops, _ = crops_of([make_source((40, 24, 3), per_class=25)], True, options)
+    rows, flips, top, height, whole, _, left, width, *_ = crops.T
+    assert rows.tolist() == list(range(100))
+    assert set(flips.tolist()) == {0.0: {0}, 0.3: {0, 1}, 1.0: {1}}[hflip]
+    assert ((top + height <= 40) & (left + width <= 24) & (whole == 64)).all()
+    assert len(crops[:, 2:].unique(dim=0)) > 90
 
 
-def test_arrays_of_sources_are_their_pictures_in_order():
-    grey, colour = make_source((6, 6), 0), make_source((5, 7, 3), 1)
-    both = ConcatSource([grey, colour], colour.classes)
-    assert grey.arrays()[0] is grey.images
-    assert [id(array) for array in both.arrays()] == [id(grey.images), id(colour.images)]
-    pictures = [picture for array in both.arrays() for picture in array]
-    assert len(pictures) == len(both)
-    for picture, (image, _) in zip(pictures, (both[i] for i in range(len(both))), strict=True):
-        assert to_pil(picture).tobytes() == image.tobytes()
+def test_crop_of_a_test_image_is_the_centre_and_draws_nothing():
+    before = torch.get_rng_state()
+    for size, axes in (
+        (224, (0, 40, 426, 101, 0, 24, 256, 16)),
+        (32, (0, 40, 32, 0, 0, 24, 32, 0)),
+    ):
+        crop = device_transforms.central_crop((5, 40, 24), make_options(size, "bilinear"))
+        assert (crop.tolist(), crop.dtype) == ([5, 0, *axes], torch.int64)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_sources_of_files_have_no_arrays():
-    files = FileSource(["a.png"], [0], ["name0"])
-    assert files.arrays() is None
-    assert ConcatSource([make_source((6, 6), 0), files], ["name0"] * 4).arrays() is None
+# Sources and streams
 
 
-def test_placed_source_tells_places_and_stands_for_its_source():
-    source = ConcatSource([make_source((6, 6), 0), make_source((5, 7, 3), 1)], ["name"] * 4)
+def test_placed_source_gives_places_and_replaces_its_source():
+    source = make_source((200, 190, 3))
     placed = PlacedSource(source, 100)
-    assert (len(placed), placed.classes, placed.by_class) == (24, source.classes, False)
+    assert (len(placed), placed.classes, placed.by_class) == (12, source.classes, False)
     assert placed.digest() == source.digest()
     assert np.array_equal(placed.targets, source.targets)
-    assert placed[0] == (Place(100, 6, 6), source.targets[0])
-    assert placed[11] == (Place(111, 6, 6), source.targets[11])
-    assert placed[12] == (Place(112, 5, 7), source.targets[12])
-    assert placed[-1] == (Place(123, 5, 7), source.targets[23])
-    assert placed.arrays() is None
+    assert placed[0] == ((100, 200, 190), source.targets[0])
+    assert placed[-1] == ((111, 200, 190), source.targets[11])
     with pytest.raises(IndexError):
-        placed[24]
+        placed[12]
+    assert len(pickle.dumps(placed)) < 5000
 
 
-def test_placed_source_is_sent_without_pictures():
-    assert len(pickle.dumps(PlacedSource(make_source((200, 200, 3), 0), 0))) < 5000
-
-
-def compare_streams(make_stream, sources, options):
-    """All data of a stream of pictures and of one of places, by the same keys: the same images."""
-    first_rows = np.cumsum([0, *map(len, sources)]).tolist()
-    placed = [PlacedSource(s, row) for s, row in zip(sources, first_rows[:-1], strict=True)]
-    images = DeviceImages([array for source in sources for array in source.arrays()], CPU)
-    worked = make_stream(
-        sources, Transforms(build_transform(True, options), build_transform(False, options), 42)
-    )
-    drawn = make_stream(
-        placed, Transforms(build_draw(True, options), build_draw(False, options), 42)
-    )
-    assert worked.train_digest == drawn.train_digest
-    for mine, other in zip(worked.tasks, drawn.tasks, strict=True):
-        keys = [(epoch, position) for epoch in (0, 1) for position in range(len(mine.data))]
-        compare_data(mine.data, other.data, keys, images.train_pixels, options)
-    for mine, other in zip(worked.test_sets, drawn.test_sets, strict=True):
-        compare_data(mine.data, other.data, range(len(mine.data)), images.test_pixels, options)
-    return [len(part.data) for part in (*drawn.tasks, *drawn.test_sets)]
-
-
-def compare_data(worked, drawn, keys, make, options):
-    assert np.array_equal(worked.targets, drawn.targets)
-    pixels, targets = zip(*[worked[key] for key in keys], strict=True)
-    draws, same_targets = zip(*[drawn[key] for key in keys], strict=True)
-    assert targets == same_targets
-    assert torch.equal(make(torch.stack(draws), options), levels(torch.stack(pixels)))
-
-
-def test_class_incremental_images_are_those_of_the_pictures():
-    def make_stream(sources, prepare):
-        train = ConcatSource(sources[:2], sources[0].classes)
-        return class_incremental(train, sources[2], [2, 0, 3, 1], 2, 2, prepare)
-
-    sources = [make_source((20, 24, 3), 0), make_source((28, 28), 1), make_source((40, 30, 3), 2)]
-    assert compare_streams(make_stream, sources, make_options(48, "bilinear")) == [12, 12, 6, 6]
-
-
-def test_several_data_sets_images_are_those_of_the_pictures():
-    def make_stream(sources, prepare):
-        train, test = ({"a": sources[at], "b": sources[2 + at]} for at in (0, 1))
-        return several_data_sets(train, test, prepare)
-
-    shapes = [(28, 28), (28, 28), (32, 32, 3), (32, 32, 3)]
-    sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
-    assert compare_streams(make_stream, sources, make_options(24, "bicubic")) == [12] * 4
-
-
-# Memory
-
-
-@pytest.mark.parametrize(
-    ("shapes", "expected"),
-    [
-        ([(28, 28)], (3, 1, 28, 28)),
-        ([(28, 28), (32, 32, 3)], (6, 3, 32, 32)),
-        ([(40, 24, 3), (8, 50)], (6, 3, 40, 50)),
-    ],
-)
-def test_memory_is_as_foretold(shapes, expected):
-    arrays = [make_array(shape) for shape in shapes]
-    pixels = DeviceImages(arrays, CPU).pixels
-    assert pixels.shape == expected
-    assert num_bytes(arrays) == pixels.nbytes == np.prod(expected)
-
-
-def test_pictures_are_placed_unchanged_however_they_lie_in_memory():
-    colour = make_array((9, 11, 3), 600)
+def test_images_are_stored_unchanged_however_they_lie_in_memory():
+    colour = make_source((9, 11, 3), per_class=20).images
     across = np.ascontiguousarray(colour.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
     across.flags.writeable = False
-    grey = make_array((5, 6), 4)[::-1]
-    pixels = DeviceImages([across, grey], CPU).pixels.numpy()
-    assert np.array_equal(pixels[:600], colour.transpose(0, 3, 1, 2))
-    for channel in range(3):
-        assert np.array_equal(pixels[600:, channel, :5, :6], grey)
-    assert not pixels[600:, :, 5:].any()
+    grey = make_source((5, 6)).images[::-1]
+    sources = [ArraySource(images, range(len(images)), "") for images in (across, grey)]
+    images = store(sources, CPU)
+    assert images.shape == stored_shape(sources) == (92, 3, 9, 11)
+    assert np.array_equal(images[:80], colour.transpose(0, 3, 1, 2))
+    assert all(np.array_equal(images[80:, channel, :5, :6], grey) for channel in range(3))
+    assert not images[80:, :, 5:].any()
+    assert store(sources[1:], CPU).shape == (12, 1, 5, 6)
+
+
+def by_class(sources, prepare):
+    return by_classes(*sources, [(2, 0), (3, 1)], prepare)
+
+
+def by_data_set(sources, prepare):
+    train, test = ({"a": sources[at], "b": sources[2 + at]} for at in (0, 1))
+    return several_data_sets(train, test, prepare)
+
+
+@pytest.mark.parametrize(("make_stream", "shapes"), [
+    (by_class, [(28, 28), (40, 30, 3)]),
+    (by_data_set, [(28, 28), (28, 28), (32, 32, 3), (32, 32, 3)]),
+])  # fmt: skip
+def test_images_of_a_stream_are_those_of_the_workers(make_stream, shapes):
+    options = replace(make_options(48, "bilinear", norm="imagenet"), test_interpolation="bicubic")
+    sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
+    made = []
+    for on_device in (True, False):
+        built, placed = build_pipeline(on_device, options, sources, CPU)
+        assert built.on_device is on_device
+        prepare = Transforms(built.train_transform, built.test_transform, 42)
+        stream = make_stream(placed, pickle.loads(pickle.dumps(prepare)))
+        parts = [(task.data, True, [*product((0, 1), range(len(task.data)))])
+                 for task in stream.tasks]  # fmt: skip
+        parts += [(part.data, False, range(len(part.data))) for part in stream.test_sets]
+        images = [
+            built.to_input(torch.stack([data[key][0] for key in keys]), train=train)
+            for data, train, keys in parts
+        ]
+        made.append((images, [data.targets.tolist() for data, *_ in parts], stream.train_digest))
+    device, workers = made
+    assert device[1:] == workers[1:]
+    assert all(torch.equal(*pair) for pair in zip(device[0], workers[0], strict=True))
 
 
 # Options
 
 
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"aa": "rand-m9-mstd0.5-inc1"}, "--aa rand-m9-mstd0.5-inc1 needs"),
-        ({"color_jitter": 0.4}, "--color-jitter 0.4 needs"),
-        ({"reprob": 0.25}, "--reprob 0.25 needs"),
-        ({"train_resize": 256}, "--train_resize 256 needs"),
-        ({"train_jpeg": 72}, "--train_jpeg 72 needs"),
-        ({"train_interpolation": "nearest"}, "--train-interpolation nearest needs"),
-        ({"train_interpolation": "random"}, "--train-interpolation random needs"),
-        ({"train_jpeg": 72, "reprob": 0.5}, "--reprob 0.5, --train_jpeg 72 need the loader"),
-    ],
-)
-def test_options_that_need_the_workers_are_named(changes, flag):
-    assert flag in why_not_on_device(replace(TransformSettings(), **changes))
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"aa": "rand-m9-mstd0.5-inc1"}, "--aa rand-m9-mstd0.5-inc1 needs"),
+    ({"color_jitter": 0.4}, "--color-jitter 0.4 needs"),
+    ({"train_resize": 256}, "--train_resize 256 needs"),
+    ({"train_interpolation": "nearest"}, "--train-interpolation nearest needs"),
+    ({"train_interpolation": "random"}, "--train-interpolation random needs"),
+    ({"train_jpeg": 72, "reprob": 0.5}, "--reprob 0.5, --train_jpeg 72 need"),
+    ({"input_size": 63}, "shrinking 64 pixels to --input-size 63 needs"),
+    ({"input_size": 64, "hflip": 0.0, **FIXED}, None),
+    ({"train_interpolation": "bicubic", "test_interpolation": "bilinear"}, None),
+    ({"norm": "imagenet", "color_jitter": 0.0, "remode": "const", "recount": 3}, None),
+])  # fmt: skip
+def test_reason_against_images_on_the_device_is_named(changes, reason):
+    options, sources = TransformSettings(**changes), [make_source((60, 64, 3)), make_source((8, 8))]
+    if reason is None:
+        assert build_pipeline(True, options, sources, CPU)[0].on_device
+        return
+    with pytest.raises(ValueError, match=f"^--data_on_device true: {reason} the loader's workers"):
+        build_pipeline(True, options, sources, CPU)
+    assert not build_pipeline("auto", options, sources, META)[0].on_device
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"input_size": 32, "scale": (0.5, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0},
-        {"train_interpolation": "bicubic", "test_interpolation": "bilinear"},
-        {"norm": "imagenet"},
-        {"aa": "", "color_jitter": 0.0, "remode": "const", "recount": 3},
-    ],
-)
-def test_other_options_do_not_need_the_workers(changes):
-    assert why_not_on_device(replace(TransformSettings(), **changes)) is None
+def test_images_in_files_and_by_default_on_the_cpu_are_loaded_by_workers(caplog):
+    caplog.set_level("INFO")
+    sources = [make_source((8, 8)), FileSource(["a.png"], [0], ["name0"])]
+    options = make_options(16)
+    with pytest.raises(ValueError, match="the images are files, which are read when they are"):
+        build_pipeline(True, options, sources, CPU)
+    for given, device in (("auto", CPU), (False, META), ("auto", META)):
+        assert caplog.text == ""
+        built, same = build_pipeline(given, options, sources, device)
+        assert (built.on_device, same) == (False, sources)
+    assert "Images are not stored on meta: the images are files" in caplog.text
+    assert not build_pipeline("auto", options, sources[:1], CPU)[0].on_device
+
+
+def test_images_may_take_a_quarter_of_the_free_memory(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    sources = [make_source((8, 8)), make_source((10, 20, 3))]  # 24 of 3 x 10 x 20 bytes
+    for free in (4 * 14_400, 4 * 14_400 - 1):
+        assert caplog.text == ""
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
+        built, _ = build_pipeline("auto", make_options(24), sources, META)
+        assert built.on_device == (free == 4 * 14_400)
+    assert "Images are not stored on meta: they take 0.0 GB" in caplog.text
+    assert build_pipeline(True, make_options(24), sources, META)[0].on_device

@@ -1,59 +1,32 @@
+"""Downloads, archives and locks: what is there is used, the rest is made once, nothing is lost."""
+
 import errno
 import io
 import logging
 import os
+import pickle
+import shutil
 import stat
 import tarfile
 import time
 import zipfile
-from hashlib import md5, sha256
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from torchvision.datasets import CIFAR100, MNIST
 
 from continual_datasets.readers import storage
-from continual_datasets.readers.storage import fetch, new_folder, one_at_a_time, unpack
-from helpers.archives import write_tar, write_zip
+from continual_datasets.readers.registry import SOURCES, count_classes
+from continual_datasets.readers.storage import new_folder, one_at_a_time
+from helpers import true_formats
+from helpers.data_server import NOWHERE, point
 from helpers.forked_calls import finish, start
-from helpers.http_server import serve
+from helpers.true_formats import load_one, rejected
 
-CONTENTS = {"flowers/rose/1.txt": b"red" * 9000, "flowers/daisy/1.txt": b"white"}
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    (tmp_path / "server").mkdir()
-    write_tar(tmp_path / "server" / "flowers.tgz", CONTENTS)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serve(tmp_path / "server") as server:
-        yield server
-
-
-def checksum(server):
-    archive = Path(server.RequestHandlerClass.keywords["directory"]) / "flowers.tgz"
-    return f"sha256:{sha256(archive.read_bytes()).hexdigest()}"
-
-
-def prepare(data_path, server):
-    """What a reader of a data set does."""
-    with one_at_a_time(data_path):
-        if not (data_path / "flowers").exists():
-            with new_folder(data_path / "flowers") as tmp_dir:
-                url = f"{server.address}/flowers.tgz"
-                unpack(fetch(url, checksum(server), tmp_dir, data_path), tmp_dir)
-
-
-def prepare_and_log(data_path, server, log):
-    logging.basicConfig(filename=log, level=logging.INFO, force=True)
-    prepare(data_path, server)
+ARCHIVE = "cifar-100-python.tar.gz"
+FOLDER = "cifar-100-python"
 
 
 def content(folder):
@@ -65,67 +38,324 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def load_and_log(name, data_path, log):
+    logging.basicConfig(filename=log, level=logging.INFO, force=True)
+    load_one(name, data_path)
+
+
+def start_two(tmp_path, name, data_path):
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    return logs, [start(load_and_log, name, data_path, log) for log in logs]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 # Several processes
 
 
-def test_processes_that_start_together_download_once(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_WAIT_UNTOLD", 0.1)
-    server.pause()
-    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+def test_processes_that_start_together_download_once(cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_WAIT_UNREPORTED", 0.1)
+    cifar.pause()
     data_path = tmp_path / "new" / "data"
-    together = [start(prepare_and_log, data_path, server, log) for log in logs]
-    told = f"another process prepares {data_path}: waiting"
-    wait_until(lambda: told in "".join(log.read_text() for log in logs if log.exists()))
-    assert server.half_sent.wait(20)
-    assert not (data_path / "flowers").exists()
-    server.go_on.set()
+    logs, together = start_two(tmp_path, "CIFAR100", data_path)
+    waiting = f"another process prepares {data_path}: waiting"
+    wait_until(lambda: waiting in "".join(log.read_text() for log in logs if log.exists()))
+    assert cifar.half_sent.wait(20)
+    assert not (data_path / FOLDER).exists()
+    cifar.go_on.set()
     for process in together:
         finish(process)
-    assert server.downloads == ["/flowers.tgz"]
-    assert names(data_path) == [".l2p.lock", "flowers"]
-    assert content(data_path) == {**CONTENTS, ".l2p.lock": b""}
+    assert cifar.downloads == [ARCHIVE]
+    assert names(data_path) == [".l2p.lock", FOLDER]
+    assert content(data_path / FOLDER) == content(cifar.folder / FOLDER)
     assert "".join(log.read_text() for log in logs).count("waiting") == 1
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_processes_without_locks_prepare_one_whole_folder(server, tmp_path, monkeypatch, code):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_processes_without_locks_prepare_one_whole_folder(cifar, tmp_path, monkeypatch, code):
     def no_locks(*_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    server.pause()
+    cifar.pause()
     data_path = tmp_path / "data"
-    logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    together = [start(prepare_and_log, data_path, server, log) for log in logs]
-    wait_until(lambda: len(server.downloads) == 2)
-    server.go_on.set()
+    logs, together = start_two(tmp_path, "CIFAR100", data_path)
+    wait_until(lambda: len(cifar.downloads) == 2)
+    cifar.go_on.set()
     for process, log in zip(together, logs, strict=True):
         finish(process)
         assert f"{data_path} cannot be locked" in log.read_text()
-    assert content(data_path / "flowers").keys() == {"rose/1.txt", "daisy/1.txt"}
-    assert set(names(data_path)) <= {".l2p.lock", "flowers"}
+    assert content(data_path / FOLDER) == content(cifar.folder / FOLDER)
+    assert set(names(data_path)) <= {".l2p.lock", FOLDER}
 
 
-def test_killed_download_is_in_nobodys_way(server, tmp_path):
+def test_killed_download_is_not_taken_for_the_data(cifar, tmp_path):
     data_path = tmp_path / "data"
-    server.pause()
-    killed = start(prepare, data_path, server)
-    assert server.half_sent.wait(20)
+    cifar.pause()
+    killed = start(load_one, "CIFAR100", data_path)
+    assert cifar.half_sent.wait(20)
     killed.kill()
     killed.join(20)
-    server.go_on.set()
+    cifar.go_on.set()
     (left_over,) = data_path.glob(".l2p-unfinished-*")
-    assert not (data_path / "flowers").exists()
-    prepare(data_path, server)
-    assert len(server.downloads) == 2
-    assert names(data_path) == sorted([".l2p.lock", left_over.name, "flowers"])
-    assert content(data_path / "flowers").keys() == {"rose/1.txt", "daisy/1.txt"}
+    assert not (data_path / FOLDER).exists()
+    assert len(load_one("CIFAR100", data_path)[0]) == 200
+    assert cifar.downloads == [ARCHIVE] * 2
+    assert names(data_path) == sorted([".l2p.lock", left_over.name, FOLDER])
 
 
-# Locks
+def test_complete_folder_is_read_without_lock_or_write(cifar, tmp_path, monkeypatch):
+    shutil.copytree(cifar.folder / FOLDER, tmp_path / "data" / FOLDER)
+    folders = [tmp_path / "data" / FOLDER, tmp_path / "data"]
+    monkeypatch.setattr(storage, "one_at_a_time", lambda _: pytest.fail("took the lock"))
+    before = [folder.stat().st_mtime_ns for folder in folders]
+    load_one("CIFAR100", tmp_path / "data")
+    assert [folder.stat().st_mtime_ns for folder in folders] == before
+    assert cifar.downloads == []
 
 
-def test_one_at_a_time_goes_on_in_a_folder_it_cannot_write(tmp_path, caplog):
+# What is downloaded
+
+
+IDX = [file for file, _ in MNIST.resources]
+
+#: Files, where they belong, and the number of images.
+DOWNLOADS = {
+    "CIFAR10": (["cifar-10-python.tar.gz"], ".", (50, 20)),
+    "CIFAR100": ([ARCHIVE], ".", (200, 100)),
+    "MNIST": (IDX, "MNIST/raw", (50, 20)),
+    "FashionMNIST": (IDX, "FashionMNIST/raw", (50, 20)),
+    "SVHN": (["train_32x32.mat", "test_32x32.mat"], "SVHN", (50, 20)),
+    "Flowers102": (["102flowers.tgz", "imagelabels.mat", "setid.mat"], "flowers-102", (204, 102)),
+}
+
+
+def sizes(name, data_path):
+    train, test = load_one(name, data_path)
+    return len(train), len(test)
+
+
+def copy_published(server, name, folder):
+    """Copies the published files."""
+    folder.mkdir(parents=True)
+    for path in server.folder.rglob("*"):
+        if path.name in DOWNLOADS[name][0]:
+            shutil.copy(path, folder)
+
+
+def test_every_data_set_that_is_downloaded_is_tried():
+    assert DOWNLOADS.keys() == {name for name, spec in SOURCES.items() if spec.downloadable}
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_missing_data_are_downloaded_once_and_files_put_there_are_not(server, tmp_path, name):
+    server.publish(name)
+    files, place, expected = DOWNLOADS[name]
+    assert sizes(name, tmp_path / "data") == sizes(name, tmp_path / "data") == expected
+    assert server.downloads == files
+    lock, folder = names(tmp_path / "data")
+    assert lock == ".l2p.lock"
+    if name == "Flowers102":
+        assert names(tmp_path / "data" / folder) == ["imagelabels.mat", "jpg", "setid.mat"]
+    for data_path, put_there in (("belongs", place), ("beside", "")):
+        copy_published(server, name, tmp_path / data_path / put_there)
+        before = content(tmp_path / data_path)
+        assert sizes(name, tmp_path / data_path) == expected
+        assert put_there or before.items() <= content(tmp_path / data_path).items()
+    assert server.downloads == files
+
+
+DAMAGED = [
+    ("CIFAR100", f"{FOLDER}/test", ARCHIVE),
+    ("SVHN", "SVHN/test_32x32.mat", "test_32x32.mat"),
+    ("Flowers102", "flowers-102/setid.mat", "setid.mat"),
+    ("MNIST", f"MNIST/raw/{IDX[-1]}", IDX[-1]),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "downloaded"), DAMAGED)
+def test_damage_is_moved_aside_and_only_that_downloaded(
+    server, tmp_path, caplog, name, file, downloaded
+):
+    server.publish(name)
+    _, place, expected = DOWNLOADS[name]
+    if name == "CIFAR100":
+        shutil.copytree(server.folder / FOLDER, tmp_path / "data" / FOLDER)
+    else:
+        copy_published(server, name, tmp_path / "data" / place)
+    (tmp_path / "data" / file).write_bytes(b"damaged")
+    assert sizes(name, tmp_path / "data") == expected
+    assert server.downloads == [downloaded]
+    (aside,) = (tmp_path / "data").glob("*.damaged-*")
+    top, _, below = file.partition("/")
+    assert aside.name.startswith(f"{top}.damaged-")
+    assert (aside / below).read_bytes() == b"damaged"
+    assert f"{tmp_path}/data/{top} is incomplete or damaged: moved to {aside}" in caplog.text
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_failed_download_says_what_to_get_and_where_to_put_it(tmp_path, monkeypatch, name):
+    files, place, _ = DOWNLOADS[name]
+    point(monkeypatch, name, NOWHERE)
+    message = rejected(load_one, name, tmp_path)
+    folder = tmp_path / place
+    for part in (*files, NOWHERE, f"put it in {folder}, or", "--data-path", "Connection refused"):
+        assert part in message
+    assert names(tmp_path) == [".l2p.lock"]
+
+
+def test_every_mirror_is_tried(server, tmp_path, monkeypatch):
+    server.publish("MNIST")
+    point(monkeypatch, "MNIST", f"{server.address}gone/", server.address, NOWHERE)
+    assert sizes("MNIST", tmp_path / "data") == (50, 20)
+    assert server.downloads == IDX
+    point(monkeypatch, "MNIST", f"{server.address}gone/", NOWHERE)
+    message = rejected(load_one, "MNIST", tmp_path / "new")
+    assert "404" in message
+    assert "Connection refused" in message
+
+
+# Checksums
+
+
+@dataclass
+class MakesFolder:
+    path: Path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("damaged", ["train", "test", "meta"])
+def test_cifar_is_unpickled_only_with_the_right_checksum(cifar, tmp_path, monkeypatch, damaged):
+    path = tmp_path / "data" / FOLDER / damaged
+    shutil.copytree(cifar.folder / FOLDER, path.parent)
+    expected = true_formats.digest(path)
+    path.write_bytes(pickle.dumps(MakesFolder(tmp_path / "unpickled")))
+    before = content(path.parent)
+    point(monkeypatch, "CIFAR100", NOWHERE)
+    message = rejected(load_one, "CIFAR100", tmp_path / "data")
+    found = true_formats.digest(path)
+    assert f"{path}: checksum differs, MD5 {found} instead of {expected}" in message
+    assert not (tmp_path / "unpickled").exists()
+    assert content(path.parent) == before
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "unpickled").exists()
+
+
+def test_half_an_archive_is_named_and_left_alone(cifar, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    half = (cifar.folder / ARCHIVE).read_bytes()[:5000]
+    (tmp_path / ARCHIVE).write_bytes(half)
+    named = f"{tmp_path / ARCHIVE}: checksum differs, MD5 {true_formats.digest(tmp_path / ARCHIVE)}"
+    with monkeypatch.context() as offline:
+        point(offline, "CIFAR100", NOWHERE)
+        assert f"is missing or damaged ({named}" in rejected(load_one, "CIFAR100", tmp_path)
+    assert sizes("CIFAR100", tmp_path) == (200, 100)
+    assert named in caplog.text
+    assert (tmp_path / ARCHIVE).read_bytes() == half
+
+
+def test_download_with_another_checksum_is_named(cifar, tmp_path):
+    page = b"log in to the wireless network"
+    (cifar.folder / ARCHIVE).write_bytes(page)
+    message = rejected(load_one, "CIFAR100", tmp_path / "data")
+    found = true_formats.digest(cifar.folder / ARCHIVE)
+    assert f" {ARCHIVE}: checksum differs, MD5 {found} instead of {CIFAR100.tgz_md5})" in message
+    assert names(tmp_path / "data") == [".l2p.lock"]
+
+
+def test_file_without_permission_is_named_and_not_downloaded_anew(cifar, tmp_path, monkeypatch):
+    def forbidden(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", forbidden)
+    message = rejected(load_one, "CIFAR100", tmp_path)
+    assert message == f"{tmp_path}/{FOLDER}/train: Permission denied"
+    assert cifar.downloads == []
+
+
+# Archives that people get by hand
+
+
+BY_HAND = {
+    "NotMNIST": ("notMNIST", "notMNIST.zip", 10, "Train/<A to J>", "Adversarial-Continual-Learn"),
+    "CORe50": ("core50_128x128", "core50_128x128.zip", 50, "s1/o1/", "vlomonaco.github.io/core50"),
+    "Imagenet-R": ("imagenet-r", "imagenet-r.tar", 200, "<n01443537", "hendrycks/imagenet-r"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "has_top_folder"),
+    [("NotMNIST", True), ("CORe50", False), ("Imagenet-R", True), ("Imagenet-R", False)],
+)
+def test_archive_is_unpacked_once(tmp_path, monkeypatch, name, has_top_folder):
+    folder, archive, published_classes, *_ = BY_HAND[name]
+    data_path = tmp_path / "data"
+    true_formats.TRUE_FORMATS[name](data_path, monkeypatch)
+    num_classes, expected = count_classes(name, data_path), sizes(name, data_path)
+    kind, top = ("tar" if archive.endswith("tar") else "zip"), data_path / folder
+    root, base = (data_path, folder) if has_top_folder else (top, None)
+    packed = Path(shutil.make_archive(str(tmp_path / "packed"), kind, root, base))
+    packed.rename(data_path / archive)
+    shutil.rmtree(top)
+    before = names(data_path)
+    assert count_classes(name, data_path) == published_classes
+    assert names(data_path) == before
+    logs, together = start_two(tmp_path, name, data_path)
+    for process in together:
+        finish(process)
+    assert "".join(log.read_text() for log in logs).count("unpacking") == 1
+    assert names(data_path) == sorted([*before, ".l2p.lock", folder])
+    assert (count_classes(name, data_path), sizes(name, data_path)) == (num_classes, expected)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_missing_data_name_the_place_the_layout_and_the_origin(tmp_path, name):
+    folder, archive, _, layout, url = BY_HAND[name]
+    message = rejected(count_classes, name, tmp_path)
+    for part in (f"{tmp_path / folder}/{layout}", archive, url):
+        assert part in message
+    assert rejected(load_one, name, tmp_path) == message
+    nowhere = rejected(count_classes, name, tmp_path / "nowhere")
+    assert nowhere.startswith(message.split(" is not")[0])
+
+
+def flipped_zip():
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as zipped:
+        zipped.writestr("Train/A/1.png", b"IDAT")
+    return file.getvalue().replace(b"IDAT", b"JDAT")
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"), [*((name, b"half of it") for name in BY_HAND), ("NotMNIST", flipped_zip())]
+)
+def test_damaged_archive_is_named(tmp_path, name, damaged):
+    folder, archive, *_ = BY_HAND[name]
+    (tmp_path / archive).write_bytes(damaged)
+    message = rejected(load_one, name, tmp_path)
+    assert message.startswith(f"{tmp_path / archive} cannot be unpacked (")
+    assert f"get it anew, or unpack it yourself so that {tmp_path / folder} is there" in message
+    assert not (tmp_path / folder).exists()
+
+
+def test_archive_with_a_member_outside_is_rejected(tmp_path):
+    with tarfile.open(tmp_path / "imagenet-r.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("imagenet-r/n01443537/0.jpg"))
+        tar.addfile(tarfile.TarInfo("../evil"))
+    assert "'../evil'" in rejected(load_one, "Imagenet-R", tmp_path)
+    assert names(tmp_path) == [".l2p.lock", "imagenet-r.tar"]
+
+
+# Locks and folders put in place
+
+
+def test_one_at_a_time_continues_in_a_folder_it_cannot_write(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     (tmp_path / "file").touch()
     with one_at_a_time(tmp_path / "file" / "data"):
@@ -141,44 +371,31 @@ def test_one_at_a_time_passes_errors_on_and_ends_the_lock(tmp_path, monkeypatch,
     with pytest.raises(OSError, match="disk is full"), one_at_a_time(tmp_path):
         raise OSError("disk is full")
     monkeypatch.undo()
-    other = start(hold, tmp_path)
-    finish(other)
+    other = FileLock(tmp_path / ".l2p.lock")
+    other.acquire(timeout=0)
+    other.release()
     assert caplog.text == ""
 
 
-def hold(folder):
-    with one_at_a_time(folder):
-        pass
-
-
-# Folders put in place
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
-@pytest.mark.parametrize("archive_mode", [0o600, 0o777])
-@pytest.mark.parametrize("kind", ["tgz", "zip"])
-def test_permissions_are_those_of_the_umask(tmp_path, umask, archive_mode, kind):
-    if kind == "tgz":
-        archive = write_tar(tmp_path / "a.tgz", CONTENTS, archive_mode)
-    else:
-        archive = write_zip(tmp_path / "a.zip", CONTENTS, stat.S_IFREG | archive_mode)
-    data_path = tmp_path / "new" / "data"
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o600), (0o027, 0o777)])
+def test_unpacked_folders_have_the_permissions_of_the_umask(tmp_path, umask, mode):
+    member = zipfile.ZipInfo("Train/A/1.png")
+    member.external_attr = (stat.S_IFREG | mode) << 16
+    with zipfile.ZipFile(tmp_path / "notMNIST.zip", "w") as zipped:
+        zipped.writestr(member, b"")
     before = os.umask(umask)
     try:
-        with one_at_a_time(data_path), new_folder(data_path / "flowers") as tmp_dir:
-            assert stat.S_IMODE(tmp_dir.stat().st_mode) == 0o700
-            unpack(archive, tmp_dir)
+        assert "no folder B" in rejected(load_one, "NotMNIST", tmp_path)
     finally:
         os.umask(before)
-    for path in (data_path.parent, data_path, *data_path.rglob("*")):
+    for path in (tmp_path / "notMNIST", *(tmp_path / "notMNIST").rglob("*")):
         expected = (0o777 if path.is_dir() else 0o666) & ~umask
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
-    assert content(data_path / "flowers").keys() == {"rose/1.txt", "daisy/1.txt"}
 
 
-def make(tmp_dir, text):
-    (tmp_dir / "flowers").mkdir(parents=True)
-    (tmp_dir / "flowers" / "note").write_text(text)
+def make(folder, text):
+    (folder / "flowers").mkdir(parents=True)
+    (folder / "flowers" / "note").write_text(text)
 
 
 def test_new_folder_after_an_error_leaves_what_was_there(tmp_path):
@@ -189,44 +406,30 @@ def test_new_folder_after_an_error_leaves_what_was_there(tmp_path):
     assert names(tmp_path) == ["flowers"]
 
 
-def test_new_folder_moves_what_was_there_aside(tmp_path, caplog):
-    make(tmp_path, "old")
+@pytest.mark.parametrize("link", [None, "elsewhere/flowers", "nowhere"])
+def test_new_folder_moves_what_was_there_aside(tmp_path, caplog, link):
+    make(tmp_path / "elsewhere" if link else tmp_path, "old")
+    if link:
+        (tmp_path / "flowers").symlink_to(link)
     with new_folder(tmp_path / "flowers") as tmp_dir:
-        make(tmp_dir, "new")
-        assert content(tmp_path / "flowers") == {"note": b"old"}
-    assert content(tmp_path / "flowers") == {"note": b"new"}
-    (aside,) = tmp_path.glob("flowers.damaged-*")
-    assert content(aside) == {"note": b"old"}
-    assert names(tmp_path) == ["flowers", aside.name]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"{tmp_path}/flowers is incomplete or damaged: moved to {aside}" in caplog.text
-
-
-@pytest.mark.parametrize("dangling", [False, True])
-def test_new_folder_moves_a_link_aside_and_not_what_it_names(tmp_path, dangling):
-    if not dangling:
-        make(tmp_path / "elsewhere", "old")
-    (tmp_path / "flowers").symlink_to("elsewhere/flowers")
-    with new_folder(tmp_path / "flowers") as tmp_dir:
+        assert stat.S_IMODE(tmp_dir.stat().st_mode) == 0o700
         make(tmp_dir, "new")
     assert not (tmp_path / "flowers").is_symlink()
     assert content(tmp_path / "flowers") == {"note": b"new"}
     (aside,) = tmp_path.glob("flowers.damaged-*")
-    assert aside.readlink() == Path("elsewhere/flowers")
-    assert dangling or content(tmp_path / "elsewhere/flowers") == {"note": b"old"}
+    assert aside.readlink() == Path(link) if link else content(aside) == {"note": b"old"}
+    assert not link or content(tmp_path / "elsewhere/flowers") == {"note": b"old"}
+    (record,) = caplog.record_tuples
+    moved = f"{tmp_path}/flowers is incomplete or damaged: moved to {aside}"
+    assert record[1:] == (logging.WARNING, moved)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_new_folder_keeps_what_another_process_was_faster_with(tmp_path, damaged):
-    if damaged:
-        make(tmp_path, "old")
+def test_new_folder_keeps_what_another_process_was_faster_with(tmp_path):
     with new_folder(tmp_path / "flowers") as tmp_dir:
         make(tmp_dir, "ours")
-        if damaged:
-            (tmp_path / "flowers").rename(tmp_path / "aside")
         make(tmp_path, "theirs")
-    assert content(tmp_path / "flowers") == {"note": b"theirs"}
-    assert names(tmp_path) == (["aside", "flowers"] if damaged else ["flowers"])
+    assert content(tmp_path) == {"flowers/note": b"theirs"}
+    assert names(tmp_path) == ["flowers"]
 
 
 def test_new_folder_that_was_not_made_is_an_error(tmp_path):
@@ -244,110 +447,3 @@ def test_new_folder_removes_old_left_overs_only(tmp_path):
     with new_folder(tmp_path / "flowers") as tmp_dir:
         make(tmp_dir, "new")
     assert names(tmp_path) == [".l2p", ".l2p-unfinished-new", "flowers"]
-
-
-# Downloads
-
-
-def test_fetch_rejects_another_checksum(server, tmp_path):
-    url, expected = f"{server.address}/flowers.tgz", f"sha256:{'0' * 64}"
-    with pytest.raises(ValueError) as caught:
-        fetch(url, expected, tmp_path, tmp_path)
-    for part in (url, expected, checksum(server)):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("algorithm", [md5, sha256], ids=["md5", "sha256"])
-def test_fetch_takes_a_file_that_was_put_there(server, tmp_path, algorithm):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "work").mkdir()
-    by_hand = tmp_path / "data" / "flowers.tgz"
-    by_hand.write_bytes((tmp_path / "server" / "flowers.tgz").read_bytes())
-    expected = f"{algorithm().name}:{algorithm(by_hand.read_bytes()).hexdigest()}"
-    url = f"{server.address}/flowers.tgz"
-    assert fetch(url, expected, tmp_path / "work", by_hand.parent) == by_hand
-    assert server.downloads == []
-    by_hand.write_bytes(b"something else")
-    fetched = fetch(url, expected, tmp_path / "work", by_hand.parent)
-    assert fetched == tmp_path / "work" / "flowers.tgz"
-    assert fetched.read_bytes() == (tmp_path / "server" / "flowers.tgz").read_bytes()
-    assert by_hand.read_bytes() == b"something else"
-
-
-# Archives
-
-
-@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "tar.xz", "zip"])
-def test_unpack_knows_archives_by_their_content(tmp_path, suffix):
-    archive = tmp_path / "archive"
-    if suffix == "zip":
-        write_zip(archive, CONTENTS)
-    else:
-        with tarfile.open(archive, f"w:{suffix[4:]}") as tar:
-            for name, data in CONTENTS.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    unpack(archive, tmp_path / "folder")
-    assert content(tmp_path / "folder") == CONTENTS
-
-
-@pytest.mark.parametrize("suffix", ["tgz", "zip"])
-def test_unpack_makes_empty_folders_and_takes_folders_in_any_order(tmp_path, suffix):
-    archive = tmp_path / f"archive.{suffix}"
-    if suffix == "zip":
-        write_zip(archive, {**CONTENTS, "empty/": b"", "flowers/": b""})
-    else:
-        folder = (tarfile.DIRTYPE, "")
-        write_tar(archive, CONTENTS, empty=folder, flowers=folder)
-    unpack(archive, tmp_path / "folder")
-    assert names(tmp_path / "folder") == ["empty", "flowers"]
-    assert names(tmp_path / "folder" / "empty") == []
-    assert content(tmp_path / "folder") == CONTENTS
-
-
-@pytest.mark.parametrize("suffix", ["tgz", "zip"])
-def test_unpack_rejects_a_damaged_archive(tmp_path, suffix):
-    archive = tmp_path / f"archive.{suffix}"
-    (write_zip if suffix == "zip" else write_tar)(archive, CONTENTS)
-    damaged = bytearray(archive.read_bytes())
-    if suffix == "zip":
-        damaged[damaged.index(b"redredred")] ^= 1
-    else:
-        del damaged[len(damaged) // 2 :]
-    archive.write_bytes(damaged)
-    with pytest.raises((zipfile.BadZipFile, EOFError), match=r"CRC|ended"):
-        unpack(archive, tmp_path / "folder")
-
-
-def evil_archives(folder, outside):
-    """Write archives with a member that must be rejected; return its name by archive."""
-    archives = {}
-    for i, name in enumerate(["../evil", "flowers/../../evil", f"{outside}/evil"]):
-        archives[write_tar(folder / f"{i}.tgz", {**CONTENTS, name: b"evil"})] = name
-        archives[write_zip(folder / f"{i}.zip", {**CONTENTS, name: b"evil"})] = name
-    links = {
-        "symlink": (tarfile.SYMTYPE, str(outside)),
-        "inside": (tarfile.SYMTYPE, "flowers"),
-        "hardlink": (tarfile.LNKTYPE, "flowers/rose/1.txt"),
-        "fifo": (tarfile.FIFOTYPE, ""),
-        "device": (tarfile.CHRTYPE, ""),
-    }
-    for name, link in links.items():
-        archives[write_tar(folder / f"{name}.tgz", CONTENTS, **{name: link})] = name
-    symlink = {"symlink": str(outside).encode()}
-    archives[write_zip(folder / "symlink.zip", symlink, stat.S_IFLNK | 0o777)] = "symlink"
-    return archives
-
-
-def test_unpack_rejects_members_that_leave_the_folder(tmp_path):
-    for name in ("archives", "outside", "data"):
-        (tmp_path / name).mkdir()
-    for archive, member in evil_archives(tmp_path / "archives", tmp_path / "outside").items():
-        target = tmp_path / "data" / "flowers"
-        with pytest.raises(ValueError) as caught, new_folder(target) as tmp_dir:
-            unpack(archive, tmp_dir)
-        assert archive.name in str(caught.value)
-        assert repr(member) in str(caught.value)
-        assert names(tmp_path) == ["archives", "data", "outside"]
-        assert names(tmp_path / "data") == names(tmp_path / "outside") == []

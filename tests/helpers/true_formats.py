@@ -9,10 +9,10 @@ import gzip
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from hashlib import md5
 from itertools import count
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,12 +20,29 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
+from continual_datasets.images import DataError
+from continual_datasets.readers.registry import load_parts
+
 LETTERS = "ABCDEFGHIJ"
 OBJECTS = (1, 2, 10)
 TRAIN_SESSIONS = (1, 2, 4, 5, 6, 8, 9, 11)
 TEST_SESSIONS = (3, 7, 10)
 WNIDS = ("n01443537", "n01484850", "n02007558")
 DOMAINS = ("paint", "photo", "sketch")
+
+
+def load_one(name, data_path):
+    """The training and test images of a single data set."""
+    (splits,) = load_parts(name, data_path).values()
+    return splits
+
+
+def rejected(call, *args):
+    """The one-line message with which something is rejected."""
+    with pytest.raises(DataError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def colour_picture(class_id, seed, size=(20, 18)):
@@ -48,12 +65,16 @@ def mixed_labels(num_classes, per_class):
     )
 
 
-def colour_pictures(labels, first_seed, size=(32, 32)):
-    return np.stack([colour_picture(c, first_seed + i, size) for i, c in enumerate(labels)])
+def pictures(make, labels, first_seed):
+    return np.stack([make(c, first_seed + i) for i, c in enumerate(labels)])
 
 
-def grey_pictures(labels, first_seed):
-    return np.stack([grey_picture(c, first_seed + i) for i, c in enumerate(labels)])
+colour_square = partial(colour_picture, size=(32, 32))
+
+
+def save(path, picture):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, quality=95)
 
 
 def digest(path):
@@ -64,33 +85,17 @@ def digest(path):
 
 
 def cifar_batch(labels, first_seed, key):
-    images = colour_pictures(labels, first_seed)  # (n, H, W, 3); a row of the file is three planes
+    images = pictures(colour_square, labels, first_seed)  # (n, H, W, 3); in the file three planes
     data = images.transpose(0, 3, 1, 2).reshape(len(labels), 3072)
     return {"data": data, key: labels.tolist(), "batch_label": "tiny"}
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes strings as Python 2 did, with which CIFAR was pickled."""
-
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
-
-    def save_string(self, value):
-        content = value.encode() if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(value)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-
-def write_pickles(folder, contents):
+def write_cifar(data_path, monkeypatch, kind, contents):
+    """Write the files, and make torchvision expect their checksums."""
+    folder = data_path / kind.base_folder
     folder.mkdir(parents=True)
     for name, content in contents.items():
-        with (folder / name).open("wb") as file:
-            Python2Pickler(file, protocol=2).dump(content)
-
-
-def pin(monkeypatch, kind, folder):
-    """Make torchvision expect the checksums of these files."""
+        (folder / name).write_bytes(pickle.dumps(content))
     for files in ("train_list", "test_list"):
         pinned = [[name, digest(folder / name)] for name, _ in getattr(kind, files)]
         monkeypatch.setattr(kind, files, pinned)
@@ -100,99 +105,60 @@ def pin(monkeypatch, kind, folder):
 
 def write_cifar10(data_path, monkeypatch, train=5, test=2):
     """Five training images per class in five batches, and two test images."""
-    folder = data_path / "cifar-10-batches-py"
     labels = mixed_labels(10, train).reshape(5, -1)
-    batches = {f"data_batch_{i + 1}": (labels[i], 10**5 * i) for i in range(5)}
-    batches["test_batch"] = (mixed_labels(10, test), 10**6)
-    contents = {name: cifar_batch(*batch, "labels") for name, batch in batches.items()}
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    write_pickles(folder, {**contents, "batches.meta": {"label_names": names}})
-    pin(monkeypatch, CIFAR10, folder)
+    contents = {
+        f"data_batch_{i + 1}": cifar_batch(labels[i], 10**5 * i, "labels") for i in range(5)
+    }
+    contents["test_batch"] = cifar_batch(mixed_labels(10, test), 10**6, "labels")
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    contents["batches.meta"] = {"label_names": names.split()}
+    write_cifar(data_path, monkeypatch, CIFAR10, contents)
 
 
 def write_cifar100(data_path, monkeypatch, train=2, test=1):
     """Two training images and one test image per class."""
-    folder = data_path / "cifar-100-python"
     contents = {
         "train": cifar_batch(mixed_labels(100, train), 0, "fine_labels"),
         "test": cifar_batch(mixed_labels(100, test), 10**6, "fine_labels"),
         "meta": {"fine_label_names": [f"class_{i:02}" for i in range(100)]},
     }
-    write_pickles(folder, contents)
-    pin(monkeypatch, CIFAR100, folder)
+    write_cifar(data_path, monkeypatch, CIFAR100, contents)
 
 
 # MNIST
 
 
 def idx_bytes(values):
-    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(
-        f">{values.ndim}I", *values.shape
-    )
+    header = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
     return header + values.astype(np.uint8).tobytes()
 
 
 def write_idx(folder, packed=False, train=5, test=2):
     """The four files of MNIST: so many images per class."""
     folder.mkdir(parents=True)
-    for prefix, labels, seed in (
-        ("train", mixed_labels(10, train), 0),
-        ("t10k", mixed_labels(10, test), 10**6),
-    ):
-        for name, values in (("images-idx3", grey_pictures(labels, seed)), ("labels-idx1", labels)):
-            content = idx_bytes(values)
-            path = folder / f"{prefix}-{name}-ubyte"
-            if packed:
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
-            else:
-                path.write_bytes(content)
-
-
-def write_mnist(data_path, _monkeypatch):
-    """Five training and two test images per class."""
-    write_idx(data_path / "MNIST" / "raw")
-
-
-def write_fashion_mnist(data_path, _monkeypatch):
-    """Five training and two test images per class."""
-    write_idx(data_path / "FashionMNIST" / "raw")
-
-
-def serve_idx(kind, folder, monkeypatch, mirrors):
-    """Make torchvision expect the packed files that lie in a folder, at these addresses."""
-    resources = [(name, digest(folder / name)) for name, _ in kind.resources]
-    monkeypatch.setattr(kind, "resources", resources)
-    monkeypatch.setattr(kind, "mirrors", mirrors)
+    for prefix, per_class, seed in (("train", train, 0), ("t10k", test, 10**6)):
+        labels = mixed_labels(10, per_class)
+        contents = {
+            f"{prefix}-images-idx3-ubyte": idx_bytes(pictures(grey_picture, labels, seed)),
+            f"{prefix}-labels-idx1-ubyte": idx_bytes(labels),
+        }
+        for name, content in contents.items():
+            path = folder / (f"{name}.gz" if packed else name)
+            path.write_bytes(gzip.compress(content) if packed else content)
 
 
 # SVHN
 
 
-def write_svhn(data_path, monkeypatch):
-    """Five training and two test images per class, in a folder SVHN; digit 0 has label 10."""
-    write_svhn_files(data_path / "SVHN", monkeypatch)
-
-
-def write_svhn_files(folder, monkeypatch, train=5, test=2):
+def write_svhn(data_path, monkeypatch, train=5, test=2, folder="SVHN"):
+    """Five training and two test images per class; digit 0 has label 10."""
+    folder = data_path / folder
     folder.mkdir(parents=True, exist_ok=True)
     pinned = {}
-    for split, labels, seed in (
-        ("train", mixed_labels(10, train), 0),
-        ("test", mixed_labels(10, test), 10**6),
-    ):
+    for split, per_class, seed in (("train", train, 0), ("test", test, 10**6)):
+        labels = mixed_labels(10, per_class)
         url, name, _ = SVHN.split_list[split]
-        images = colour_pictures(labels, seed).transpose(1, 2, 3, 0)  # (H, W, 3, n)
+        images = pictures(colour_square, labels, seed).transpose(1, 2, 3, 0)  # (H, W, 3, n)
         stored = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
         savemat(folder / name, {"X": images, "y": stored}, do_compression=True)
         pinned[split] = [url, name, digest(folder / name)]
@@ -206,11 +172,9 @@ def write_not_mnist(data_path, _monkeypatch=None, folder="notMNIST", splits=("Tr
     """Four training and two test images per letter."""
     for split, images in zip(splits, (4, 2), strict=True):
         for class_id, letter in enumerate(LETTERS):
-            made = data_path / folder / split / letter
-            made.mkdir(parents=True)
             for i in range(images):
-                picture = grey_picture(class_id, i + 100 * images)
-                Image.fromarray(picture).save(made / f"{letter}{i}.png")
+                path = data_path / folder / split / letter / f"{letter}{i}.png"
+                save(path, grey_picture(class_id, i + 100 * images))
 
 
 # Flowers-102
@@ -219,11 +183,9 @@ def write_not_mnist(data_path, _monkeypatch=None, folder="notMNIST", splits=("Tr
 def write_flowers102(data_path, monkeypatch):
     """Two training images, one validation and one test image per class; JPEG."""
     folder = data_path / "flowers-102"
-    (folder / "jpg").mkdir(parents=True)
     labels = mixed_labels(102, 4)
     for number, class_id in enumerate(labels, start=1):
-        picture = Image.fromarray(colour_picture(class_id, number))
-        picture.save(folder / "jpg" / f"image_{number:05}.jpg", quality=95)
+        save(folder / "jpg" / f"image_{number:05}.jpg", colour_picture(class_id, number))
     by_class = [np.flatnonzero(labels == class_id) + 1 for class_id in range(102)]
     splits = {"trnid": (0, 2), "valid": (2, 3), "tstid": (3, 4)}
     ids = {
@@ -252,11 +214,9 @@ def write_core50(data_path, _monkeypatch=None, folder="core50_128x128", images=2
     """
     for session in range(1, 12):
         for class_id, number in enumerate(OBJECTS):
-            (data_path / folder / f"s{session}" / f"o{number}").mkdir(parents=True)
             for i in range(images):
                 picture = colour_picture(7 * class_id + 1, 100 * session + i, (16, 16))
-                path = data_path / folder / core50_name(session, number, i)
-                Image.fromarray(picture).save(path)
+                save(data_path / folder / core50_name(session, number, i), picture)
     write_core50_lists(data_path / "batches_filelists" / "NI_inc" / "run0", images)
 
 
@@ -282,10 +242,8 @@ def core50_list(sessions, images=2):
 def write_class_folders(folder, names, images, seeds=None, suffix=".png"):
     seeds = seeds or count()
     for class_id, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
         for i in range(images):
-            picture = colour_picture(7 * class_id + 1, next(seeds))
-            Image.fromarray(picture).save(folder / name / f"{i}{suffix}", quality=95)
+            save(folder / name / f"{i}{suffix}", colour_picture(7 * class_id + 1, next(seeds)))
 
 
 def write_imagenet_r(data_path, _monkeypatch=None, folder="imagenet-r"):
@@ -317,23 +275,19 @@ def write_domains_with_common_test(data_path, _monkeypatch=None):
     write_class_folders(data_path / "test", ("ant", "bee"), 4, seeds)
 
 
-def write_nothing(_data_path, _monkeypatch):
-    """The digits come with scikit-learn."""
-
-
-#: Maker of every data set in `datasets.SOURCES`, and of two folders of domains.
+#: Maker of every data set in `registry.SOURCES`, and of two folders of domains.
 TRUE_FORMATS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "CIFAR10": write_cifar10,
     "CIFAR100": write_cifar100,
-    "MNIST": write_mnist,
-    "FashionMNIST": write_fashion_mnist,
+    "MNIST": lambda data_path, _: write_idx(data_path / "MNIST" / "raw"),
+    "FashionMNIST": lambda data_path, _: write_idx(data_path / "FashionMNIST" / "raw"),
     "SVHN": write_svhn,
     "NotMNIST": write_not_mnist,
     "Flowers102": write_flowers102,
     "CORe50": write_core50,
     "Imagenet-R": write_imagenet_r,
     "ImageFolder": write_image_folder,
-    "digits": write_nothing,
+    "digits": lambda *_: None,  # they come with scikit-learn
     "domains": write_domains,
     "domains with common test": write_domains_with_common_test,
 }

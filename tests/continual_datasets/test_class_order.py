@@ -1,0 +1,96 @@
+"""In which order the classes appear, and how many a task gets."""
+
+import json
+import random
+
+import pytest
+
+from continual_datasets.class_order import check_split, class_order, read_class_order
+from helpers.witnessed_loaders import make_stream
+
+NAMES = ["maple tree", "oak", "zebra", "1st", "12"]
+
+
+def read(path, content, names=NAMES):
+    """The order in a file of this content, or the message with which it is rejected."""
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        return read_class_order(path, names)
+    except ValueError as error:
+        return str(error).removeprefix(f"--class_order {path}: ")
+
+
+def test_class_order_is_the_originals():
+    expected = list(range(100))
+    random.seed(42)
+    random.shuffle(expected)
+    random.seed(7)
+    before = random.getstate()
+    assert class_order(100, 42, shuffle=True) == expected
+    assert random.getstate() == before
+    assert class_order(5, 42, shuffle=False) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("flat.json", "[4, 0, 2, 1, 3]", [4, 0, 2, 1, 3]),
+    ("tasks.json", "[[4, 0], [2, 1]]", [4, 0, 2, 1]),
+    ("names.json", '["oak", ["maple tree", "12"]]', [1, 0, 4]),
+    ("lines.txt", "\ufeffoak\r\nmaple tree\n\n3\n", [1, 0, 3]),
+    ("commas.txt", "zebra, maple tree, 1st\n1", [2, 0, 3, 1]),
+    ("blanks.txt", "2 1\t0\n3,12", [2, 1, 0, 3, 4]),
+    ("json.txt", " [1, 0] ", [1, 0]),
+    ("twice.txt", "1 2 1", "class 1 appears twice"),
+    ("same.json", '[1, "oak"]', "class oak appears twice"),
+    ("range.txt", "0 5", "unknown class '5': give class names or ids from 0 to 4"),
+    ("negative.json", "[-1]", "unknown class -1"),
+    ("unknown.txt", "oak, pine", "unknown class 'pine'"),
+    ("float.json", "[1.0]", "unknown class 1.0"),
+    ("bool.json", "[true]", "unknown class True"),
+    ("deep.json", "[[[1]]]", "unknown class [1]"),
+    ("bad.json", "[1, 2", "not valid JSON"),
+    ("word.json", "oak", "not valid JSON"),
+    ("object.json", '{"order": [1]}', "expected a list"),
+    ("empty.txt", " \n", "no classes"),
+    ("empty.json", "[]", "no classes"),
+    ("binary.txt", b"\xff\xfe\x00", "not a text file"),
+    ("missing.txt", None, "No such file"),
+])  # fmt: skip
+def test_read_class_order_understands_a_file_or_names_its_problem(
+    tmp_path, name, content, expected
+):
+    found = read(tmp_path / name, content)
+    assert found == expected if isinstance(expected, list) else found.startswith(expected)
+
+
+def test_read_class_order_rejects_numbers_that_mean_two_things(tmp_path):
+    names = ["1", "2", "3"]
+    found = read(tmp_path / "order", "1\n2", names)
+    assert found.startswith("1 is the name of class 0 but could mean the id 1")
+    assert read(tmp_path / "order.json", "[1, 2]", names) == [1, 2]
+
+
+def test_read_class_order_reads_back_what_a_stream_reports(tmp_path):
+    stream = make_stream()
+    order = read(tmp_path / "order.json", json.dumps(stream.class_order), stream.class_names)
+    assert make_stream(order=order).class_order == stream.class_order
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    ((100, 10), 10), ((100, 10, None), 10), ((100, 7, 14), 14), ((5, 5), 1), ((7, 1), 7),
+    ((100, 7), "100 classes cannot be split evenly over --num_tasks 7: choose one of "
+     "1, 2, 4, 5, 10, 20, 25, 50, 100, or give --classes_per_task 14"),
+    ((100, 6, 20), "--num_tasks 6 x --classes_per_task 20 = 120 exceeds the 100 classes: lower "
+     "--num_tasks to 5 or --classes_per_task to 16"),
+    ((10, 11), "--num_tasks 11 exceeds the 10 classes"),
+    ((10, 0), "--num_tasks 0: must be at least 1"),
+    ((10, 2, 0), "--classes_per_task 0: must be at least 1"),
+    ((10, 2, -3), "--classes_per_task -3: must be at least 1"),
+])  # fmt: skip
+def test_check_split_returns_classes_per_task_or_says_what_would_fit(arguments, expected):
+    if isinstance(expected, int):
+        assert check_split(*arguments) == expected
+        return
+    with pytest.raises(ValueError) as caught:
+        check_split(*arguments)
+    assert str(caught.value).startswith(expected)

@@ -1,0 +1,237 @@
+"""Images of every format as RGB, sources of them, and what is said about damaged ones."""
+
+import pickle
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from continual_datasets.images import (
+    ArraySource,
+    ConcatSource,
+    DataError,
+    FileSource,
+    open_image,
+    os_errors_as_data_errors,
+)
+
+# Images of every kind
+
+RED, CLEAR = (200, 40, 30), (0, 0, 0, 0)
+
+
+def palette_image(transparent):
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([0, 0, 0, *RED])
+    image.paste(0, (0, 0, 3, 4))
+    return image, {"transparency": transparent} if transparent is not None else {}
+
+
+def rgba_image():
+    image = Image.new("RGBA", (6, 4), (*RED, 255))
+    image.paste(CLEAR, (0, 0, 3, 4))
+    return image
+
+
+def sixteen_bit(dtype=np.uint16):
+    values = np.full((4, 6), 65535, dtype=dtype)
+    values[:, :3] = 25700  # 100 * 257
+    return values
+
+
+def save_all_kinds(folder):
+    """Save images whose left half and right half have known colours; return those by path."""
+    white, black = (255,) * 3, (0,) * 3
+    rgb = rgba_image().convert("RGB")
+    la = Image.merge("LA", (Image.new("L", (6, 4), 90), rgba_image().getchannel("A")))
+    big_endian = Image.frombytes("I;16B", (6, 4), sixteen_bit(">u2").tobytes())
+    kinds = {
+        "rgb.png": (rgb, {}, black, RED),
+        "grey.png": (Image.new("L", (6, 4), 90), {}, (90,) * 3, (90,) * 3),
+        "la.png": (la, {}, white, (90,) * 3),
+        "rgba.png": (rgba_image(), {}, white, RED),
+        "rgba.webp": (rgba_image(), {"lossless": True, "exact": True}, white, RED),
+        "palette.png": (*palette_image(None), black, RED),
+        "palette_index.png": (*palette_image(0), white, RED),
+        "palette_bytes.png": (*palette_image(b"\x00\xff"), white, RED),
+        "cmyk.tif": (rgb.convert("CMYK"), {}, black, RED),
+        "bilevel.png": (rgba_image().getchannel("A").convert("1"), {}, black, white),
+        "sixteen.png": (Image.fromarray(sixteen_bit()), {}, (100,) * 3, white),
+        "sixteen.tif": (Image.fromarray(sixteen_bit()), {}, (100,) * 3, white),
+        "sixteen.pgm": (Image.fromarray(sixteen_bit()), {}, (100,) * 3, white),
+        "integer.tif": (Image.fromarray(sixteen_bit(np.int32)), {}, (100,) * 3, white),
+        "big_endian.tif": (big_endian, {}, (100,) * 3, white),
+        "ycbcr.jpg": (rgb.convert("YCbCr"), {"quality": 100, "subsampling": 0}, None, None),
+    }
+    for name, (image, options, _, _) in kinds.items():
+        image.save(folder / name, **options)
+    return {folder / name: (left, right) for name, (_, _, left, right) in kinds.items()}
+
+
+def test_open_image_converts_every_mode_to_rgb(tmp_path):
+    expected = save_all_kinds(tmp_path)
+    modes = set()
+    for path, (left, right) in expected.items():
+        with Image.open(path) as raw:
+            modes.add(raw.mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = open_image(path)
+        assert (image.mode, image.size) == ("RGB", (6, 4)), path
+        if left is not None:
+            assert image.getpixel((0, 0)) == left, path
+            assert image.getpixel((5, 3)) == right, path
+    assert {"RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "I;16", "I;16B", "I"} <= modes
+
+
+def test_open_image_scales_the_whole_sixteen_bit_range(tmp_path):
+    values = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    Image.fromarray(values).save(tmp_path / "ramp.png")
+    ramp = np.asarray(open_image(tmp_path / "ramp.png"))[..., 0]
+    assert np.abs(ramp - values / 257).max() <= 0.5
+
+
+def unreadable_files(folder):
+    """Write damaged and foreign files; return what their error must mention."""
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    for name in ("cut.jpg", "cut.png", "cut.bmp", "cut.webp", "cut.ppm", "cut.tif"):
+        picture.save(folder / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("not a picture\nat all")
+    (folder / "only_header.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(folder / "float.tif")
+    Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)).save(folder / "wide.tif")
+    (folder / "dangling.png").symlink_to(folder / "nothing")
+    special = {
+        "empty.png": "empty",
+        "text.jpg": "not an image",
+        "float.tif": "floating-point",
+        "wide.tif": "16-bit range",
+        "dangling.png": "No such file",
+    }
+    return {path: special.get(path.name, "") for path in folder.iterdir()}
+
+
+def test_open_image_names_every_file_it_cannot_read(tmp_path):
+    for path, reason in unreadable_files(tmp_path).items():
+        with pytest.raises(DataError) as caught:
+            open_image(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: "), message
+        assert reason in message
+        assert "\n" not in message
+
+
+# Sources
+
+
+def grey_source(*values):
+    images = np.array(values, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    return ArraySource(images, [value % 2 for value in values], ["even", "odd"])
+
+
+def test_concat_source_joins_images_and_shifts_labels():
+    parts = [grey_source(10, 11), grey_source(21), grey_source(30, 31, 32)]
+    joined = ConcatSource(parts, [f"class {i}" for i in range(6)], label_offsets=[4, 0, 2])
+    assert len(joined) == 6
+    assert joined.classes[5] == "class 5"
+    assert joined.targets.dtype == np.int64
+    assert joined.targets.tolist() == [4, 5, 1, 2, 3, 2]
+    for index in (0, 1, 2, 3, 5, np.int64(4), np.int32(5)):
+        image, target = joined[index]
+        assert image.getpixel((0, 0))[0] == [10, 11, 21, 30, 31, 32][index]
+        assert target == joined.targets[index]
+        assert type(target) is int
+
+
+def test_concat_source_counts_from_the_end_ends_and_takes_parts_without_images():
+    empty = ArraySource(np.zeros((0, 4, 4), dtype=np.uint8), [], ["even", "odd"])
+    parts = [empty, grey_source(10), empty, grey_source(21, 22), empty]
+    joined = ConcatSource(parts, ["even", "odd"])
+    assert joined.targets.tolist() == [0, 1, 0]
+    assert [image.getpixel((0, 0))[0] for image, _ in joined] == [10, 21, 22]
+    assert [joined[index][0].getpixel((0, 0))[0] for index in (-1, -3)] == [22, 10]
+    for index in (3, -4, np.int64(3)):
+        with pytest.raises(IndexError):
+            joined[index]
+    with pytest.raises(ValueError):
+        ConcatSource(parts, ["even", "odd"], label_offsets=[0])
+
+
+def test_file_source_opens_any_files(tmp_path):
+    names = ["a.png", "sub/ünï.png", "sub/b.png"]
+    (tmp_path / "sub").mkdir()
+    for i, name in enumerate(names):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / name)
+    whole = FileSource([str(tmp_path / name) for name in names], [2, 0, 1], "abc")
+    inside = FileSource(names, [2, 0, 1], "abc", folder=tmp_path)
+    for source in (whole, inside, pickle.loads(pickle.dumps(inside))):
+        assert source.paths == [str(tmp_path / name) for name in names]
+        assert [source[i][0].getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+        assert [source[i][1] for i in (np.int64(0), 1, -1)] == [2, 0, 1]
+        with pytest.raises(IndexError):
+            source[3]
+        some = source.select(np.array([True, False, True]))
+        assert some.paths == source.select(np.array([0, 2])).paths == source.paths[::2]
+        assert (some[1], some.classes) == (source[2], source.classes)
+
+
+def test_paths_take_little_more_than_their_letters(tmp_path):
+    tracemalloc.start()
+    source = FileSource(
+        (f"s{i % 11}/o{i % 50}/C_{i:08}.png" for i in range(50_000)), [0] * 50_000, ["a"], tmp_path
+    )
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert source.paths[49_999] == str(tmp_path / "s4/o49/C_00049999.png")
+    assert max(held, len(pickle.dumps(source))) < 3_000_000
+
+
+# Errors
+
+
+class Failing(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 3:
+            try:
+                raise OSError("the cause")
+            except OSError as error:
+                raise DataError("/data/x.png: the file is: empty") from error
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_error_is_one_line_wherever_it_is_raised(num_workers):
+    message = None
+    try:
+        list(DataLoader(Failing(), num_workers=num_workers))
+    except DataError as error:  # not pytest.raises: it would keep the loader and its workers alive
+        message = str(error)
+        error.__traceback__ = None
+    assert message == "/data/x.png: the file is: empty"
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (PermissionError(13, "Permission denied", "/data/x.mat"), "/data/x.mat: Permission denied"),
+    (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+])  # fmt: skip
+def test_errors_of_the_file_system_name_the_file(error, message):
+    with pytest.raises(DataError) as caught, os_errors_as_data_errors():
+        raise error
+    assert str(caught.value) == message
+
+
+def test_data_error_survives_pickling_and_line_breaks():
+    error = DataError("two\nlines")
+    assert str(error) == "two lines"
+    assert str(pickle.loads(pickle.dumps(error))) == "two lines"
+    assert isinstance(error, ValueError)
