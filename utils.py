@@ -3,10 +3,11 @@
 A launcher starts one process for each GPU and describes them in the environment:
 torch.distributed.launch and torchrun by RANK, WORLD_SIZE, LOCAL_RANK; `srun` by Slurm's variables
 of a step. A process without a launcher runs alone, in an interactive allocation too.
+
+When a process fails, its launcher ends the others: torchrun always, `srun` with
+`--kill-on-bad-exit`. With gloo they notice in their next collective by themselves.
 """
 
-import atexit
-import json
 import logging
 import os
 import re
@@ -15,14 +16,14 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,26 +31,23 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-
 #: Below the ephemeral ports of Linux.
 _PORTS = range(12_000, 32_000)
 
 #: Time-out of collectives, and of waiting for other processes to start.
 _PATIENCE = timedelta(minutes=10)
 
-#: Seconds that a process has to exit by itself after another one has ended.
-_GRACE = 3.0
+#: Errors of this process's own device, which are RuntimeErrors like those of a lost connection.
+_OOM = torch.OutOfMemoryError
+_DEVICE_ERRORS = (_OOM, getattr(torch, "AcceleratorError", _OOM))
+
+#: Those of `setup_logging` and `log_to_file`.
+_handlers: list[logging.Handler] = []
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank, world size and device of this process.
-
-    Attributes:
-        rank: 0-based rank of this process.
-        world_size: Number of processes.
-        device: Where this process computes.
-    """
+    """The 0-based rank of this process, how many there are, and where this one computes."""
 
     rank: int
     world_size: int
@@ -58,25 +56,17 @@ class Processes:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a launcher describes this process.
-
-    Attributes:
-        rank: 0-based rank of this process.
-        world_size: Number of processes.
-        local_rank: 0-based rank of this process on its machine.
-        meeting_point: URL of the rendezvous, if the launcher gives one.
-        by_slurm: Whether `srun` is the launcher.
-    """
+    """How a launcher describes this process; `rank` and `world_size` as of `Processes`."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    meeting_point: str | None = None
-    by_slurm: bool = False
+    local_rank: int = 0  # 0-based, on its machine
+    meeting_point: str | None = None  # URL of the rendezvous, if the launcher gives one
+    by_slurm: bool = False  # whether `srun` is the launcher
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run is gone, so this one cannot continue."""
+    """Another process of the run is gone; every operation of all processes raises it."""
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
@@ -84,18 +74,22 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
     Slurm's variables count only inside a step of several tasks: the shell of an allocation and a
     batch script have them too, but are single processes.
+
+    Raises:
+        ValueError: Naming a variable that is no number.
     """
+
+    def number(name: str, default: str = "") -> int:
+        text = environ.get(name, default)
+        if not text.isdecimal():
+            raise ValueError(f"the environment has {name}={text}: expected a number")
+        return int(text)
+
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        local_rank = int(environ.get("LOCAL_RANK", 0))
-        return Launch(int(environ["RANK"]), int(environ["WORLD_SIZE"]), local_rank)
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return Launch(
-            rank=int(environ["SLURM_PROCID"]),
-            world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(environ["SLURM_LOCALID"]),
-            meeting_point=_slurm_meeting_point(environ),
-            by_slurm=True,
-        )
+        return Launch(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", "0"))
+    if "SLURM_PROCID" in environ and (num_tasks := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        ranks = number("SLURM_PROCID"), num_tasks, number("SLURM_LOCALID")
+        return Launch(*ranks, _slurm_meeting_point(environ), by_slurm=True)
     return None
 
 
@@ -108,53 +102,35 @@ def _slurm_meeting_point(environ: Mapping[str, str]) -> str:
     return f"tcp://{environ.get('MASTER_ADDR', first)}:{environ.get('MASTER_PORT', port)}"
 
 
-def meet(dist_url: str = "env://") -> None:
-    """Waits for the other processes that a launcher has started, if there is one.
-
-    From then on, if one of them fails, all end. The device is not initialised.
-
-    Args:
-        dist_url: URL of the rendezvous; `env://`: that of the launcher.
-    """
-    launch = find_launch()
-    if launch is None:
-        return
-    if dist_url == "env://" and launch.meeting_point is not None:
-        dist_url = launch.meeting_point
-    place = (launch.rank, launch.world_size)
-    store, *_ = next(dist.rendezvous(dist_url, *place, timeout=_PATIENCE))
-    _Watch.begin(store)
-
-
 def init_processes(device: str, dist_url: str = "env://") -> Processes:
     """Joins the process group that a launcher describes in the environment, if one does.
 
+    It blocks until all processes have joined; Python's signal handlers do not run meanwhile.
+
     Args:
         device: `cuda`, `cuda:N`, `cpu` or `auto` (CUDA where there is one).
-        dist_url: URL of the rendezvous, unless `meet` has been called.
+        dist_url: URL of the rendezvous; `env://`: that of the launcher.
 
     Raises:
         ValueError: If CUDA is asked for and is not there.
-        LostProcessError: If another process has ended, or does not come.
+        torch.distributed.DistError: If another process does not come.
     """
     launch = find_launch()
     chosen = choose_device(device, launch)
     if launch is None:
         return Processes(0, 1, chosen)
-    if _Watch.current is None:
-        meet(dist_url)
-    assert _Watch.current is not None
-    if chosen.type == "cuda":
+    if dist_url == "env://":
+        dist_url = launch.meeting_point or dist_url
+    on_cuda = chosen.type == "cuda"
+    if on_cuda:
         torch.cuda.set_device(chosen)
-    _Watch.current.wait_for_all(
-        "here", launch.world_size
-    )  # init_process_group blocks, and cannot notice that another rank failed
     dist.init_process_group(
-        backend="nccl" if chosen.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", _Watch.current.meeting_point),
+        backend="nccl" if on_cuda else "gloo",
+        init_method=dist_url,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=_PATIENCE,
+        device_id=chosen if on_cuda else None,
     )
     return Processes(launch.rank, launch.world_size, chosen)
 
@@ -188,54 +164,18 @@ def choose_device(device: str, launch: Launch | None = None) -> torch.device:
 
 def close_processes() -> None:
     """Leaves the process group, if there is one, when all processes have finished."""
-    watch = _Watch.current
-    if watch is None or not dist.is_initialized():
-        return
-    num_processes = dist.get_world_size()
-    # Not a collective: older versions of torch can hang if the group is destroyed right behind one.
-    watch.wait_for_all("done", num_processes)
-    dist.destroy_process_group()
-    _Watch.end()
-    watch.leave(num_processes)
-
-
-def wait_for_all(event: str) -> None:
-    """Barrier on the host; each event is used once.
-
-    Not a collective: those of NCCL return before the other ranks have arrived.
-
-    Raises:
-        LostProcessError: If another process is gone.
-    """
-    if _Watch.current is not None and dist.is_initialized():
-        _Watch.current.wait_for_all(event, dist.get_world_size())
-
-
-def announce_end(code: int, reason: str) -> None:
-    """Announces to the other processes that this one fails, so that they end, too.
-
-    Args:
-        code: Exit code for all of them.
-        reason: One line for people.
-    """
-    launch = find_launch()
-    if _Watch.current is not None and launch is not None:
-        _Watch.current.announce(_End(launch.rank, code, reason), launch.world_size)
-
-
-def announced_end(wait: float = 2.0) -> tuple[int, str] | None:
-    """Exit code and reason of the process that failed first, if announced in `wait` seconds."""
-    watch = _Watch.current
-    end = None if watch is None else watch.look_for_end(wait)
-    return None if end is None else (end.code, end.message())
+    if dist.is_initialized():
+        wait_for_all()
+        dist.destroy_process_group()
 
 
 def rank() -> int:
-    """0-based rank of this process."""
+    """0-based rank of this process; 0 as long as the environment cannot be understood."""
     if dist.is_initialized():
         return dist.get_rank()
-    launch = find_launch()
-    return 0 if launch is None else launch.rank
+    with suppress(ValueError):  # which `validate` reports
+        return (find_launch() or Launch()).rank
+    return 0
 
 
 def is_alone() -> bool:
@@ -248,33 +188,27 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def share_bytes(data: bytes) -> bytes:
-    """Broadcasts bytes of rank 0 to all processes.
+def share(value: Item) -> Item:
+    """Broadcasts a plain value of rank 0 to all processes."""
+    shared = [value]
+    if not is_alone():
+        with _all_processes():
+            dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
-    Raises:
-        LostProcessError: If another process is gone.
-    """
-    if is_alone():
-        return data
-    device, is_main = _group_device(), is_main_process()
-    size = torch.tensor([len(data) if is_main else 0], device=device)
-    content = torch.zeros(int(sum_over_processes(size)), dtype=torch.uint8, device=device)
-    if is_main and data:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return sum_over_processes(content).cpu().numpy().tobytes()
+
+def wait_for_all() -> None:
+    """Barrier; the host waits, too."""
+    if not is_alone():
+        with _all_processes():
+            dist.barrier()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """All-reduces a tensor by sum, in place.
-
-    Raises:
-        LostProcessError: If another process is gone.
-    """
+    """All-reduces a tensor by sum, in place."""
     if not is_alone():
-        try:
+        with _all_processes():
             dist.all_reduce(values)
-        except RuntimeError as error:
-            raise LostProcessError(f"another process of the run is gone ({error})") from error
     return values
 
 
@@ -289,11 +223,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = summed.view_as(p)
 
 
-def _group_device() -> torch.device:
-    """Device of the tensors that the backend of the process group exchanges."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+@contextmanager
+def _all_processes() -> Iterator[None]:
+    """Names a lost connection, for which gloo has no error of its own."""
+    try:
+        yield
+    except _DEVICE_ERRORS:
+        raise
+    except RuntimeError as error:
+        raise LostProcessError(f"another process of the run is gone ({reason(error)})") from error
 
 
 # Logging and progress
@@ -302,14 +240,10 @@ def _group_device() -> torch.device:
 def setup_logging() -> None:
     """Logs plain lines to standard output on rank 0, warnings to standard error on the others."""
     tqdm.set_lock(threading.RLock())  # its own is shared with forks, which may die holding it
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        if isinstance(handler, _OwnHandler):
-            root.removeHandler(handler)
-            handler.close()
-    root.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    end_logging()
+    logging.getLogger().setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if is_main_process():
-        root.addHandler(_OwnHandler())
+        _add_handler(_Output())
     for noisy in ("timm", "matplotlib", "PIL", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
@@ -318,36 +252,39 @@ def setup_logging() -> None:
 def log_to_file(path: Path) -> None:
     """Logs to a file, too, from now on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger().addHandler(_OwnHandler(path))
+    _add_handler(logging.FileHandler(path, encoding="utf-8"))
 
 
-class _OwnHandler(logging.Handler):
-    """Writes plain lines to a file, or to standard output around a progress bar."""
+def end_logging() -> None:
+    """Undoes `setup_logging` and `log_to_file`."""
+    while _handlers:
+        handler = _handlers.pop()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
-    def __init__(self, path: Path | None = None) -> None:
-        super().__init__()
-        self.file = None if path is None else path.open("a", encoding="utf-8")
+
+def _add_handler(handler: logging.Handler) -> None:
+    _handlers.append(handler)
+    logging.getLogger().addHandler(handler)
+
+
+class _Output(logging.StreamHandler):
+    """Standard output, around a progress bar, which shows the progress itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record and flushes."""
-        line = record.getMessage()
-        if self.file is None and getattr(record, "progress", False) and sys.stdout.isatty():
-            return  # the bar shows it
-        if self.file is None:
-            try:
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
-            except BrokenPipeError:  # the reader is gone; the run continues
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
-            self.file.write(line + "\n")
-            self.file.flush()
+        self.stream = sys.stdout
+        if getattr(record, "progress", False) and self.stream.isatty():
+            return
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
-    def close(self) -> None:
-        """Closes the file."""
-        if self.file is not None:
-            self.file.close()
-        super().close()
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Continues silently if whoever read the output is gone."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
 
 
 class Progress:
@@ -365,43 +302,35 @@ class Progress:
         self, header: str, print_freq: int, sums: dict[str, list[float]] | None = None
     ) -> None:
         self.header, self.print_freq = header, print_freq
-        self.meters: dict[str, AverageMeter] = {}
-        for name, (total, count) in (sums or {}).items():
-            meter = self.meters[name] = AverageMeter()
-            meter.sum, meter.count = total, count  # type: ignore[assignment]
-            meter.val = meter.avg = total / count  # type: ignore[assignment]
+        self._sums = dict(sums or {})
+        self._latest = self.averages()
         self.start = time.monotonic()
 
     def update(self, values: dict[str, float], count: int = 1) -> None:
-        """Adds a value to each named meter, weighing `count`."""
+        """Adds a value to each named mean, weighing `count`."""
+        self._latest |= values
         for name, value in values.items():
-            self.meters.setdefault(name, AverageMeter()).update(value, count)
+            total, number = self._sums.get(name, (0.0, 0))
+            self._sums[name] = [total + value * count, number + count]
 
     def averages(self) -> dict[str, float]:
-        """Averages since the start, by meter."""
-        return {name: float(meter.avg) for name, meter in self.meters.items()}
+        """Averages since the start, by name."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
 
     def sums(self) -> dict[str, list[float]]:
-        """Sum and count of each meter, to initialise another `Progress`."""
-        return {name: [meter.sum, meter.count] for name, meter in self.meters.items()}
+        """Sum and count of each mean, to initialise another `Progress`."""
+        return dict(self._sums)
 
     def over(self, items: Iterable[Item], total: int, first: int = 0) -> Iterator[tuple[int, Item]]:
         """Yields (step, item), counted from `first`, and shows progress, in the main process."""
         if not is_main_process():
             yield from enumerate(items, first)
             return
-        live = sys.stdout.isatty()
-        with tqdm(
-            desc=self.header,
-            total=total,
-            initial=first,
-            file=sys.stdout,
-            leave=False,
-            disable=not live,
-        ) as bar:
+        look: Any = {"file": sys.stdout, "disable": not sys.stdout.isatty(), "leave": False}
+        with tqdm(desc=self.header, total=total, initial=first, **look) as bar:
             for step, item in enumerate(items, first):
                 yield step, item
-                bar.set_postfix_str(self._values("{name}: {meter.avg:.4g}"), refresh=False)
+                bar.set_postfix(self.averages(), refresh=False)
                 bar.update()
                 if step % self.print_freq == 0 or step == total - 1:
                     line = self._line(step, total, elapsed_steps=step + 1 - first)
@@ -410,129 +339,17 @@ class Progress:
     def _line(self, step: int, total: int, elapsed_steps: int) -> str:
         elapsed = time.monotonic() - self.start
         eta = timedelta(seconds=int(elapsed / elapsed_steps * (total - step - 1)))
-        values = self._values("{name}: {meter.val:.4f} ({meter.avg:.4f})")
+        means = self.averages()
+        values = "  ".join(f"{n}: {self._latest[n]:.4f} ({means[n]:.4f})" for n in means)
         return f"{self.header}  [{step:{len(str(total))}d}/{total}]  eta: {eta}  {values}"
-
-    def _values(self, form: str) -> str:
-        return "  ".join(form.format(name=n, meter=meter) for n, meter in self.meters.items())
 
 
 def usable_cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reason(error: BaseException) -> str:
     """The name of an error and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-
-
-# Coordinated exit
-
-
-@dataclass(frozen=True)
-class _End:
-    """How a process failed."""
-
-    rank: int
-    code: int
-    reason: str
-
-    def message(self) -> str:
-        return f"process {self.rank} ended: {self.reason}"
-
-
-class _Watch(threading.Thread):
-    """Thread that ends this process soon after another one has failed, even inside a collective.
-
-    A collective of NCCL waits for a lost process until its time-out; this thread does not. It does
-    nothing when a run ends well.
-    """
-
-    current: "_Watch | None" = None
-
-    def __init__(self, store: dist.Store) -> None:
-        super().__init__(name="watch over processes", daemon=True)
-        self.meeting_point = store
-        self.store = dist.PrefixStore("l2p", store)
-        self.over = threading.Event()
-
-    @classmethod
-    def begin(cls, store: dist.Store) -> None:
-        cls.current = cls(store)
-        cls.current.start()
-        atexit.register(cls.end)  # a thread must not be inside the store when Python ends
-
-    @classmethod
-    def end(cls) -> None:
-        """Stops watching."""
-        if cls.current is not None:
-            cls.current.over.set()
-            cls.current.join(timeout=_GRACE)
-        cls.current = None
-
-    def announce(self, end: _End, num_processes: int) -> None:
-        """Announces that this process ends; only the first announcement counts."""
-        self.over.set()
-        try:
-            self.store.compare_set("end", "", json.dumps(vars(end)))
-        except RuntimeError:
-            logger.debug("the process that holds the store is gone already")
-        self.leave(num_processes)
-
-    def leave(self, num_processes: int) -> None:
-        """Reports that this process no longer needs the store; rank 0, which may host it, waits.
-
-        A process that does not leave within the grace period is ended by its own watch.
-        """
-        latest = time.monotonic() + _GRACE + 2
-        try:
-            self.store.add("gone", 1)
-            while is_main_process() and self.store.add("gone", 0) < num_processes:
-                if time.monotonic() > latest:
-                    break
-                time.sleep(0.05)
-        except RuntimeError:
-            logger.debug("the process that holds the store is gone already")
-
-    def look_for_end(self, wait: float) -> _End | None:
-        """The announced failure, if there is one within so many seconds."""
-        for _ in range(max(1, int(wait / 0.1))):
-            try:
-                if self.store.check(["end"]):
-                    return _End(**json.loads(self.store.get("end")))
-            except RuntimeError:
-                return _End(0, 1, "it is gone, and left no message")
-            time.sleep(0.1)
-        return None
-
-    def wait_for_all(self, event: str, world_size: int) -> None:
-        """Waits until all processes have reached an event.
-
-        Raises:
-            LostProcessError: If one of them has ended, or does not come.
-        """
-        latest = time.monotonic() + _PATIENCE.total_seconds()
-        try:
-            number = self.store.add(event, 1)
-            while number < world_size and time.monotonic() < latest:
-                if self.look_for_end(wait=0.0) is not None:
-                    break
-                number = self.store.add(event, 0)
-        except RuntimeError as error:  # the process that holds the store
-            raise LostProcessError(f"another process of the run is gone ({error})") from error
-        if number < world_size:
-            raise LostProcessError(f"only {number} of {world_size} processes are {event}")
-
-    def run(self) -> None:
-        """Checks once a second."""
-        while not self.over.wait(1.0):
-            end = self.look_for_end(wait=0.0)
-            if end is not None and not self.over.wait(_GRACE):
-                logger.error("error: %s", end.message())
-                logging.shutdown()
-                self.leave(1)
-                os._exit(end.code)

@@ -1,7 +1,6 @@
 """The parts of a run, each built from its settings: stream, model, optimizer, loaders."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,18 +9,17 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from torch import Tensor
 
 import utils
 from cli.settings import OptimizerSettings, Settings
-from continual_dataloader import Loaders, TestBatches, TrainBatches
+from continual_dataloader import Loaders
 from continual_datasets import task_splits
 from continual_datasets.images import DataError
 from continual_datasets.pipeline import build_pipeline
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import LoaderOptions
 from continual_datasets.scenarios import StreamSource, TaskClasses, find_scenario
-from continual_datasets.stream import Task, TaskStream, TestSet
+from continual_datasets.stream import TaskStream
 from continual_datasets.task_splits import Transforms
 from experiment.run_record import RunRecord
 from model import backbone
@@ -30,9 +28,12 @@ from model.weights import load_backbone_file
 from prompt import find_selection_rule
 from reports import metrics
 from reports.metrics import SELECTIONS
-from training.state import EngineOptions, Monitor, Run, Scheduler
+from training.state import EngineOptions, Run, Scheduler
 from utils import Processes
 from vision_transformer import PromptedVisionTransformer
+
+#: Optimizers that, fused, can skip a step on a GPU, see `OptimizerStep`.
+_SKIP_STEPS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 #: Maximum of asynchronous steps on a GPU; a stop request takes effect after at most so many.
 _MOST_UNREAD = 10
@@ -40,51 +41,16 @@ _MOST_UNREAD = 10
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that training and evaluation need.
-
-    Attributes:
-        settings: All settings.
-        processes: This process among all.
-        stream: The tasks.
-        model: The prompted model, on its device.
-        identity: Which backbone it has.
-        options: What the engine optimises and evaluates.
-        train_loader: Gives the training batches of a task.
-        test_loader: Gives the batches of a test set.
-        record: Collects the results.
-        global_batch: Images of all processes in a training step, replayed ones not counted.
-        buffer: Images of earlier tasks that are replayed; None: none are.
-    """
+    """Everything that training and evaluation need."""
 
     settings: Settings
-    processes: Processes
+    processes: Processes  # this process among all
     stream: TaskStream
-    model: PromptedVisionTransformer
-    identity: BackboneIdentity
-    options: EngineOptions
-    train_loader: Callable[[Task], TrainBatches]
-    test_loader: Callable[[TestSet], TestBatches]
-    record: RunRecord
-    global_batch: int
-    buffer: ReplayBuffer | None
-
-    def buffered_images(self) -> Tensor | None:
-        """Indices of the images in the buffer, as checkpoints store them; None without one."""
-        return None if self.buffer is None else torch.from_numpy(self.buffer.indices)
-
-    def loop(self, monitor: Monitor | None = None) -> Run:
-        """What the functions of `engine.py` need beside model, tasks and state."""
-        optimizer = self.settings.optimizer
-        lr = optimizer.learning_rate(self.global_batch)
-        return Run(
-            options=self.options,
-            train_loader=self.train_loader,
-            test_loader=self.test_loader,
-            make_optimizer=partial(make_optimizer, optimizer, self.model, lr),
-            make_scheduler=partial(make_scheduler, optimizer),
-            matrices=self.record.matrices,
-            monitor=monitor or Monitor(),
-        )
+    model: PromptedVisionTransformer  # on its device
+    loop: Run  # what the functions of `engine.py` need beside model, tasks and state
+    record: RunRecord  # collects the results
+    global_batch: int  # images of all processes in a training step, without replayed ones
+    buffer: ReplayBuffer | None  # images of earlier tasks that are replayed; None: none are
 
 
 def build_stream(
@@ -93,13 +59,7 @@ def build_stream(
     device: torch.device,
     task_classes: TaskClasses | None = None,
 ) -> TaskStream:
-    """Turns data into a stream of tasks.
-
-    Args:
-        settings: The settings.
-        global_batch: Images of all processes in a training step.
-        device: Where the model is.
-        task_classes: Class ids of each task; None: as the settings say.
+    """Turns data into a stream of tasks; arguments as in `assemble` of main.py.
 
     Raises:
         DataError: If the data are missing or damaged, do not fit the settings, or the file of
@@ -117,7 +77,7 @@ def build_stream(
             pipeline.train_transform, pipeline.test_transform, settings.run.seed
         )
         source = StreamSource((train, test), transforms, global_batch, task_classes)
-        stream = scenario.build(source)
+        stream = scenario.stream(source)
     except ValueError as error:
         raise DataError(str(error)) from error
     stream = dataclasses.replace(stream, pipeline=pipeline)
@@ -128,11 +88,7 @@ def build_stream(
 
 
 def build_backbone(settings: Settings, pretrained: bool = False) -> VisionTransformer:
-    """The timm ViT that the settings name.
-
-    Args:
-        settings: The settings.
-        pretrained: Whether to load the weights that the settings name, too.
+    """The timm ViT that the settings name, with the weights that they name if `pretrained`.
 
     Raises:
         WeightsError: If it cannot be built, or its weights cannot be loaded.
@@ -186,7 +142,10 @@ def make_optimizer(
         no_weight_decay_list=model.no_weight_decay(),
     )
     kwargs = {**optimizer_kwargs(settings), "lr": lr}
-    return create_optimizer_v2(model, param_group_fn=groups, **kwargs)
+    make = partial(create_optimizer_v2, model, param_group_fn=groups, **kwargs)
+    optimizer = make()
+    on_cuda = next(model.parameters()).is_cuda
+    return make(fused=True) if on_cuda and type(optimizer) in _SKIP_STEPS else optimizer
 
 
 def make_scheduler(
@@ -254,36 +213,16 @@ def build_experiment(
     identity: BackboneIdentity,
 ) -> Experiment:
     """Adds loaders, replay buffer and record to a stream and a model."""
+    assert stream.pipeline is not None
     loading = loader_options(settings, processes, global_batch)
-    buffer = _build_buffer(settings, stream)
-    assert stream.pipeline is not None
-    loaders = Loaders(stream, loading, processes.device, stream.pipeline.to_images, buffer)
-    return Experiment(
-        settings=settings,
-        processes=processes,
-        stream=stream,
-        model=model,
-        identity=identity,
-        options=engine_options(settings, processes.device, stream.classes),
-        train_loader=loaders.train,
-        test_loader=loaders.test,
-        record=_build_record(settings, loading, stream, model, identity),
-        global_batch=global_batch,
-        buffer=buffer,
-    )
-
-
-def _build_record(
-    settings: Settings,
-    loading: LoaderOptions,
-    stream: TaskStream,
-    model: PromptedVisionTransformer,
-    identity: BackboneIdentity,
-) -> RunRecord:
-    """What is known of a run before it starts."""
-    assert stream.pipeline is not None
+    replay, buffer = settings.replay, None
+    if replay.has_buffer:
+        sizes = {"size": replay.buffer_size, "per_class": replay.buffer_per_class}
+        buffer = ReplayBuffer(stream.train_targets, settings.run.seed, **sizes)
+    loaders = Loaders(stream, loading, processes.device, stream.pipeline, buffer)
+    lr = settings.optimizer.learning_rate(global_batch)
     shape = len(stream.test_sets), stream.num_tasks
-    return RunRecord(
+    record = RunRecord(
         config={**settings.stored(), "vote_group_size": settings.vote_group_size},
         backbone=identity.as_dict(),
         class_order=stream.class_order,
@@ -298,13 +237,22 @@ def _build_record(
         },
         command=settings.command(),
         run={
-            "processes": loading.world_size,
-            "images_per_step": loading.full_batch,
-            "learning_rate": settings.optimizer.learning_rate(loading.full_batch),
+            "processes": processes.world_size,
+            "images_per_step": global_batch,
+            "learning_rate": lr,
             "train_digest": stream.train_digest,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
     )
+    loop = Run(
+        options=engine_options(settings, processes.device, stream.classes),
+        train_loader=loaders.train,
+        test_loader=loaders.test,
+        make_optimizer=partial(make_optimizer, settings.optimizer, model, lr),
+        make_scheduler=partial(make_scheduler, settings.optimizer),
+        matrices=record.matrices,
+    )
+    return Experiment(settings, processes, stream, model, loop, record, global_batch, buffer)
 
 
 def _check_steps(settings: OptimizerSettings, stream: TaskStream, global_batch: int) -> None:
@@ -315,14 +263,3 @@ def _check_steps(settings: OptimizerSettings, stream: TaskStream, global_batch: 
                 f"--drop_last leaves no step of {task.name}: it has {len(task.data)} images, a "
                 f"step {global_batch}; lower --batch-size or leave --drop_last out"
             )
-
-
-def _build_buffer(settings: Settings, stream: TaskStream) -> ReplayBuffer | None:
-    if not settings.replay.has_buffer:
-        return None
-    return ReplayBuffer(
-        stream.train_targets,
-        settings.run.seed,
-        size=settings.replay.buffer_size,
-        per_class=settings.replay.buffer_per_class,
-    )

@@ -6,14 +6,13 @@ Namespace) are read too: the Namespace is taken as plain values.
 """
 
 import argparse
-import hashlib
-import io
+import dataclasses
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,8 @@ import utils
 from reports import files
 
 FORMAT = "l2p checkpoint 3"
-#: The same without a buffer, and before that without a checksum.
-_SECOND_FORMAT, _FIRST_FORMAT = "l2p checkpoint 2", "l2p checkpoint 1"
-_SEAL, _DIGEST = b"l2p sha256", hashlib.sha256().digest_size
+#: The earlier ones have no buffer.
+_FORMATS = (FORMAT, "l2p checkpoint 2", "l2p checkpoint 1")
 _NAME = re.compile(r"task(\d+)_checkpoint\.pth")
 
 
@@ -32,33 +30,30 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or foreign."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The state after a task.
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What checkpoints of a task and states of a run share.
 
-    Attributes:
-        model: Trained tensors by public name; for the original's files the full state dict.
-        task: 1-based number of the last task that was learned.
-        config: Resolved settings of the run, plain values.
-        class_order: Class ids of each task; None in the original's files.
-        class_names: Name of every class; None in the original's files.
-        test_sets: Name of each test set; None in the original's files and in early ones.
-        backbone: `name`, `source` and `sha256` of the frozen network; None in the original's files.
-        accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
-        buffer: Numbers of the training images to replay; None without replay.
-        original: Whether l2p-pytorch wrote it.
+    The original's files hold `model` and `config` alone, early ones of this program no `test_sets`.
     """
 
-    model: dict[str, Tensor]
-    task: int
-    config: dict[str, Any]
-    class_order: list[list[int]] | None = None
+    model: dict[str, Tensor]  # trained tensors by public name; the original's: full state dict
+    config: dict[str, Any]  # resolved settings of the run, plain values
+    class_order: list[list[int]] | None = None  # class ids of each task
     class_names: list[str] | None = None
-    test_sets: list[str] | None = None
-    backbone: dict[str, str] | None = None
+    test_sets: list[str] | None = None  # their names
+    backbone: dict[str, str] | None = None  # `name`, `source`, `sha256` of the frozen network
+    #: Accuracy matrix so far for each selection, percent, None where not evaluated.
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    buffer: Tensor | None = None
-    original: bool = False
+    buffer: Tensor | None = None  # numbers of the training images to replay; None without replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(StoredModel):
+    """The state after a task."""
+
+    task: int  # 1-based number of the last task that was learned
+    original: bool = False  # whether l2p-pytorch wrote it
 
 
 def task_path(output_dir: Path, task: int) -> Path:
@@ -68,17 +63,16 @@ def task_path(output_dir: Path, task: int) -> Path:
 
 def find(output_dir: Path) -> dict[int, Path]:
     """Task checkpoints of a run by task number, ascending."""
-    found = {}
-    for path in (output_dir / "checkpoint").glob("task*_checkpoint.pth"):
-        if match := _NAME.fullmatch(path.name):
-            found[int(match[1])] = path
+    paths = (output_dir / "checkpoint").glob("task*_checkpoint.pth")
+    found = {int(m[1]): path for path in paths if (m := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
-    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in _ENTRIES}}
-    files.write_bytes(path, sealed(content))
+    content = {"format": FORMAT, **vars(checkpoint)}
+    del content["original"]
+    write(path, content)
 
 
 def load(path: Path) -> Checkpoint:
@@ -89,13 +83,13 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    content = _read(path, str(path))
-    if content.get("format") in (FORMAT, _SECOND_FORMAT):
-        _unsealed(path.read_bytes(), str(path))
-    if content.get("format") in (_SECOND_FORMAT, _FIRST_FORMAT):
-        content = {**upgraded(content), "format": FORMAT}
-    if content.get("format") == FORMAT:
-        return Checkpoint(**check_entries(content, _ENTRIES, str(path)))
+    with path.open("rb") as file:
+        content = read(file, str(path))
+    mark = content.get("format")
+    if mark in _FORMATS:
+        content = content if mark == FORMAT else upgraded(content)
+        entries = {**content, "original": False}
+        return Checkpoint(**check_entries(entries, Checkpoint, str(path)))
     if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
         match = _NAME.fullmatch(path.name)
         if match is None:
@@ -103,8 +97,9 @@ def load(path: Path) -> Checkpoint:
                 f"{path}: a checkpoint of the original does not say its task; its name must: "
                 "task1_checkpoint.pth, task2_checkpoint.pth, ..."
             )
-        return Checkpoint(content["model"], int(match[1]), vars(content["args"]), original=True)
-    if str(content.get("format")).startswith("l2p run state"):
+        config = vars(content["args"])
+        return Checkpoint(model=content["model"], task=int(match[1]), config=config, original=True)
+    if str(mark).startswith("l2p run state"):
         raise CheckpointError(
             f"{path} is the state of a run, for --resume: give a checkpoint of a task, such as "
             f"{task_path(path.parent.parent, 1)}"
@@ -115,49 +110,35 @@ def load(path: Path) -> Checkpoint:
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """What a file of an earlier format holds, under today's names."""
-    config = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+    config = dict(content["config"])
     if "use_prompt_mask" in config:
         config["diversify"] = "mask" if config.pop("use_prompt_mask") else "none"
     return {"buffer": None, "test_sets": None, **content, "config": config}
 
 
-#: What the entries of a file must be: in words, and as a test.
-Entries = dict[str, tuple[str, Callable[[Any], bool]]]
+def write(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    """Writes tensors and plain values whole or not at all, see `files.write_whole`."""
+
+    def save_to(file: IO[bytes]) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch complains of an unfinished file: a full disk, say
+            raise error.__context__ or error from None
+
+    files.write_whole(path, save_to, keep)
 
 
-def sealed(content: dict[str, Any]) -> bytes:
-    """What torch.save writes, and a checksum of it: torch.load does not notice every damage."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    data = buffer.getvalue()
-    return data + _SEAL + hashlib.sha256(data).digest()
+def read(file: IO[bytes], source: str) -> dict[str, Any]:
+    """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them.
 
-
-def read_sealed(data: bytes, source: str) -> dict[str, Any]:
-    """Reads what was sealed.
-
-    Args:
-        data: Content of the file.
-        source: What to call it in messages.
+    Bytes behind the content are ignored: earlier versions added a checksum there.
 
     Raises:
-        CheckpointError: If it is damaged or something else.
+        CheckpointError: If the file, called `source` in the message, is damaged or something else.
     """
-    return _read(io.BytesIO(_unsealed(data, source)), source)
-
-
-def _unsealed(data: bytes, source: str) -> bytes:
-    """The content without its seal, which is checked."""
-    content, digest = data[: -len(_SEAL) - _DIGEST], data[-_DIGEST:]
-    is_sealed = data[:-_DIGEST].endswith(_SEAL)
-    if not is_sealed or hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(f"{source} is damaged or is no checkpoint: its checksum is wrong")
-    return content
-
-
-def _read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
-    """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them."""
     try:
+        _check_checksums(file)
+        file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
@@ -170,67 +151,20 @@ def _read(file: Path | BinaryIO, source: str) -> dict[str, Any]:
     return content
 
 
-def check_entries(content: dict[str, Any], entries: Entries, source: str) -> dict[str, Any]:
-    """The content without its format mark.
+def _check_checksums(file: IO[bytes]) -> None:
+    """Makes sure of the checksums that torch.save writes; torch.load ignores them."""
+    if not zipfile.is_zipfile(file):  # torch.save wrote other files before version 1.6
+        return
+    with zipfile.ZipFile(file) as parts:
+        if damaged := parts.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
 
-    Raises:
-        CheckpointError: If an entry is missing, unknown, or not what it must be.
-    """
+
+def check_entries(content: dict[str, Any], kind: type, source: str) -> dict[str, Any]:
+    """The fields of a dataclass, out of what a file holds; none may be missing, or unknown."""
+    names = {field.name for field in dataclasses.fields(kind)}
     found = {name: value for name, value in content.items() if name != "format"}
-    for name in entries.keys() ^ found.keys():
-        state = "missing" if name in entries else "not expected there"
+    for name in sorted(found.keys() ^ names):
+        state = "missing" if name in names else "not expected there"
         raise CheckpointError(f"{source}: the entry {name} is {state}")
-    for name, (expected, is_valid) in entries.items():
-        if not is_valid(found[name]):
-            shown = " ".join(repr(found[name]).split())[:60]
-            raise CheckpointError(f"{source}: the entry {name} is {shown}, expected {expected}")
     return found
-
-
-def _is_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
-
-
-def _is_class_order(value: Any) -> bool:
-    return _is_list(value, list) and all(
-        _is_list(ids, int) and min(ids, default=0) >= 0 and len(set(ids)) == len(ids)
-        for ids in value
-    )
-
-
-def _is_buffer(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 1
-    )
-
-
-def _is_matrices(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _is_list(rows, list) and len({len(row) for row in rows}) == 1 for rows in value.values()
-    )
-
-
-def _is_identity(value: Any) -> bool:
-    return isinstance(value, dict) and {"name", "source", "sha256"} <= value.keys()
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
-
-
-#: Entries that checkpoints and states share.
-ORIGIN_ENTRIES: Entries = {
-    "model": ("tensors by name", _is_tensors),
-    "config": ("settings by name", lambda value: isinstance(value, dict) and bool(value)),
-    "class_order": ("class ids of each task", _is_class_order),
-    "class_names": ("names of classes", lambda value: _is_list(value, str)),
-    "test_sets": ("names, or None", lambda value: value is None or _is_list(value, str)),
-    "backbone": ("name, source and sha256", _is_identity),
-    "accuracy": ("matrices by selection", _is_matrices),
-    "buffer": ("numbers of images, or None", _is_buffer),
-}
-
-_ENTRIES: Entries = {
-    **ORIGIN_ENTRIES,
-    "task": ("a task number", lambda value: isinstance(value, int) and value >= 0),
-}

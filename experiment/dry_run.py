@@ -17,34 +17,30 @@ logger = logging.getLogger(__name__)
 
 
 def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
-    """Says what a run will do, trains one step of it, evaluates one batch, and leaves no results.
+    """Logs what a run will do, trains one step of it, evaluates one batch, and leaves no results.
 
-    Args:
-        experiment: The run.
-        saved: The state that it would resume from, if any.
+    The step is that of the task at which it would resume from a saved state, if there is one.
 
     Raises:
         DataError: If an image cannot be read.
         NonFiniteLossError: See `engine.train_one_epoch`.
     """
     describe.describe(experiment)
-    tasks = experiment.stream.tasks
     first = 0 if saved is None else saved.state.position.task
-    if first >= len(tasks):
+    tasks = experiment.stream.tasks[first:]
+    if not tasks:
         logger.info("Dry run: the run is complete already (%s)", saved and saved.path)
         return
-    task = tasks[first]
-    if experiment.buffer is not None and task.index == 0:  # the next one takes more memory
+    task, test_set = tasks[0], experiment.stream.test_sets[0]
+    if experiment.buffer is not None and first == 0:  # the second task takes more memory
         experiment.buffer.add(task.data.indices)
         task = tasks[1]
-    run = experiment.loop()
-    update = engine.make_update(experiment.model, run)
+    model, run = experiment.model, experiment.loop
     start = time.monotonic()
-    loader, state = FirstBatch(experiment.train_loader(task)), TrainState(task.index)
-    stats = engine.train_one_epoch(experiment.model, loader, update, task, state, run)
+    loader, state = FirstBatch(run.train_loader(task)), TrainState(task.index)
+    stats = engine.train_one_epoch(model, loader, engine.make_update(model, run), task, state, run)
     trained = time.monotonic()
-    test_set = experiment.stream.test_sets[0]
-    evaluate(experiment.model, FirstBatch(experiment.test_loader(test_set)), test_set, run)
+    evaluate(model, FirstBatch(run.test_loader(test_set)), test_set, run)
     logger.info(
         "Dry run: one step with loss %.4f in %.1f s, one batch of test images in %.1f s; no "
         "results were written. Leave --dry_run out to start the run",
@@ -58,22 +54,13 @@ def try_out(experiment: Experiment, saved: SavedRun | None) -> None:
 
 
 class FirstBatch:
-    """The first batch of a loader, as a loader.
-
-    Args:
-        loader: See `training.state.Loader`.
-    """
+    """The first batch of a loader, as a loader; the sampler is that of one for training."""
 
     def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    @property
-    def batch_sampler(self) -> Any:
-        """That of the loader, if it is one for training."""
-        return self.loader.batch_sampler
+        self.loader, self.batch_sampler = loader, getattr(loader, "batch_sampler", None)
 
     def __len__(self) -> int:
         return 1
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.loader), 1)
+        return itertools.islice(self.loader, 1)

@@ -19,7 +19,7 @@ from continual_datasets import task_splits
 from experiment import build, checkpoints, describe
 from experiment.build import Experiment
 from experiment.checkpoints import Checkpoint, CheckpointError
-from experiment.provenance import check_same_run, same_value
+from experiment.resume import check_same_run, same_value
 from model import backbone
 from reports import files, metrics
 from training.state import TaskReport, TrainState
@@ -47,14 +47,9 @@ _FROM_ORIGINAL = (
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What `--eval` evaluates.
+    """What `--eval` evaluates."""
 
-    Attributes:
-        paths: Checkpoints by task number (1-based), ascending.
-        first: The first of them.
-    """
-
-    paths: dict[int, Path]
+    paths: dict[int, Path]  # checkpoints by task number (1-based), ascending
     first: Checkpoint
 
 
@@ -65,24 +60,22 @@ def find(settings: Settings) -> StoredRun:
         UsageError: If there is none.
         CheckpointError: If the first, or the one that `--checkpoint` names, is missing or damaged.
     """
+    folder = settings.output_folder
     if settings.run.checkpoint is not None:
         path = Path(settings.run.checkpoint)
         first = checkpoints.load(path)
         return StoredRun({first.task: path}, first)
-    if settings.output_folder is None:
+    if folder is None:
         raise UsageError(["--eval needs --output_dir, the folder of the run, or --checkpoint"])
-    paths = checkpoints.find(settings.output_folder)
-    if not paths:
-        folder = settings.output_folder / "checkpoint"
-        seeds = sorted(path.parent for path in settings.output_folder.glob("seed*/checkpoint"))
-        example = f", such as {seeds[0]}" if seeds else ""
-        raise UsageError(
-            [
-                f"--eval finds no checkpoint in {folder}: expected task1_checkpoint.pth, "
-                f"task2_checkpoint.pth, ...; name the run's --output_dir{example}"
-            ]
-        )
-    return StoredRun(paths, checkpoints.load(next(iter(paths.values()))))
+    if paths := checkpoints.find(folder):
+        return StoredRun(paths, checkpoints.load(next(iter(paths.values()))))
+    problem = (
+        f"--eval finds no checkpoint in {folder / 'checkpoint'}: expected task1_checkpoint.pth, "
+        "task2_checkpoint.pth, ...; name the run's --output_dir"
+    )
+    for seed in sorted(folder.glob("seed*/checkpoint"))[:1]:
+        problem += f", such as {seed.parent}"
+    raise UsageError([problem])
 
 
 def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
@@ -102,10 +95,8 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
     clashes = [
         f"{find_flag(name).spelling} {shown(given[name])} contradicts the checkpoint, which has "
         f"{shown(stored[name])}"
-        for name in sorted(given)
-        if name in stored
-        and name not in _CHANGEABLE
-        and not same_value(name, given[name], stored[name])
+        for name in sorted((given.keys() & stored.keys()).difference(_CHANGEABLE))
+        if not same_value(name, given[name], stored[name])
     ]
     if clashes:
         raise UsageError(clashes)
@@ -115,113 +106,61 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
     return settings.replace(**{**stored, **given})
 
 
-def result_file(settings: Settings) -> Path | None:
-    """Where the results go: into the run's folder, under a name of their own; None: nowhere."""
-    if settings.output_folder is None:
-        return None
-    if settings.run.checkpoint is None:
-        return settings.output_folder / "eval_results.json"
-    path = Path(settings.run.checkpoint).absolute()
-    beside = path.parent.parent if path.parent.name == "checkpoint" else path.parent
-    folder = settings.output_folder if "output_dir" in settings.given.explicit else beside
-    return folder / f"eval_results_{path.stem}.json"
-
-
 def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint brings the query's backbone too, so that no other weights are needed."""
-    if not checkpoint.original:
-        return False
-    return not (settings.prompts.prompt_pool and build.backbone_trains(settings))
+    has_pool = settings.prompts.prompt_pool
+    return checkpoint.original and not (has_pool and build.backbone_trains(settings))
 
 
-def evaluate_and_report(experiment: Experiment, paths: dict[int, Path]) -> int:
-    """Evaluates checkpoints, prints and writes the results.
-
-    Args:
-        experiment: The assembled run.
-        paths: Checkpoints by task number.
+def evaluate_and_report(run: Experiment, paths: dict[int, Path]) -> int:
+    """Evaluates the checkpoints, by task number, prints and writes the results.
 
     Returns:
         The exit code: 1 if checkpoints of the run are missing.
-    """
-    settings = experiment.settings
-    describe.describe_evaluation(experiment)
-    evaluate_checkpoints(experiment, paths)
-    logger.info("%s", experiment.record.table())
-    path = result_file(settings)
-    if path is not None and is_main_process():
-        earlier = path.with_name(f"{path.stem}_before.json")
-        files.write_json(path, experiment.record.as_dict(), keep=earlier)
-        logger.info("Wrote %s", path)
-    return 0 if settings.run.checkpoint else report_missing(experiment, paths)
-
-
-def evaluate_checkpoints(run: Experiment, paths: dict[int, Path]) -> None:
-    """Evaluates the model after each task.
-
-    Args:
-        run: The assembled run.
-        paths: Checkpoints by task number.
 
     Raises:
         CheckpointError: If a checkpoint does not belong to the others.
         WeightsError: If it does not fit the model.
     """
-    engine_run = run.loop()
+    describe.describe_evaluation(run)
     for number, path in paths.items():
-        checkpoint = checkpoints.load(path)
-        _check_belongs(run, checkpoint, number, path)
-        _load(run, checkpoint, path)
-        logger.info("Evaluating %s", path)
-        start = time.monotonic()
-        task = run.stream.tasks[number - 1]
-        state = TrainState(task.index)
-        evaluations = engine.evaluate_till_now(run.model, task, state, None, engine_run)
-        seconds = time.monotonic() - start
-        run.record.reports.append(TaskReport(number - 1, {}, evaluations, 0.0, seconds))
-        _compare(run, checkpoint, number)
-
-
-def report_missing(run: Experiment, paths: dict[int, Path]) -> int:
-    """Exit code of an evaluation of a whole run: 1, and a message, if checkpoints are missing."""
+        _evaluate(run, number, path)
+    logger.info("%s", run.record.table())
+    folder = run.settings.output_folder
+    if folder is not None and is_main_process():
+        file = _result_file(folder, run.settings)
+        earlier = file.with_name(f"{file.stem}_before.json")
+        files.write_json(file, run.record.as_dict(), keep=earlier)
+        logger.info("Wrote %s", file)
     every = run.settings.tasks.eval_every
     evaluated = task_splits.evaluated_tasks(run.stream.num_tasks, every)
-    missing = sorted({index + 1 for index in evaluated} - set(paths))
-    if missing:
-        names = ", ".join(f"task{n}_checkpoint.pth" for n in missing)
-        folder = next(iter(paths.values())).parent
-        logger.error("%s lacks %s: the tables above miss these columns", folder, names)
-    return 1 if missing else 0
+    missing = sorted({index + 1 for index in evaluated} - paths.keys())
+    if run.settings.run.checkpoint or not missing:
+        return 0
+    names = ", ".join(f"task{number}_checkpoint.pth" for number in missing)
+    folder = next(iter(paths.values())).parent
+    logger.error("%s lacks %s: the tables above miss these columns", folder, names)
+    return 1
 
 
 def _adopt_original(settings: Settings, stored: dict[str, Any]) -> dict[str, Any]:
     """What counts of the original's settings; logs what had to be assumed."""
+    assumed = (
+        "The checkpoint does not say %s: the classes are ordered with %s. If it was otherwise, "
+        "give --seed, --no-shuffle or --class_order"
+    )
     for name in ("shuffle", "seed"):
         if name not in stored:
-            logger.warning(
-                "The checkpoint does not say %s: the classes are ordered with %s. "
-                "If it was otherwise, give --seed, --no-shuffle or --class_order",
-                name,
-                settings[name],
-            )
+            logger.warning(assumed, name, settings[name])
     stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
     if "shuffle" in stored:
         stored["shuffle"] = bool(stored["shuffle"])  # any text counts as yes there
     return {**stored, "vote_ties": "topk", "vote_group_size": stored.get("batch_size")}
 
 
-def _load(run: Experiment, checkpoint: Checkpoint, path: Path) -> None:
-    if not checkpoint.original:
-        run.model.load_trained_state(checkpoint.model, str(path))
-        return
-    run.model.load_original_state(checkpoint.model, str(path))
-    if run.model.prompt is not None and run.model.backbone_trains:
-        return  # the query comes from the weights that the settings name
-    vit = run.model.query_backbone or run.model.backbone
-    run.record.backbone.update(backbone.identify(vit, run.identity.name, path.name).as_dict())
-
-
-def _check_belongs(run: Experiment, checkpoint: Checkpoint, number: int, path: Path) -> None:
+def _evaluate(run: Experiment, number: int, path: Path) -> None:
+    """Evaluates the checkpoint of a task, and compares with the accuracies that it stores."""
+    checkpoint = checkpoints.load(path)
     if not 1 <= checkpoint.task <= run.stream.num_tasks:
         raise CheckpointError(
             f"{path} is of task {checkpoint.task}, but the run has {run.stream.num_tasks} tasks"
@@ -229,15 +168,29 @@ def _check_belongs(run: Experiment, checkpoint: Checkpoint, number: int, path: P
     if checkpoint.task != number:
         raise CheckpointError(f"{path} is of task {checkpoint.task}, expected {number}")
     if checkpoint.original:
-        return
-    check_same_run(run, checkpoint, path)
+        run.model.load_original_state(checkpoint.model, str(path))
+        if run.model.prompt is None or not run.model.backbone_trains:
+            # Else the query comes from the weights that the settings name.
+            vit = run.model.query_backbone or run.model.backbone
+            identity = backbone.identify(vit, run.record.backbone["name"], path.name)
+            run.record.backbone.update(identity.as_dict())
+    else:
+        check_same_run(run, checkpoint, path)
+        run.model.load_trained_state(checkpoint.model, str(path))
+    logger.info("Evaluating %s", path)
+    start, task = time.monotonic(), run.stream.tasks[number - 1]
+    state = TrainState(task.index)
+    evaluations = engine.evaluate_till_now(run.model, task, state, None, run.loop)
+    seconds = time.monotonic() - start
+    run.record.reports.append(TaskReport(task.index, {}, evaluations, 0.0, seconds))
+    _compare(run, checkpoint, task.index)
 
 
-def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
-    """Says whether the accuracies are those that the run stored."""
+def _compare(run: Experiment, checkpoint: Checkpoint, task: int) -> None:
+    """Logs whether the accuracies after a task are those that the run stored."""
     for name, rows in checkpoint.accuracy.items():
-        stored = metrics.from_lists(rows)[:, number - 1]
-        found = run.record.matrices[name][:, number - 1]
+        stored = metrics.from_lists(rows)[:, task]
+        found = run.record.matrices[name][:, task]
         if np.array_equal(stored, found, equal_nan=True):
             logger.info("Reproduces the stored accuracies (%s-wise)", name)
         else:
@@ -245,3 +198,13 @@ def _compare(run: Experiment, checkpoint: Checkpoint, number: int) -> None:
             logger.warning(
                 "Differs from the stored accuracies (%s-wise) by up to %.4f", name, worst
             )
+
+
+def _result_file(folder: Path, settings: Settings) -> Path:
+    """Where the results go: into the run's folder, under a name of their own."""
+    if settings.run.checkpoint is None:
+        return folder / "eval_results.json"
+    path = Path(settings.run.checkpoint).absolute()
+    if "output_dir" not in settings.given.explicit:
+        folder = path.parent.parent if path.parent.name == "checkpoint" else path.parent
+    return folder / f"eval_results_{path.stem}.json"

@@ -8,20 +8,24 @@ It is the same in all processes of a run, so one process writes it, and any numb
 """
 
 import dataclasses
+import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 import utils
 from cli.parser import UsageError, shown
-from cli.settings import Settings, find_flag, names_of
+from cli.settings import Settings, find_flag, names_of, plain
+from continual_datasets.images import join_names
+from continual_datasets.readers import registry
 from experiment import checkpoints
 from experiment.build import Experiment
-from experiment.checkpoints import CheckpointError, Entries
-from experiment.provenance import check_same_run, same_value
+from experiment.checkpoints import CheckpointError, StoredModel
+from model import backbone
 from reports import files, metrics
 from training.state import Evaluation, TaskReport, TrainState
 from training.update import OptimizerStep
@@ -41,51 +45,21 @@ _FREE = (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunState:
-    """A run between two steps.
+@dataclass(frozen=True, kw_only=True)
+class RunState(StoredModel):
+    """A run between two steps."""
 
-    Attributes:
-        model: Trained tensors by public name.
-        optimizer: State dict of the optimizer.
-        position: Where the run is.
-        reports: One for each finished task.
-        accuracy: Accuracy matrix so far for each selection, percent, None where not evaluated.
-        buffer: Numbers of the training images to replay; None without replay.
-        global_batch: Images of all processes in a training step.
-        num_images: Training images of each task.
-        train_digest: Identifies the training images; None: not known.
-        config: Resolved settings of the run, plain values.
-        class_order: Class ids of each task.
-        class_names: Name of every class.
-        test_sets: Name of each test set; None: not known.
-        backbone: `name`, `source` and `sha256` of the frozen network.
-    """
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any]  # its state dict
     position: TrainState
-    reports: list[TaskReport]
-    accuracy: dict[str, list[list[float | None]]]
-    buffer: Tensor | None
-    global_batch: int
-    num_images: list[int]
-    train_digest: str | None
-    config: dict[str, Any]
-    class_order: list[list[int]] | None
-    class_names: list[str] | None
-    test_sets: list[str] | None
-    backbone: dict[str, str] | None
+    reports: list[TaskReport]  # one for each finished task
+    global_batch: int  # images of all processes in a training step
+    num_images: list[int]  # training images of each task
+    train_digest: str | None  # identifies the training images; None: not known
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A state that a run resumes from.
-
-    Attributes:
-        path: Its file.
-        state: What the file holds.
-    """
+    """A state that a run resumes from, and its file."""
 
     path: Path
     state: RunState
@@ -106,9 +80,8 @@ class SavedRun:
 
     def is_complete(self, num_tasks: int) -> bool:
         """Whether all tasks were learned, and the results written, in its own folder."""
-        if self.state.position.task < num_tasks:
-            return False
-        return (self.path.parent.parent / "results.json").exists()
+        results = self.path.parent.parent / "results.json"
+        return self.state.position.task >= num_tasks and results.exists()
 
 
 def newest_path(output_dir: Path) -> Path:
@@ -117,53 +90,53 @@ def newest_path(output_dir: Path) -> Path:
 
 
 def take(run: Experiment, position: TrainState, update: OptimizerStep) -> RunState:
-    """The state of a run at a boundary."""
-    record = run.record
+    """The state of a run at a boundary between two steps."""
     return RunState(
-        model=run.model.trained_state(),
+        **stored_model(run),
         optimizer=update.state_dict(),
         position=position,
-        reports=record.reports,
-        accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
-        buffer=run.buffered_images(),
+        reports=run.record.reports,
         global_batch=run.global_batch,
         num_images=_num_images(run),
         train_digest=run.stream.train_digest,
-        config=record.config,
-        class_order=record.class_order,
-        class_names=record.class_names,
-        test_sets=record.test_sets,
-        backbone=record.backbone,
     )
 
 
-def save(output_dir: Path, state: RunState, keep_newest: bool = True) -> None:
-    """Writes the newest state, whole or not at all.
-
-    Args:
-        output_dir: Folder of the run.
-        state: What to write.
-        keep_newest: Whether what was the newest state takes the place of the one before it; a
-            damaged one is put aside.
-    """
-    content = {"format": FORMAT, **{name: getattr(state, name) for name in _ENTRIES}}
-    content["position"] = {
-        name: value
-        for name, value in dataclasses.asdict(state.position).items()
-        if name in _POSITION_ENTRIES
+def stored_model(run: Experiment) -> dict[str, Any]:
+    """The entries that the checkpoints and the states of a run share, see `StoredModel`."""
+    record = run.record
+    return {
+        "model": run.model.trained_state(),
+        "config": record.config,
+        "class_order": record.class_order,
+        "class_names": record.class_names,
+        "test_sets": record.test_sets,
+        "backbone": record.backbone,
+        "accuracy": {name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
+        "buffer": None if run.buffer is None else torch.from_numpy(run.buffer.indices),
     }
-    content["reports"] = [dataclasses.asdict(report) for report in state.reports]
+
+
+def save(output_dir: Path, state: RunState, keep_newest: bool = True) -> None:
+    """Writes the newest state of a run, whole or not at all.
+
+    What was the newest takes the place of the one before it, unless `keep_newest` is false: a
+    damaged one is put aside.
+    """
+    content = {
+        "format": FORMAT,
+        **vars(state),
+        "position": dataclasses.asdict(dataclasses.replace(state.position, optimizer=None)),
+        "reports": [dataclasses.asdict(report) for report in state.reports],
+    }
+    del content["position"]["optimizer"]  # it has an entry of its own
     path = newest_path(output_dir)
     keep = _before(path) if keep_newest else path.with_name("last_damaged.pth")
-    files.write_bytes(path, checkpoints.sealed(content), keep=keep)
+    checkpoints.write(path, content, keep)
 
 
 def find(settings: Settings, this: Processes) -> SavedRun | None:
     """The state that `--resume` names, the same in all processes; None: the run starts afresh.
-
-    Args:
-        settings: Settings of the run.
-        this: This process among all.
 
     Raises:
         CheckpointError: If the state that it names, or every state there is, is damaged.
@@ -171,69 +144,47 @@ def find(settings: Settings, this: Processes) -> SavedRun | None:
     """
     if settings.run.resume is None:
         return None
-    path, content = None, b""
+    name, content = "", b""
     if utils.is_main_process():
-        path, content = _read_newest(settings.run.resume, settings.output_folder)
-    content = utils.share_bytes(content)
-    name = utils.share_bytes(str(path or "").encode()).decode()
+        name, content = _read_newest(settings.run.resume, settings.output_folder)
+    name, content = utils.share((name, content))
     if not content:
         return None
     saved = SavedRun(Path(name), _parse(content, name))
-    _check_settings(settings, this.world_size, saved)
+    if differences := list(_other_settings(settings, this.world_size, saved)):
+        advice = "these would mix two runs: give the same, or start anew without --resume"
+        title = f"--resume: {name} belongs to a run with other settings, and {advice}"
+        raise UsageError([title, *differences])
     return saved
 
 
-def _check_settings(settings: Settings, world_size: int, saved: SavedRun) -> None:
-    """Makes sure that the command line describes the run that the state belongs to.
-
-    Raises:
-        UsageError: With every setting that would change the mathematics.
-    """
+def _other_settings(settings: Settings, world_size: int, saved: SavedRun) -> Iterator[str]:
+    """Every setting of the command line that would change the mathematics of a saved run."""
     state, batch = saved.state, saved.global_batch(settings, world_size)
     stored = {**Settings().stored(), **state.config}
     given = {**settings.stored(), "vote_group_size": settings.vote_group_size}
-    differences = [
-        f"{find_flag(name).spelling} {shown(given[name])}, where the run has {shown(stored[name])}"
-        for name in sorted(given.keys() & stored.keys())
-        if name not in _FREE and not same_value(name, given[name], stored[name])
-    ]
+    for name in sorted(given.keys() & stored.keys()):
+        if name not in _FREE and not same_value(name, given[name], stored[name]):
+            flag, old = find_flag(name).spelling, shown(stored[name])
+            yield f"{flag} {shown(given[name])}, where the run has {old}"
     if batch != state.global_batch:
-        differences.append(
+        yield (
             f"--batch-size {settings.optimizer.batch_size} in {world_size} processes, {batch} "
             f"images a step, where the run has {state.global_batch}"
         )
-    was = Settings().replace(**{name: stored[name] for name in given})
-    replayed, stored_replayed = settings.replayed_per_group, was.replayed_per_group
-    if replayed != stored_replayed:
-        differences.append(
-            f"{replayed} replayed images with each vote group, where the run has {stored_replayed}"
-        )
+    earlier = Settings().replace(**{name: stored[name] for name in given})
+    replayed, old_replayed = settings.replayed_per_group, earlier.replayed_per_group
+    if replayed != old_replayed:
+        yield f"{replayed} replayed images with each vote group, where the run has {old_replayed}"
     lr = settings.optimizer.learning_rate(batch)
-    stored_lr = was.optimizer.learning_rate(state.global_batch)
-    if lr != stored_lr:
+    old_lr = earlier.optimizer.learning_rate(state.global_batch)
+    if lr != old_lr:
         given_lr = f"--lr {settings.optimizer.lr:g}, scaled {settings.optimizer.lr_scale}"
-        differences.append(
-            f"a learning rate of {lr:g} ({given_lr}), where the run has {stored_lr:g}"
-        )
-    if differences:
-        raise UsageError(
-            [
-                f"--resume: {saved.path} belongs to a run with other settings, and these would mix "
-                "two runs: give the same, or start anew without --resume",
-                *differences,
-            ]
-        )
+        yield f"a learning rate of {lr:g} ({given_lr}), where the run has {old_lr:g}"
 
 
 def restore(run: Experiment, saved: SavedRun | None) -> TrainState:
-    """Brings model and results to where a state was saved.
-
-    Args:
-        run: The run, as it was built.
-        saved: The state; None: the run starts afresh.
-
-    Returns:
-        Where training starts.
+    """Brings model and results to where a state was saved; returns where training starts.
 
     Raises:
         CheckpointError, WeightsError: If the state is of another run, or does not fit the model.
@@ -242,10 +193,10 @@ def restore(run: Experiment, saved: SavedRun | None) -> TrainState:
         return TrainState()
     path, state = saved.path, saved.state
     check_same_run(run, state, path)
-    if state.num_images != _num_images(run):
+    if state.num_images != (found := _num_images(run)):
         raise CheckpointError(
             f"{path} belongs to a run on {state.num_images} training images in the tasks, "
-            f"--data-path has {_num_images(run)}: give the same data"
+            f"--data-path has {found}: give the same data"
         )
     if state.train_digest not in (None, run.stream.train_digest):
         raise CheckpointError(
@@ -284,11 +235,11 @@ def _before(newest: Path) -> Path:
     return newest.with_name("last_but_one.pth")
 
 
-def _read_newest(resume: str, output_dir: Path | None) -> tuple[Path | None, bytes]:
-    """The newest state that is not damaged, and its bytes; (None, b"") if the run has none yet."""
+def _read_newest(resume: str, output_dir: Path | None) -> tuple[str, bytes]:
+    """Path and bytes of the newest state that is not damaged; empty if the run has none yet."""
     candidates = _candidates(resume, output_dir)
     if not candidates and resume == "auto":
-        return None, b""
+        return "", b""
     if not candidates:
         raise UsageError([f"--resume {resume}: there is no state of a run, such as last.pth"])
     for path in candidates:
@@ -298,7 +249,7 @@ def _read_newest(resume: str, output_dir: Path | None) -> tuple[Path | None, byt
         except (CheckpointError, OSError) as error:
             logger.warning("Not used: %s", error)
         else:
-            return path, content
+            return str(path), content
     names = " and ".join(str(path) for path in candidates)
     raise CheckpointError(
         f"--resume: no state is left that could be read ({names}); without --resume the run starts "
@@ -319,7 +270,7 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
 
 
 def _parse(content: bytes, name: str) -> RunState:
-    found = checkpoints.read_sealed(content, name)
+    found = checkpoints.read(io.BytesIO(content), name)
     if found.get("format") == _FIRST_FORMAT:
         found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
     if found.get("format") != FORMAT:
@@ -327,41 +278,58 @@ def _parse(content: bytes, name: str) -> RunState:
             f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "
             "--resume reads last.pth"
         )
-    found = checkpoints.check_entries(found, _ENTRIES, name)
+    found = checkpoints.check_entries(found, RunState, name)
     try:
-        found["position"] = _position(found["position"])
-        found["reports"] = [_report(report) for report in found["reports"]]
-    except (TypeError, KeyError) as error:
+        position = {**found["position"], "optimizer": None}
+        found["position"] = TrainState(**checkpoints.check_entries(position, TrainState, name))
+        found["reports"] = [TaskReport(**report) for report in found["reports"]]
+        for owner in (found["position"], *found["reports"]):
+            owner.evaluations[:] = [Evaluation(**values) for values in owner.evaluations]
+    except TypeError as error:
         raise CheckpointError(f"{name} is damaged: {utils.reason(error)}") from error
     return RunState(**found)
 
 
-def _position(content: dict[str, Any]) -> TrainState:
-    if missing := set(_POSITION_ENTRIES) - content.keys():
-        raise KeyError(*missing)
-    return TrainState(**{**content, "evaluations": _evaluations(content)})
+def check_same_run(run: Experiment, stored: StoredModel, path: Path) -> None:
+    """Makes sure that a file was written by a run on the same data and the same backbone.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    test_sets = run.record.test_sets
+    if stored.test_sets is not None and stored.test_sets != test_sets:
+        raise CheckpointError(
+            f"{path} was trained on other data: its test sets are {join_names(stored.test_sets)}, "
+            f"those of this run {join_names(test_sets)}"
+        )
+    if stored.class_order != run.stream.class_order:
+        raise CheckpointError(f"{path} has another class order than this run")
+    found, wanted = list(run.stream.class_names), stored.class_names or []
+    if found != wanted:
+        pairs = zip(wanted, found, strict=False)
+        differing = next((f"{a!r}, found {b!r}" for a, b in pairs if a != b), "")
+        raise CheckpointError(
+            f"{path} was trained on other data: it knows {len(wanted)} classes, --data-path has "
+            f"{len(found)}" + (f"; expected the class {differing}" if differing else "")
+        )
+    old, own = stored.backbone, run.record.backbone
+    if old is not None and old["sha256"] != own["sha256"]:
+        raise CheckpointError(
+            f"{path} was trained on the backbone {old['name']} ({old['source']}, sha256 "
+            f"{old['sha256'][:12]}), found {own['name']} ({own['source']}, {own['sha256'][:12]}): "
+            "give the same weights with --pretrained"
+        )
 
 
-def _report(content: dict[str, Any]) -> TaskReport:
-    return TaskReport(**{**content, "evaluations": _evaluations(content)})
-
-
-def _evaluations(content: dict[str, Any]) -> list[Evaluation]:
-    return [Evaluation(**evaluation) for evaluation in content["evaluations"]]
-
-
-#: What a file stores of a `TrainState`; the optimizer has an entry of its own.
-_POSITION_ENTRIES = [f.name for f in dataclasses.fields(TrainState) if f.name != "optimizer"]
-
-_ENTRIES: Entries = {
-    **checkpoints.ORIGIN_ENTRIES,
-    "optimizer": (
-        "the state of an optimizer",
-        lambda value: isinstance(value, dict) and {"state", "param_groups"} <= value.keys(),
-    ),
-    "position": ("a place in the run", lambda value: isinstance(value, dict)),
-    "reports": ("reports of tasks", lambda value: isinstance(value, list)),
-    "global_batch": ("a number", lambda value: isinstance(value, int) and value > 0),
-    "num_images": ("numbers", lambda value: isinstance(value, list)),
-    "train_digest": ("a digest, or None", lambda value: isinstance(value, str | None)),
-}
+def same_value(name: str, one: object, other: object) -> bool:
+    """Whether two values of a setting mean the same."""
+    if name == "model":
+        return backbone.resolve_name(str(one)) == backbone.resolve_name(str(other))
+    if name == "dataset":
+        try:
+            return list(registry.find_sources(str(one))) == list(registry.find_sources(str(other)))
+        except ValueError:
+            return False
+    if name == "num_tasks":  # none leaves it to the data; what follows is compared by class order
+        return one is None or other is None or one == other
+    return plain(one) == plain(other)

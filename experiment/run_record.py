@@ -28,39 +28,21 @@ _COLUMNS = 20
 
 @dataclass
 class RunRecord:
-    """Collects what is known about a run and writes it after every task.
+    """Collects what is known about a run and writes it after every task; plain values mostly."""
 
-    Attributes:
-        config: Resolved settings, plain values.
-        backbone: `name`, `source`, `sha256`.
-        class_order: Class ids of each task.
-        class_names: Name of every class.
-        matrices: Accuracy matrix for each selection, percent.
-        reports: One for each finished task.
-        tasks: Name of each task.
-        test_sets: Name of each test set.
-        numerics: How numbers were computed, plain values.
-        command: `configurations` and `flags` of the command line.
-        run: What follows from settings and data: `processes`, `images_per_step`, `learning_rate`,
-            `train_digest` (identifies the training images), `trained_parameters`.
-    """
-
-    config: dict[str, Any]
-    backbone: dict[str, str]
-    class_order: list[list[int]]
+    config: dict[str, Any]  # resolved settings
+    backbone: dict[str, str]  # `name`, `source`, `sha256`
+    class_order: list[list[int]]  # class ids of each task
     class_names: list[str]
-    matrices: dict[str, metrics.Matrix]
-    reports: list[TaskReport] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    test_sets: list[str] = field(default_factory=list)
-    numerics: dict[str, Any] = field(default_factory=dict)
-    command: dict[str, Any] = field(default_factory=dict)
+    matrices: dict[str, metrics.Matrix]  # accuracies for each selection, percent
+    reports: list[TaskReport] = field(default_factory=list)  # one for each finished task
+    tasks: list[str] = field(default_factory=list)  # their names
+    test_sets: list[str] = field(default_factory=list)  # their names
+    numerics: dict[str, Any] = field(default_factory=dict)  # how numbers were computed
+    command: dict[str, Any] = field(default_factory=dict)  # its `configurations` and `flags`
+    #: What follows from settings and data: `processes`, `images_per_step`, `learning_rate`,
+    #: `train_digest` (identifies the training images), `trained_parameters`.
     run: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def last_task(self) -> int:
-        """0-based number of the last finished task."""
-        return self.reports[-1].task
 
     def as_dict(self) -> dict[str, Any]:
         """The content of results.json."""
@@ -79,7 +61,19 @@ class RunRecord:
                 for report in self.reports
                 for epoch, stats in enumerate(report.epoch_stats, start=1)
             ],
-            "prompt_usage": [usage for report in self.reports for usage in self._usage(report)],
+            "prompt_usage": [
+                {
+                    "after_task": report.task + 1,
+                    "test_set": evaluation.index,
+                    "name": self.test_sets[evaluation.index] if self.test_sets else None,
+                    **evaluation.usage,
+                    "mean_similarity": evaluation.mean_similarity,
+                    "key_similarity": [round(value, 6) for value in evaluation.key_similarity],
+                }
+                for report in self.reports
+                for evaluation in report.evaluations
+                if evaluation.usage
+            ],
             "timing": [
                 {
                     "task": report.task + 1,
@@ -109,33 +103,17 @@ class RunRecord:
         for name, title in (("batch", "batch-wise, as published"), ("instance", "instance-wise")):
             blocks.append(f"Accuracy in percent, {title} (row: test set, column: after task)")
             blocks.append(_format_matrix(self.matrices[name], labels))
-        summaries = {name: self._selection(name) for name in SELECTIONS}
         blocks.append(f"{'':30s}{'batch-wise':>12s}{'instance-wise':>15s}")
+        batch, instance = (self._selection(name) for name in SELECTIONS)
         for key, label in metrics.METRIC_NAMES.items():
-            is_said = key == "average_accuracy" and "final_accuracy" in summaries["batch"]
-            if key in summaries["batch"] and not is_said:
-                batch, instance = (_number(summaries[name][key]) for name in SELECTIONS)
-                blocks.append(f"{label:30s}{batch:>12s}{instance:>15s}")
+            if key in batch:
+                blocks.append(f"{label:30s}{_number(batch[key]):>12s}{_number(instance[key]):>15s}")
         return "\n".join(blocks)
 
-    def _usage(self, report: TaskReport) -> list[dict[str, Any]]:
-        """How often each prompt served the images of each test set after a task."""
-        return [
-            {
-                "after_task": report.task + 1,
-                "test_set": evaluation.index,
-                "name": self.test_sets[evaluation.index] if self.test_sets else None,
-                **evaluation.usage,
-                "mean_similarity": evaluation.mean_similarity,
-                "key_similarity": [round(value, 6) for value in evaluation.key_similarity],
-            }
-            for evaluation in report.evaluations
-            if evaluation.usage
-        ]
-
     def _selection(self, name: str) -> dict[str, Any]:
+        """Accuracy matrix and metrics of a selection after the last finished task."""
         matrix = self.matrices[name]
-        numbers = metrics.summarize(matrix, self.last_task)
+        numbers = metrics.summarize(matrix, self.reports[-1].task)
         return {"accuracy_matrix": metrics.to_lists(matrix), **numbers}
 
     def _log_stats(self, report: TaskReport) -> dict[str, Any]:
@@ -147,17 +125,13 @@ class RunRecord:
         if report.evaluations:
             stats |= {f"test_{k}": v for k, v in report.evaluations[-1].stats["batch"].items()}
             for name, prefix in zip(SELECTIONS, ("", "instance_"), strict=True):
-                stats |= self._averages(report, name, prefix)
+                means = average_stats(report.evaluations, name)
+                stats |= {f"{prefix}average_{k}": v for k, v in means.items()}
+                numbers = metrics.summarize(self.matrices[name], report.task)
+                if "forgetting" in numbers:
+                    stats[f"{prefix}forgetting"] = numbers["forgetting"]
+                    stats[f"{prefix}backward"] = numbers["backward_transfer"]
         return {**stats, "task": report.task + 1, "epoch": self.config["epochs"] - 1}
-
-    def _averages(self, report: TaskReport, name: str, prefix: str) -> dict[str, Any]:
-        means = average_stats(report.evaluations, name)
-        stats: dict[str, Any] = {f"{prefix}average_{k}": v for k, v in means.items()}
-        numbers = metrics.summarize(self.matrices[name], report.task)
-        if "forgetting" in numbers:
-            stats[f"{prefix}forgetting"] = numbers["forgetting"]
-            stats[f"{prefix}backward"] = numbers["backward_transfer"]
-        return stats
 
 
 def versions() -> dict[str, str]:
@@ -180,8 +154,7 @@ def set_aside(output_dir: Path) -> Path | None:
     found = earlier_files(output_dir)
     if not found:
         return None
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
-    folder = output_dir / "previous" / stamp
+    folder = output_dir / "previous" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
     folder.mkdir(parents=True)
     for path in found:
         path.rename(folder / path.name)

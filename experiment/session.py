@@ -6,7 +6,8 @@ Whatever takes long to import is imported here or below, so that main.py can put
 import logging
 import sys
 import traceback
-from types import TracebackType
+
+from torch.distributed import DistNetworkError, DistStoreError
 
 import utils
 from cli.parser import UsageError
@@ -24,7 +25,8 @@ from utils import LostProcessError, Processes
 
 #: Errors whose message says all that people need.
 _REPORTED = (
-    DataError, LostWorkerError, WeightsError, CheckpointError, NonFiniteLossError, OSError,
+    DataError, LostWorkerError, LostProcessError, WeightsError, CheckpointError,
+    NonFiniteLossError, OSError,
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Session:
     """A context in which a command line runs; reports every error that ends it.
 
     Args:
-        signals: Deferred until `begin`; after it, a signal interrupts the run at once.
+        signals: From `begin` on, one of them interrupts what is no training at once.
 
     Attributes:
         code: Exit code, after the context.
@@ -52,24 +54,20 @@ class Session:
     def begin(self, settings: Settings, problems: list[str]) -> Settings:
         """Checks the settings and joins the other processes of the run.
 
-        Args:
-            settings: From the command line.
-            problems: What is known to be wrong with it.
-
-        Returns:
-            The settings; with `--eval` those of the evaluated run, as far as they count.
+        Returns the settings; with `--eval` those of the evaluated run, as far as they count.
 
         Raises:
-            UsageError: With everything that is wrong.
+            UsageError: With everything that is wrong, `problems` included.
             CheckpointError: If the checkpoint to evaluate is missing or damaged.
         """
-        self.signals.listen()
-        utils.meet(settings.run.dist_url)
+        self.signals.idle = True
+        self.signals.check()
         if settings.run.eval and not problems:
             self.stored = evaluate_checkpoints.find(settings)
             settings = evaluate_checkpoints.adopt(settings, self.stored.first)
         validate(settings, problems)
-        self.processes = utils.init_processes(settings.run.device)
+        with self.signals.suspended():
+            self.processes = utils.init_processes(settings.run.device, settings.run.dist_url)
         utils.setup_logging()
         return settings
 
@@ -77,43 +75,37 @@ class Session:
         utils.setup_logging()
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> bool:
         try:
             if error is not None:
                 raise error
             utils.close_processes()
-            self.signals.defer()
+            self.signals.idle = False
         except (Exception, Preempted, KeyboardInterrupt) as ended_by:
-            self.signals.defer()
-            self.code, reason = _report(ended_by)
-            utils.announce_end(self.code, reason)
+            self.signals.idle = False
+            self.code = _report(ended_by, preempted=bool(self.signals.received))
             traceback.clear_frames(ended_by.__traceback__)  # ends the DataLoader workers of loops
         return True
 
 
-def _report(error: BaseException) -> tuple[int, str]:
-    """Prints what ended the run; returns the exit code and one line for the other processes."""
+def _report(error: BaseException, preempted: bool) -> int:
+    """Prints what ended the run; returns the exit code."""
     if isinstance(error, UsageError):
         if utils.is_main_process():
             print(error.message("main.py"), end="", file=sys.stderr)
-        return 2, f"this command line cannot run: {'; '.join(error.problems)}"
-    if isinstance(error, Preempted):
-        logger.warning("%s", error)
-        return signals.EXIT_CODE, str(error)
+        else:  # perhaps of this machine alone
+            logger.error("error: process %d: %s", utils.rank(), "; ".join(error.problems))
+        return 2
+    if isinstance(error, Preempted) or (preempted and isinstance(error, LostProcessError)):
+        logger.warning("%s", error)  # the other process was asked to stop, too
+        return signals.EXIT_CODE
     if isinstance(error, KeyboardInterrupt):
         logger.error("interrupted: --resume auto resumes from the last state that was saved")
-        return 130, "interrupted"
-    if isinstance(error, LostProcessError):
-        code, reason = utils.announced_end() or (1, str(error))
-        logger.error("error: %s", reason)
-        return code, reason
+        return 130
     if isinstance(error, _REPORTED):
         logger.error("error: %s", error)
-        return 1, str(error)
-    traceback.print_exception(error)
-    return 1, utils.reason(error)
+    elif isinstance(error, DistNetworkError | DistStoreError):  # followed by a trace of C++
+        logger.error("error: %s", utils.reason(error))
+    else:
+        traceback.print_exception(error)
+    return 1

@@ -20,15 +20,17 @@ class Preempted(BaseException):  # no error, like KeyboardInterrupt
 
 
 class StopSignals:
-    """Listens for signals that ask the run to stop, inside a `with` block.
+    """Remembers signals that ask the run to stop, inside a `with` block.
 
-    At first a signal raises `Preempted` wherever the program is. Inside `deferred()` it is only
-    remembered, so that the program can stop where it is ready to.
+    Attributes:
+        idle: Whether nothing is under way that must be finished or saved first: the first signal
+            then raises `Preempted` at once.
+        received: The signals that came, in order.
     """
 
     def __init__(self) -> None:
-        self._came: list[signal.Signals] = []
-        self._deferring = False
+        self.idle = False
+        self.received: list[signal.Signals] = []
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -39,43 +41,30 @@ class StopSignals:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
-    @property
-    def received(self) -> signal.Signals | None:
-        """The first signal that came, if any."""
-        return self._came[0] if self._came else None
-
-    def defer(self) -> None:
-        """Only remembers signals from now on: the program is not ready to stop, or ends anyway."""
-        self._deferring = True
-
-    def listen(self) -> None:
-        """Ends `defer()`; raises `Preempted` if a signal has come meanwhile."""
-        self._deferring = False
-        if self._came:
-            raise self._preempted()
-
-    def hand_on(self) -> None:
-        """Calls the earlier handler of every signal that came."""
-        for number in self._came:
-            if callable(handler := self._earlier[number]):
-                handler(number, None)
-
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Only remembers signals."""
-        self._deferring = True
+    def suspended(self) -> Iterator[None]:
+        """Leaves signals to the earlier handlers, while the process blocks outside of Python."""
+        self.__exit__()
         try:
             yield
         finally:
-            self._deferring = False
+            self.__enter__()
+
+    def check(self) -> None:
+        """Raises `Preempted` if a signal has come."""
+        if self.received:
+            raise Preempted(f"{self.received[0].name} stopped the program outside of training")
+
+    def hand_on(self) -> None:
+        """Calls the earlier handler of every signal that came."""
+        for number in self.received:
+            if callable(handler := self._earlier[number]):
+                handler(number, None)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self._came.append(signal.Signals(number))
-        if not self._deferring and len(self._came) == 1:  # after the first it is on its way out
-            raise self._preempted()
-
-    def _preempted(self) -> Preempted:
-        return Preempted(f"{self._came[0].name} stopped the program outside of training")
+        self.received.append(signal.Signals(number))
+        if self.idle and len(self.received) == 1:  # after the first it is on its way out
+            self.check()
 
 
 def ignore_stop_signals() -> None:

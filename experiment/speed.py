@@ -1,17 +1,17 @@
-"""`--speed_test`: throughput, multiply-accumulates, parameters and peak memory.
+"""`--speed_test`: throughput, multiply-accumulates, parameters and peak memory."""
 
-Shapes: B images, S pixels a side, D width.
-"""
-
+import copy
 import dataclasses
 import logging
+import re
 import resource
 import statistics
 import sys
 import time
+import timeit
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,16 @@ from torch import Tensor, nn
 from engine import StepTarget, make_update, train_step
 from experiment import build
 from experiment.build import Experiment
-from reports import files
-from training.state import EngineOptions
-from training.update import OptimizerStep
-from utils import is_main_process
+from utils import is_main_process, sum_over_processes
 from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP, _REPETITIONS = 3, 10
-#: A slow machine is measured for about so many seconds, but at least three times.
-_LONG_ENOUGH = 20.0
-
-
-class _QueryPass(nn.Module):
-    """Images to queries."""
-
-    def __init__(self, model: PromptedVisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.query(images)
-
-
-class _ClassifyPass(nn.Module):
-    """Images and their queries to logits."""
-
-    def __init__(self, model: PromptedVisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, query: Tensor) -> Tensor:
-        return self.model(images, query=query)["logits"]
+#: Repetitions for the warm-up, and the fewest and most that are measured, in about so many seconds.
+_WARM_UP, _FEWEST, _MOST, _SECONDS = 3, 3, 10, 20.0
+#: Multiply-accumulates of a gradient for each in the forward pass, other than one: frozen
+#: embeddings need no gradient, but both factors of the products of attention do.
+_BACKWARD = {"aten::_convolution": 0, "aten::matmul": 2, "aten::bmm": 2}
 
 
 def speed_test(run: Experiment) -> None:
@@ -63,148 +40,96 @@ def speed_test(run: Experiment) -> None:
     Logs the lines, and appends them to `speed_macs.txt` in the run's folder. Weights and random
     generators are left as they were.
     """
-    model, options = run.model, run.options
-    batch_size, input_size = run.settings.optimizer.batch_size, run.settings.transforms.input_size
-    output_dir = run.settings.output_folder
-    make_optimizer = partial(build.make_optimizer, run.settings.optimizer, model, lr=0.0)
-    update = make_update(model, dataclasses.replace(run.loop(), make_optimizer=make_optimizer))
+    model, settings, device = run.model, run.settings, run.processes.device
+    batch_size, size = settings.optimizer.batch_size, settings.transforms.input_size
+    make_optimizer = partial(build.make_optimizer, settings.optimizer, model, lr=0.0)
+    update = make_update(model, dataclasses.replace(run.loop, make_optimizer=make_optimizer))
+    target = StepTarget(task_id=0, allowed=None, global_size=batch_size)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
-        images = torch.rand(batch_size, 3, input_size, input_size, device=options.device)
-        targets = torch.randint(model.num_classes, (batch_size,), device=options.device)
-    step = _step(model, update, (images, targets), options)
-    with _counts_kept(model):
-        training_speed = _images_per_second(step, images)
+        images = torch.rand(batch_size, 3, size, size, device=device)
+        targets = torch.randint(model.num_classes, (batch_size,), device=device)
+        model.train()
+        step = partial(train_step, model, update, (images, targets), target, run.loop.options)
+        training = batch_size / _seconds(step, device)
+        for buffer, before in buffers:
+            buffer.copy_(before)  # what steps count beside the weights
+        model.eval()
+        classify = torch.inference_mode()(partial(model, images))
+        inference = batch_size / _seconds(classify, device)
+    peak = peak_megabytes(device)
+    gmacs = count_gmacs(model, images[:1])
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"inference_speed: {_images_per_second(_inference(model, images), images):.2f} images/s",
-        f"training_speed: {training_speed:.2f} images/s",
-        *_macs(model, images[:1]),
-        f"params: {_count(model, trained=False):,} (trainable: {_count(model, trained=True):,})",
-        f"peak memory: {peak_megabytes(options.device):.0f} MB",
+        f"inference_speed: {inference:.2f} images/s",
+        f"training_speed: {training:.2f} images/s",
+        "GMACs: {total:.4g} (query pass {query:.4g}, prompted pass {prompted:.4g})".format(**gmacs),
+        f"params: {sum(p.numel() for p in model.parameters()):,} (trainable: {trainable:,})",
+        f"peak memory: {peak:.0f} MB",
     ]
-    for line in lines:
-        logger.info(line)
-    if output_dir is not None and is_main_process():
-        path = output_dir / "speed_macs.txt"
-        earlier = path.read_text() if path.exists() else ""
-        files.write_text(path, earlier + "\n".join(lines) + "\n")
+    logger.info("%s", "\n".join(lines))
+    if settings.output_folder is not None and is_main_process():
+        settings.output_folder.mkdir(parents=True, exist_ok=True)
+        with (settings.output_folder / "speed_macs.txt").open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, float]:
-    """Multiply-accumulates (10^9) of the passes over images: `query`, `prompted`, and their sum."""
-    model.eval()
-    query = torch.zeros(len(images), model.backbone.embed_dim, device=images.device)
-    with (
-        warnings.catch_warnings(),
-        torch.no_grad(),
-        explicit_attention(model),
-        _plain_passes(model),
-    ):
-        warnings.simplefilter("ignore")  # operators without multiplications, tracing
-        prompted = _gmacs(_ClassifyPass(model), (images, query))
-        asked = 0.0 if model.prompt is None else _gmacs(_QueryPass(model), (images,))
-    return {"query": asked, "prompted": prompted, "total": asked + prompted}
+    """Multiply-accumulates (10^9) of the passes over images: `query`, `prompted`, their `total`.
 
-
-@contextmanager
-def explicit_attention(model: nn.Module) -> Iterator[None]:
-    """Spells attention out: older torchprofile does not count the fused one."""
-    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    for attention in fused:
-        attention.fused_attn = False
-    try:
-        yield
-    finally:
-        for attention in fused:
-            attention.fused_attn = True
-
-
-@contextmanager
-def _plain_passes(model: PromptedVisionTransformer) -> Iterator[None]:
-    """Undoes `--compile` in its body: compiled code cannot be traced."""
-    kept = model.run_query, model.run_prompted
-    model.run_query, model.run_prompted = (getattr(run, "plain", run) for run in kept)
-    try:
-        yield
-    finally:
-        model.run_query, model.run_prompted = kept
-
-
-@contextmanager
-def _counts_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what steps count beside the weights."""
-    kept = [buffer.clone() for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, old in zip(model.buffers(), kept, strict=True):
-            buffer.copy_(old)
-
-
-def _gmacs(module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    from torchprofile import profile_macs
-
-    macs = profile_macs(module, inputs)
-    assert isinstance(macs, int)
-    return macs / 1e9
-
-
-def _macs(model: PromptedVisionTransformer, image: Tensor) -> list[str]:
-    gmacs = count_gmacs(model, image)
-    split = f"query pass {gmacs['query']:.4g}, prompted pass {gmacs['prompted']:.4g}"
-    return [f"GMACs: {gmacs['total']:.4g} ({split})"]
-
-
-def _inference(model: PromptedVisionTransformer, images: Tensor) -> Callable[[], None]:
-    @torch.inference_mode()
-    def classify() -> None:
-        model.eval()
-        model(images)
-
-    return classify
-
-
-def _step(
-    model: PromptedVisionTransformer,
-    update: OptimizerStep,
-    batch: tuple[Tensor, Tensor],
-    options: EngineOptions,
-) -> Callable[[], None]:
-    target = StepTarget(task_id=0, allowed=None, global_size=len(batch[0]))
-
-    def step() -> None:
-        model.train()
-        train_step(model, update, batch, target, options)
-
-    return step
-
-
-def _images_per_second(work: Callable[[], None], images: Tensor) -> float:
-    """Throughput at the median time of several repetitions after warm-up, synchronised."""
-    times: list[float] = []
-    with torch.random.fork_rng():
-        while len(times) < _WARM_UP + _REPETITIONS:
-            start = time.perf_counter()
-            work()
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            times.append(time.perf_counter() - start)
-            if len(times) >= _WARM_UP + 3 and sum(times) > _LONG_ENOUGH:
-                break
-    return len(images) / statistics.median(times[_WARM_UP:])
-
-
-def _count(model: nn.Module, *, trained: bool) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    `backward` are those of the gradient of the prompted pass through a frozen backbone.
+    """
+    model = copy.deepcopy(model).eval()
+    model.run_query, model.run_prompted = model.encode_query, model.encode_prompted  # not compiled
+    for attention in model.modules():
+        if hasattr(attention, "fused_attn"):  # older torchprofile does not count it
+            attention.fused_attn = False  # type: ignore[assignment]
+    query = torch.zeros(len(images), model.width, device=images.device)
+    asked = Counter[str]() if model.prompt is None else _macs(model, model.query, images)
+    prompted = _macs(model, lambda *inputs: model(*inputs)["logits"], images, query)
+    backward = sum(_BACKWARD.get(operator, 1) * macs for operator, macs in prompted.items())
+    gmacs = {"query": asked.total() / 1e9, "prompted": prompted.total() / 1e9}
+    return {**gmacs, "total": sum(gmacs.values()), "backward": backward / 1e9}
 
 
 def peak_megabytes(device: torch.device) -> float:
     """Most memory so far in 2^20 bytes: of the GPU's tensors, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):  # ru_maxrss begins with that of the process that started it
-            return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")  # ru_maxrss begins with that of the process that started it
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return int(peak[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median time of some work that all processes repeat as often, synchronised with the device."""
+
+    def now() -> float:
+        """As torch.utils.benchmark's timer, whose import warns where a GPU is missing."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    repeat = partial(timeit.repeat, work, timer=now, number=1)
+    once = sum_over_processes(torch.tensor(repeat(repeat=_WARM_UP)[-1], device=device)).item()
+    return statistics.median(repeat(repeat=min(max(_FEWEST, int(_SECONDS / once)), _MOST)))
+
+
+class _Pass(nn.Module):
+    """A pass of a model as the module that torchprofile takes."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.forward = model, run
+
+
+def _macs(model: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> Counter[str]:
+    """Multiply-accumulates of a pass by operator."""
+    from torchprofile import profile_macs
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # operators without multiplications, tracing
+        counts: Any = profile_macs(_Pass(model, run), inputs, reduction=None)
+    return sum((Counter({node.operator: n}) for node, n in counts.items()), Counter())

@@ -1,5 +1,6 @@
 """A training run: its folder, what it saves and when, what it reports at its end."""
 
+import dataclasses
 import logging
 import shlex
 import time
@@ -18,7 +19,7 @@ from experiment.checkpoints import Checkpoint
 from experiment.live_log import LiveLog
 from experiment.resume import SavedRun
 from experiment.signals import Preempted, StopSignals
-from reports import draw, files, metrics
+from reports import draw, files
 from training.state import Monitor, NonFiniteLossError, Run, TaskReport, TrainState
 from training.update import OptimizerStep
 from utils import is_main_process, wait_for_all
@@ -28,12 +29,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def recorded(
-    experiment: Experiment,
-    signals: StopSignals,
-    saved: SavedRun | None,
-    seconds_to_load: float = 0.0,
+    experiment: Experiment, signals: StopSignals, saved: SavedRun | None, seconds_to_load: float = 0
 ) -> Iterator[Run]:
-    """Saves and logs the training that takes place in its body, and reports the results after it.
+    """Saves and logs the training in its body, which gets what `engine.train_and_evaluate` needs.
+
+    It reports the results after it.
 
     Args:
         experiment: The run.
@@ -41,64 +41,48 @@ def recorded(
         saved: The state that it resumes from, if any.
         seconds_to_load: Wall time that it took to prepare the run.
 
-    Yields:
-        What `engine.train_and_evaluate` needs.
-
     Raises:
         Preempted: When the run was asked to stop; what it has learned is saved.
     """
-    output_dir = experiment.settings.output_folder
-    _start_output(experiment, saved)
+    output_dir = experiment.settings.output_folder if is_main_process() else None
+    if output_dir is not None:
+        _start_output(experiment, saved, output_dir)
     describe.describe(experiment)
     start = time.monotonic()
-    with closing(_open_live_log(experiment, saved)) as live:
-        checkpointer = Checkpointer(experiment, output_dir, signals, saved, live)
-        run = experiment.loop(checkpointer)
-        with signals.deferred():
-            try:
-                yield run
-            except NonFiniteLossError:
-                checkpointer.save_last_finite()
-                raise
+    with closing(_open_live_log(experiment, saved, output_dir)) as live:
+        checkpointer = Checkpointer(experiment, signals, saved, live)
+        signals.idle = False
+        try:
+            yield dataclasses.replace(experiment.loop, monitor=checkpointer)
+        except NonFiniteLossError:
+            checkpointer.save_last_finite()
+            raise
+        finally:
+            signals.idle = True
     seconds = time.monotonic() - start
     logger.info("Total training time: %s", timedelta(seconds=int(seconds)))
     _report(experiment, checkpointer, seconds_to_load, seconds)
 
 
 class Checkpointer(Monitor):
-    """Saves a run as it proceeds, logs it, and stops it on request.
-
-    Args:
-        experiment: The run.
-        output_dir: Its folder; None: nothing is saved.
-        signals: Stop requests.
-        saved: The state that it resumes from, if any.
-        live: Logs how training proceeds.
-    """
+    """Saves a run as it proceeds, logs it, and stops it on request; arguments as of `recorded`."""
 
     def __init__(
-        self,
-        experiment: Experiment,
-        output_dir: Path | None,
-        signals: StopSignals,
-        saved: SavedRun | None = None,
-        live: LiveLog | None = None,
+        self, experiment: Experiment, signals: StopSignals, saved: SavedRun | None, live: LiveLog
     ) -> None:
-        self.live = live or LiveLog([])
-        self.logged = {} if saved is None else dict(saved.state.position.meters)
-        self.seconds_saving = 0.0
-        self.experiment, self.signals = experiment, signals
-        self.saves = output_dir is not None
-        self.output_dir = output_dir if is_main_process() else None
-        self.saved_at = time.monotonic()
+        self.experiment, self.signals, self.live = experiment, signals, live
+        self.output_dir = experiment.settings.output_folder if is_main_process() else None
+        self.seconds_saving, self.saved_at = 0.0, time.monotonic()
+        self.logged: dict[str, list[float]] = {}
         self.newest_is_intact = True
-        if saved is not None and self.output_dir is not None:
-            newest = resume.newest_path(self.output_dir)
+        if saved is not None:
+            self.logged = saved.state.position.meters
+            newest = resume.newest_path(self.output_dir or Path())
             self.newest_is_intact = saved.path.resolve() == newest.resolve()
 
     def wants_to_stop(self) -> bool:
         """Whether this process received a signal."""
-        return self.signals.received is not None
+        return bool(self.signals.received)
 
     def in_evaluation(self) -> None:
         """Ends an evaluation at once: the state of the boundary before it is saved."""
@@ -111,33 +95,30 @@ class Checkpointer(Monitor):
         No process stops before the state is saved: the others would be stopped with it.
         """
         self._log_steps(state)
-        if self.output_dir is not None:
-            start = time.monotonic()
-            is_due = start - self.saved_at >= self.experiment.settings.run.save_every
-            if is_due or stop or self._is_milestone(state):
-                taken = resume.take(self.experiment, state, update)
-                resume.save(self.output_dir, taken, self.newest_is_intact)
-                self.saved_at, self.newest_is_intact = time.monotonic(), True
-                self.seconds_saving += self.saved_at - start
+        start = time.monotonic()
+        is_due = start - self.saved_at >= self.experiment.settings.run.save_every
+        if self.output_dir is not None and (is_due or stop or self._is_milestone(state)):
+            taken = resume.take(self.experiment, state, update)
+            resume.save(self.output_dir, taken, self.newest_is_intact)
+            self.saved_at, self.newest_is_intact = time.monotonic(), True
+            self.seconds_saving += self.saved_at - start
         if stop:
-            wait_for_all("saved")  # one that ended before would end the main process, too
+            wait_for_all()  # one that ended before would end the main process, too
             place = f"task {state.task + 1}, epoch {state.epoch + 1}, step {state.step}"
             raise Preempted(self._stop_message(f"after {place}"))
 
     def at_task_end(self, report: TaskReport) -> None:
         """Stores images of a task for replay; writes its checkpoint, if evaluated, and results."""
-        self.experiment.record.reports.append(report)
-        if self.experiment.buffer is not None:
-            task = self.experiment.stream.tasks[report.task]
-            self.experiment.buffer.add(task.data.indices)
-        if self.output_dir is not None and report.evaluations:
-            number = report.task + 1
-            path = checkpoints.task_path(self.output_dir, number)
-            save_checkpoint(self.experiment, path, number)
-            self.experiment.record.write(self.output_dir)
-        if report.evaluations:
-            step = steps_before(self.experiment, report.task + 1)
-            self.live.log_task(step, self.experiment.record, report)
+        run, number = self.experiment, report.task + 1
+        run.record.reports.append(report)
+        if run.buffer is not None:
+            run.buffer.add(run.stream.tasks[report.task].data.indices)
+        if not report.evaluations:
+            return
+        if self.output_dir is not None:
+            save_checkpoint(run, checkpoints.task_path(self.output_dir, number), number)
+            run.record.write(self.output_dir)
+        self.live.log_task(steps_before(run, number), run.record, report)
 
     def save_last_finite(self) -> None:
         """Saves the model before the step whose loss is not finite."""
@@ -145,22 +126,19 @@ class Checkpointer(Monitor):
             path = self.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
             save_checkpoint(self.experiment, path, len(self.experiment.record.reports))
             logger.error("Saved the state before that step to %s", path)
-        wait_for_all("saved")
+        wait_for_all()
 
     def _log_steps(self, state: TrainState) -> None:
         """Adds to the live log the means over the steps that were read since the last call."""
-        if not self.live.writers:
-            return
         before, self.logged = self.logged, state.meters
-        if state.step == 0:
-            return
         means = {}
         for name, (total, count) in state.meters.items():
             old_total, old_count = before.get(name, (0.0, 0.0))
             if count > old_count:
                 means[name] = (total - old_total) / (count - old_count)
-        step = steps_before(self.experiment, state.task, state.epoch) + state.step
-        self.live.log_training(step, means)
+        if means and self.live.writer is not None:
+            step = steps_before(self.experiment, state.task, state.epoch) + state.step
+            self.live.log_training(step, means)
 
     def _is_milestone(self, state: TrainState) -> bool:
         """Whether an epoch or a task has ended, of a task that an evaluation follows."""
@@ -170,33 +148,15 @@ class Checkpointer(Monitor):
         return bool(self.experiment.stream.tasks[task].test_sets)
 
     def _stop_message(self, place: str) -> str:
-        signal = self.signals.received
-        by = "another process" if signal is None else signal.name
+        by = self.signals.received[0].name if self.signals.received else "another process"
         how = "resume it by the same command with --resume auto"
-        return f"{by} stopped the run {place}: {how if self.saves else 'nothing is saved'}"
+        saves = self.experiment.settings.output_folder is not None
+        return f"{by} stopped the run {place}: {how if saves else 'nothing is saved'}"
 
 
 def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
-    """Writes a checkpoint of the model as it is.
-
-    Args:
-        experiment: The run.
-        path: The file.
-        task: 1-based number of the last finished task; 0: none.
-    """
-    record = experiment.record
-    checkpoint = Checkpoint(
-        model=experiment.model.trained_state(),
-        task=task,
-        config=record.config,
-        class_order=record.class_order,
-        class_names=record.class_names,
-        test_sets=record.test_sets,
-        backbone=record.backbone,
-        accuracy={name: metrics.to_lists(matrix) for name, matrix in record.matrices.items()},
-        buffer=experiment.buffered_images(),
-    )
-    checkpoints.save(path, checkpoint)
+    """Writes a checkpoint of the model as it is, after a task (1-based; 0: none is finished)."""
+    checkpoints.save(path, Checkpoint(**resume.stored_model(experiment), task=task))
 
 
 def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
@@ -204,14 +164,13 @@ def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
     sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
     drop_last = run.settings.optimizer.drop_last
     steps = [steps_per_epoch(size, run.global_batch, drop_last) for size in sizes]
-    return sum(steps[:task]) * run.options.epochs + sum(steps[task:]) * epoch
+    return sum(steps[:task]) * run.settings.optimizer.epochs + sum(steps[task:]) * epoch
 
 
-def _open_live_log(run: Experiment, saved: SavedRun | None) -> LiveLog:
-    """The live logs that the settings ask for, in the main process; in others one without any."""
-    output_dir = run.settings.output_folder
-    if output_dir is None or not is_main_process():
-        return LiveLog([])
+def _open_live_log(run: Experiment, saved: SavedRun | None, output_dir: Path | None) -> LiveLog:
+    """The live logs that the settings ask for; without a folder one without any."""
+    if output_dir is None:
+        return LiveLog()
     position = TrainState() if saved is None else saved.state.position
     return live_log.open_live_log(
         tensorboard=run.settings.output.tensorboard,
@@ -219,15 +178,11 @@ def _open_live_log(run: Experiment, saved: SavedRun | None) -> LiveLog:
         output_dir=output_dir,
         record=run.record,
         first_step=steps_before(run, position.task, position.epoch) + position.step,
-        resumed=saved is not None and saved.belongs_to(output_dir),
     )
 
 
-def _start_output(run: Experiment, saved: SavedRun | None) -> None:
+def _start_output(run: Experiment, saved: SavedRun | None, output_dir: Path) -> None:
     """Moves earlier results aside and writes the settings of this run."""
-    output_dir = run.settings.output_folder
-    if output_dir is None or not is_main_process():
-        return
     resumes_here = saved is not None and saved.belongs_to(output_dir)
     earlier = None if resumes_here else run_record.set_aside(output_dir)
     utils.log_to_file(output_dir / "log.txt")
@@ -245,23 +200,15 @@ def _start_output(run: Experiment, saved: SavedRun | None) -> None:
 
 
 def _log_resumed(saved: SavedRun) -> None:
-    position = saved.state.position
-    if position.task >= len(saved.state.class_order or ()):
+    at, epochs = saved.state.position, saved.state.config["epochs"]
+    if at.task >= len(saved.state.class_order or ()):
         logger.info("The run is complete already (%s)", saved.path)
         return
-    logger.info(
-        "Resuming from %s: task %d, %d of %d epochs and %d steps done",
-        saved.path,
-        position.task + 1,
-        position.epoch,
-        saved.state.config["epochs"],
-        position.step,
-    )
+    done = f"task {at.task + 1}, {at.epoch} of {epochs} epochs and {at.step} steps done"
+    logger.info("Resuming from %s: %s", saved.path, done)
 
 
-def _report(
-    run: Experiment, checkpointer: Checkpointer, seconds_to_load: float, seconds_of_run: float
-) -> None:
+def _report(run: Experiment, checkpointer: Checkpointer, to_load: float, of_run: float) -> None:
     """Prints the results, writes them, draws them, and says where everything is."""
     record, output_dir = run.record, checkpointer.output_dir
     logger.info("%s", record.table())
@@ -274,12 +221,11 @@ def _report(
     seconds = {
         "training": sum(report.train_seconds for report in record.reports),
         "evaluation": sum(report.eval_seconds for report in record.reports),
-        "loading": seconds_to_load,
+        "loading": to_load,
         "saving": checkpointer.seconds_saving,
         "figures": time.monotonic() - start,
     }
-    total = seconds_to_load + seconds_of_run + seconds["figures"]
-    describe.conclude(output_dir, seconds, total)
+    describe.conclude(output_dir, seconds, to_load + of_run + seconds["figures"])
 
 
 def _draw(content: dict[str, Any], output_dir: Path) -> None:

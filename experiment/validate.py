@@ -3,9 +3,10 @@
 import difflib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import timm.optim
 
@@ -13,7 +14,7 @@ import utils
 from cli import configurations
 from cli.parser import UsageError, shown
 from cli.settings import OptimizerSettings, Settings, find_flag
-from continual_datasets import device_transforms, transforms
+from continual_datasets import pipeline, transforms
 from continual_datasets.images import DataError
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import Scenario, find_scenario
@@ -51,31 +52,27 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
         *_scenario(settings, elsewhere),
         *_model(settings, sound=not of_the_model and not problems),
         *(() if elsewhere else _processes(settings)),
-        *_resume(settings),
-        *_evaluation(settings),
+        *_commands(settings),
         *_seeds(settings),
-        *_views(settings),
         *_output(settings),
     ]
     if problems:
         raise UsageError(problems)
 
 
+def _rejection(find: Callable[..., Any], *args: Any) -> list[str]:
+    """What a registry says of a name that it rejects."""
+    try:
+        find(*args)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def _prompts(settings: Settings) -> Iterator[str]:
     prompts = settings.prompts
-    if prompts.predefined_key:
-        yield (
-            "--predefined_key: the original accepts it and does nothing with it; "
-            "keys start from --prompt_key_init"
-        )
-    try:
-        find_pooling(settings.model.head_type, has_prompts=prompts.prompt_pool)
-    except ValueError as error:
-        yield str(error)
-    try:
-        find_selection_rule(prompts.diversify)
-    except ValueError as error:
-        yield str(error)
+    yield from _rejection(find_pooling, settings.model.head_type, prompts.prompt_pool)
+    yield from _rejection(find_selection_rule, prompts.diversify)
     if not prompts.prompt_pool:
         for name in ("diversify", "shared_prompt_pool", "shared_prompt_key"):
             flag = find_flag(name)
@@ -125,7 +122,7 @@ def _transforms(settings: Settings) -> Iterator[str]:
         yield problem
     if settings.data.data_on_device is not True:
         return
-    if reason := device_transforms.why_not_on_device(options):
+    if reason := pipeline.why_not_on_device(options):
         yield f"--data_on_device true: {reason}"
     with suppress(ValueError):  # which `_scenario` reports
         for name, spec in registry.find_sources(settings.data.dataset).items():
@@ -182,9 +179,8 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
     if not all(map(configurations.exists, settings.given.configurations)):
         return  # the missing configuration may name other data
     if elsewhere:
-        if not scenario.splitting.tasks_are_folders:
-            with suppress(ValueError):
-                yield from _tasks(scenario)
+        with suppress(ValueError):
+            yield from () if scenario.tasks_are_folders else _tasks(scenario)
         return
     missing = list(_missing_data(scenario))
     yield from missing
@@ -192,11 +188,9 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
         yield from _tasks(scenario)
         yield from _buffer(scenario)
         scenario.check_classes()
-    except DataError as error:
-        if not missing:
-            yield str(error)
     except ValueError as error:
-        yield str(error)
+        if not (missing and isinstance(error, DataError)):
+            yield str(error)
 
 
 def _missing_data(scenario: Scenario) -> Iterator[str]:
@@ -215,7 +209,7 @@ def _missing_data(scenario: Scenario) -> Iterator[str]:
         )
     any_folder = any(spec.any_data for spec in specs.values())
     output_dir = settings.run.output_dir
-    is_a_task = scenario.splitting.tasks_are_folders and any_folder
+    is_a_task = scenario.tasks_are_folders and any_folder
     if is_a_task and Path(output_dir).absolute().parent == path.absolute():
         yield f"--output_dir {output_dir} would count as a domain of --data-path {path}"
 
@@ -224,22 +218,17 @@ def _tasks(scenario: Scenario) -> Iterator[str]:
     """Whether their number fits the data and the pool."""
     settings = scenario.settings
     prompts, wanted = settings.prompts, settings.tasks.num_tasks
-    splitting = scenario.splitting
-    num_parts = splitting.num_tasks()
+    num_parts = scenario.num_tasks()
     if wanted is not None and wanted != num_parts:
         yield (
             f"--num_tasks {wanted}: the data are {num_parts} tasks ({settings.data.dataset}, "
-            f"{splitting.name}), give {num_parts} or none"
+            f"{scenario.name}), give {num_parts} or none"
         )
     if num_parts == 1 and settings.replay.has_buffer:
         yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"
-    if not prompts.prompt_pool:
-        return
-    try:
+    if prompts.prompt_pool and not _rejection(find_selection_rule, prompts.diversify):
         rule = find_selection_rule(prompts.diversify)
-    except ValueError:  # which `_prompts` reports
-        return
-    yield from rule.problems(prompts, scenario.num_tasks())
+        yield from rule.problems(prompts, 1 if scenario.is_joint else num_parts)
 
 
 def _buffer(scenario: Scenario) -> Iterator[str]:
@@ -287,41 +276,37 @@ def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[s
 
 
 def _processes(settings: Settings) -> Iterator[str]:
-    launch = utils.find_launch()
     try:
-        device = utils.choose_device(settings.run.device, launch)
+        device = utils.choose_device(settings.run.device, utils.find_launch())
         if settings.precision.tf32 and device.type == "cpu":
             yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
         if settings.precision.compile and not any(map(shutil.which, _COMPILERS)):
             yield f"--compile needs a C++ compiler: install one of {', '.join(_COMPILERS)}"
     except ValueError as error:
         yield str(error)
-    launched = 1 if launch is None else launch.world_size
-    if settings.run.world_size is not None and settings.run.world_size != launched:
-        yield (
-            f"--world_size {settings.run.world_size}: the launcher started {launched} processes; "
-            f"use its own option, such as --nproc_per_node={settings.run.world_size}"
-        )
 
 
-def _resume(settings: Settings) -> Iterator[str]:
-    resume = settings.run.resume
-    if resume is None:
-        return
-    if settings.run.eval:
-        yield "--resume and --eval are two commands: give one of them"
-    elif resume == "auto" and not settings.run.output_dir:
-        yield "--resume auto looks for the state in --output_dir, which is empty: give it"
-    elif resume != "auto" and not Path(resume).exists():
-        yield f"--resume {resume}: neither auto nor a state of a run that exists"
-
-
-def _evaluation(settings: Settings) -> Iterator[str]:
-    if settings.run.checkpoint is not None and not settings.run.eval:
-        yield "--checkpoint names what --eval evaluates: give --eval too"
-    for name in ("speed_test", "speed_test_only"):
-        if settings.run.eval and settings[name]:
+def _commands(settings: Settings) -> Iterator[str]:
+    """What excludes each other, and what needs something else, of resuming, evaluating, logging."""
+    run, output = settings.run, settings.output
+    for name in ("resume", "speed_test", "speed_test_only"):
+        if run.eval and settings[name]:
             yield f"--{name} and --eval are two commands: give one of them"
+    if run.checkpoint is not None and not run.eval:
+        yield "--checkpoint names what --eval evaluates: give --eval too"
+    if run.resume == "auto" and not run.output_dir:
+        yield "--resume auto looks for the state in --output_dir, which is empty: give it"
+    elif run.resume not in (None, "auto") and not Path(run.resume).exists():
+        yield f"--resume {run.resume}: neither auto nor a state of a run that exists"
+    yield from live_log.missing_packages(tensorboard=output.tensorboard, wandb=output.wandb)
+    for name in ("tensorboard", "wandb"):
+        if settings[name] and run.eval:
+            yield f"--{name} logs training: leave it out with --eval"
+        elif settings[name] and not run.output_dir:
+            yield f"--{name} writes into --output_dir, which is empty: give it"
+    for name in ("eval", "speed_test", "speed_test_only"):
+        if run.dry_run and settings[name]:
+            yield f"--dry_run tries out training: leave --{name} out"
 
 
 def _seeds(settings: Settings) -> Iterator[str]:
@@ -339,21 +324,6 @@ def _seeds(settings: Settings) -> Iterator[str]:
         yield "--seeds needs --output_dir, in which each seed gets a folder: give it"
     if resume not in (None, "auto"):
         yield f"--resume {resume} is one run's state: --seeds takes --resume auto"
-
-
-def _views(settings: Settings) -> Iterator[str]:
-    """Live logs and dry runs, and what excludes them."""
-    output = settings.output
-    yield from live_log.missing_packages(tensorboard=output.tensorboard, wandb=output.wandb)
-    for name in ("tensorboard", "wandb"):
-        if settings[name] and settings.run.eval:
-            yield f"--{name} logs training: leave it out with --eval"
-        elif settings[name] and not settings.run.output_dir:
-            yield f"--{name} writes into --output_dir, which is empty: give it"
-    if settings.run.dry_run:
-        for name in ("eval", "speed_test", "speed_test_only"):
-            if settings[name]:
-                yield f"--dry_run tries out training: leave --{name} out"
 
 
 def _output(settings: Settings) -> Iterator[str]:

@@ -1,13 +1,12 @@
 import io
 import logging
+import os
 import re
 import sys
 
 import pytest
 
 import utils
-
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
 
 
 @pytest.fixture
@@ -16,9 +15,7 @@ def root_logger():
     root = logging.getLogger()
     level = root.level
     yield root
-    for handler in [h for h in root.handlers if isinstance(h, utils._OwnHandler)]:
-        root.removeHandler(handler)
-        handler.close()
+    utils.end_logging()
     root.setLevel(level)
 
 
@@ -36,14 +33,14 @@ def progress_lines(caplog, total, print_freq, step=lambda progress, item: None):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_progress_lines_come_every_print_freq_steps_and_at_the_end(caplog):
-    lines = progress_lines(caplog, total=24, print_freq=10)
-    assert [re.search(r"\[ *(\d+)/24\]", line)[1] for line in lines] == ["0", "10", "20", "23"]
+@pytest.mark.parametrize(
+    ("total", "steps"), [(24, ["0", "10", "20", "23"]), (11, ["0", "10"]), (1, ["0"])]
+)
+def test_progress_lines_come_every_print_freq_steps_and_at_the_end(caplog, capsys, total, steps):
+    lines = progress_lines(caplog, total, print_freq=10)
+    assert [re.search(rf"\[ *(\d+)/{total}\]", line)[1] for line in lines] == steps
     assert all(line.startswith("Train: Epoch[1/5]  [") for line in lines)
-
-
-def test_progress_lines_name_last_step_once(caplog):
-    assert len(progress_lines(caplog, total=11, print_freq=10)) == 2
+    assert "%|" not in "".join(capsys.readouterr())  # no bar in a pipe
 
 
 def test_progress_lines_estimate_the_time_left(caplog, monkeypatch):
@@ -64,12 +61,14 @@ def test_progress_lines_show_last_value_and_average(caplog):
 
 
 def test_progress_averages_weigh_counts():
-    progress = utils.Progress("", 10)
+    progress = utils.Progress("", 10, {"Loss": [6.0, 2]})
+    assert progress.averages() == {"Loss": 3.0}
     progress.update({"Acc@1": 100.0, "Acc@5": 50.0}, count=3)
     progress.update({"Acc@1": 0.0}, count=1)
     progress.update({"Loss": 1.0})
     progress.update({"Loss": 4.0})
-    assert progress.averages() == {"Acc@1": 75.0, "Acc@5": 50.0, "Loss": 2.5}
+    assert progress.averages() == {"Acc@1": 75.0, "Acc@5": 50.0, "Loss": 2.75}
+    assert progress.sums() == {"Loss": [11.0, 4], "Acc@1": [300.0, 4], "Acc@5": [150.0, 3]}
 
 
 class Terminal(io.StringIO):
@@ -90,12 +89,6 @@ def test_progress_shows_a_bar_instead_of_lines_on_a_terminal(root_logger, tmp_pa
     assert (tmp_path / "log.txt").read_text().count("eta:") == 4
 
 
-def test_progress_draws_no_bar_into_a_pipe(caplog, capsys):
-    progress_lines(caplog, total=5, print_freq=1)
-    captured = capsys.readouterr()
-    assert "%|" not in captured.out + captured.err
-
-
 def test_progress_is_silent_outside_the_main_process(caplog, monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
     assert progress_lines(caplog, total=5, print_freq=1) == []
@@ -104,30 +97,31 @@ def test_progress_is_silent_outside_the_main_process(caplog, monkeypatch):
 # Logging
 
 
-def test_setup_logging_writes_plain_lines_to_output(root_logger, capsys):
+def test_setup_logging_writes_plain_lines_to_output_and_then_to_a_file(
+    root_logger, capsys, tmp_path
+):
+    path = tmp_path / "new" / "log.txt"
     utils.setup_logging()
     utils.logger.info("accuracy %s", 12)
     utils.logger.debug("details")
-    assert capsys.readouterr().out == "accuracy 12\n"
-
-
-def test_log_to_file_adds_lines_to_file_and_keeps_output(root_logger, capsys, tmp_path):
-    path = tmp_path / "new" / "log.txt"
-    utils.setup_logging()
-    utils.logger.info("before")
     utils.log_to_file(path)
-    utils.logger.info("Größe %s", 12)
-    assert capsys.readouterr().out == "before\nGröße 12\n"
-    assert path.read_text(encoding="utf-8") == "Größe 12\n"
-
-
-def test_setup_logging_twice_says_everything_once_and_ends_the_file(root_logger, capsys, tmp_path):
-    utils.setup_logging()
-    utils.log_to_file(tmp_path / "log.txt")
-    utils.setup_logging()
+    utils.logger.info("Größe")
+    utils.setup_logging()  # ends the file
     utils.logger.info("once")
-    assert capsys.readouterr().out == "once\n"
-    assert (tmp_path / "log.txt").read_text() == ""
+    assert capsys.readouterr().out == "accuracy 12\nGröße\nonce\n"
+    assert path.read_text(encoding="utf-8") == "Größe\n"
+
+
+def test_output_that_nobody_reads_any_more_does_not_end_the_run(root_logger, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        utils.setup_logging()
+        utils.logger.info("line")
+        utils.logger.info("another")
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))
+    assert capsys.readouterr().err == ""
 
 
 def test_setup_logging_of_other_processes_shows_warnings_only(root_logger, capsys, monkeypatch):

@@ -3,14 +3,12 @@
 import pytest
 
 import main
-from helpers.tiny_flags import TINY
 
 
 @pytest.fixture(scope="session")
-def command(image_folder):
+def command(tiny):
     """A command line without its folder: two tasks, two epochs of two steps each."""
-    data = ["--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    return [*TINY, *data, "--batch-size", "8"]
+    return [*tiny, "--batch-size", "8"]
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch._dynamo
 
 import engine
 from cli.settings import PrecisionSettings
@@ -22,7 +21,8 @@ from helpers.engine_doubles import (
     make_run,
     run,
 )
-from helpers.model_variants import VARIANTS, close, learn
+from helpers.model_variants import VARIANTS, learn
+from helpers.tiny_model import close_by_name as close
 from helpers.tiny_model import make_model
 
 
@@ -52,9 +52,9 @@ def test_amp_computes_the_backbone_alone_in_low_precision(pool, changes, amp):
     assert torch.cosine_similarity(head, wanted_head, dim=0) > 0.98
 
 
-@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
 @pytest.mark.parametrize("pool", [{}, {"prompt_key": False}, {"diversify": "frequency"}])
-def test_amp_selects_in_single_precision(pool, amp):
+@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
+def test_amp_selects_in_single_precision(amp, pool):
     """With the same queries the selection is the same to the last bit, in autocast as well."""
     plain, fast = make_model(pool), fast_model(pool, {}, amp=amp)
     images, query = data(FIRST)[0], make_model(pool).query(data(FIRST)[0])
@@ -85,13 +85,10 @@ def test_amp_leaves_what_trains_and_what_is_saved_in_single_precision():
         norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
         assert norms
         assert all(norm.weight.dtype == torch.float32 for norm in norms)
-
-
-def test_amp_gives_a_copy_for_the_query_the_same_precision():
-    model = fast_model({}, {"freeze": ()}, amp="bf16")
-    assert model.query_backbone.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
-    assert model.backbone.blocks[0].mlp.fc1.weight.dtype == torch.float32
-    assert model.query(data(FIRST)[0]).dtype == torch.float32
+        frozen_copy = model.query_backbone or model.backbone
+        assert frozen_copy.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert model.query(data(FIRST)[0]).dtype == torch.float32
+        assert not any(getattr(module, "fused_attn", False) for module in model.modules())
 
 
 @pytest.mark.parametrize("amp", precision.AMP_DTYPES)
@@ -110,16 +107,18 @@ def test_amp_run_learns_as_the_plain_one(amp):
 
 @pytest.fixture
 def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
+    dynamo = pytest.importorskip("torch._dynamo")  # whose import takes seconds
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield dynamo.utils.counters
+    dynamo.reset()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", ["both", "norm of the mean", "everything trains", "no prompts"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_passes_equal_the_plain_ones(pool, changes):
+def test_compiled_passes_equal_the_plain_ones(name):
+    pool, changes = VARIANTS[name]
     fast, plain = fast_model(pool, changes, compile=True), make_model(pool, **changes)
     (out, grads), (wanted, wanted_grads) = learn(fast), learn(plain)
     close(out, wanted, rtol=1e-4, atol=1e-5)
@@ -130,12 +129,10 @@ def test_compiled_passes_equal_the_plain_ones(pool, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("amp", [None, "bf16"])
-def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler, amp):
+def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler):
     """Neither a task id, nor a mask, nor short batches, nor known queries make a new graph."""
     model = fast_model({"diversify": "mask"}, {}, batch_sizes=(4,), compile=True)
-    if amp is not None:
-        model.amp_dtype = precision.AMP_DTYPES[amp]
+    model.amp_dtype = torch.bfloat16
     graphs = []
     run(
         model,
@@ -149,18 +146,18 @@ def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler, amp):
     assert not fresh_compiler["graph_break"]
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 def test_batches_of_another_size_run_as_they_are(monkeypatch):
-    calls = []
+    calls, steps = [], []
     monkeypatch.setattr(
         torch, "compile", lambda plain, **kwargs: lambda x: calls.append(kwargs) or plain(x)
     )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
     model = fast_model({}, {}, batch_sizes=(8,), compile=True)
     wanted, _ = learn(make_model({}), size=7)
     close(learn(model, size=7)[0], wanted)
     assert not calls
     learn(model, size=8)
-    assert len(calls) == 2  # the pass for the query, and the prompted one
+    assert len(calls) == len(steps) == 2  # the pass for the query, and the prompted one
     assert all(call["fullgraph"] and not call["dynamic"] for call in calls)
 
 
@@ -175,25 +172,13 @@ def test_grad_checkpointing_changes_no_number(pool, changes):
     close(again[1], plain[1], rtol=0, atol=0)
 
 
-@pytest.fixture
-def global_precision():
-    """What `apply` sets for the whole process, put back."""
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@pytest.mark.usefixtures("global_precision")
 def test_tf32_is_off_unless_asked_for():
     torch.backends.cudnn.allow_tf32 = True  # what torch begins with
-    fast_model({}, {})
-    assert torch.get_float32_matmul_precision() == "highest"
-    assert not torch.backends.cudnn.allow_tf32
-    fast_model({}, {}, tf32=True)
-    assert torch.get_float32_matmul_precision() == "high"
-    assert torch.backends.cudnn.allow_tf32
+    found = []
+    for tf32 in (False, True, False):
+        fast_model({}, {}, tf32=tf32)
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    assert found == [("highest", False), ("high", True), ("highest", False)]
 
 
 def test_a_training_step_never_waits_for_the_device():

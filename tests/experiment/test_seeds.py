@@ -8,42 +8,49 @@ import pytest
 import engine
 import main
 from experiment import checkpoints, resume, training_run
-from helpers.tiny_flags import TINY
 from reports import draw
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
 @pytest.fixture
-def command(image_folder):
-    return [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder), "--epochs", "1"]
+def command(command):
+    return [*command, "--epochs", "1"]
 
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def accuracies(folder):
-    return [results(folder)[name]["accuracy_matrix"] for name in ("batch", "instance")]
+def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, monkeypatch, capsys):
+    assemble, models, alive, drawn = main.assemble, [], [], []
 
+    def watched(*args, **keywords):
+        alive.append([model() is not None for model in models])
+        experiment = assemble(*args, **keywords)
+        models.append(weakref.ref(experiment.model))
+        return experiment
 
-def test_each_seed_is_the_run_that_it_is_alone(command, tmp_path, capsys):
+    monkeypatch.setattr(main, "assemble", watched)
+    monkeypatch.setattr(draw, "draw_run", lambda *_: ([], []))
+    monkeypatch.setattr(draw, "draw_comparison", lambda *given: drawn.append(given))
     together, alone = tmp_path / "together", tmp_path / "alone"
     argv = [*command, "--plots", "--seeds", "3", "4", "--output_dir", str(together)]
     assert main.main(argv) == 0
+    assert alive == [[], [False]]  # one model at a time is in memory
     text = capsys.readouterr().out
     assert main.main([*command, "--seed", "4", "--output_dir", str(alone)]) == 0
-    assert accuracies(together / "seed4") == accuracies(alone)
-    assert accuracies(together / "seed3") != accuracies(alone)
-    assert [results(together / f"seed{seed}")["seed"] for seed in (3, 4)] == [3, 4]
-    mean = sum(results(together / f"seed{s}")["batch"]["average_accuracy"] for s in (3, 4)) / 2
+    third, fourth = (results(together / f"seed{seed}") for seed in (3, 4))
+    for name in ("batch", "instance"):
+        assert fourth[name] == results(alone)[name] != third[name]
+    assert [third["seed"], fourth["seed"]] == [3, 4]
+    mean = (third["batch"]["average_accuracy"] + fourth["batch"]["average_accuracy"]) / 2
     assert f"{mean:.2f} ±" in text.rpartition("Written to")[2]
-    log = (together / "seed3" / "log.txt").read_text()
-    assert ", seed 3\n" in log
-    assert ", seed 4\n" not in log
-    for seed in (3, 4):  # the table is of none of them
-        assert "±" not in (together / f"seed{seed}" / "log.txt").read_text()
-    assert (together / "comparison" / "average_accuracy.svg").is_file()
+    logs = [(together / f"seed{seed}" / "log.txt").read_text() for seed in (3, 4)]
+    assert [f", seed {seed}\n" in log for log in logs for seed in (3, 4)] == [1, 0, 0, 1]
+    assert "±" not in "".join(logs)  # the table is of none of them
+    ((groups, folder),) = drawn
+    assert (len(groups), folder) == (1, together / "comparison")
     assert f"Comparison of the seeds: {together / 'comparison'}" in text
 
 
@@ -71,32 +78,18 @@ def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, cap
     assert "±" in capsys.readouterr().out
 
 
-def test_one_model_at_a_time_is_in_memory(command, tmp_path, monkeypatch):
-    assemble, models, alive = main.assemble, [], []
-
-    def watched(*args, **keywords):
-        alive.append([model() is not None for model in models])
-        experiment = assemble(*args, **keywords)
-        models.append(weakref.ref(experiment.model))
-        return experiment
-
-    monkeypatch.setattr(main, "assemble", watched)
-    argv = [*command, "--seeds", "1", "2", "3", "--output_dir", str(tmp_path)]
-    assert main.main(argv) == 0
-    assert alive == [[], [False], [False, False]]
-
-
-def test_figures_that_fail_do_not_end_the_seeds(command, tmp_path, monkeypatch, capsys):
+def test_figures_that_fail_do_not_end_a_single_seed(command, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(draw, "draw_run", fail)
-    argv = [*command, "--plots", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    argv = [*command, "--plots", "--seeds", "9", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     text = capsys.readouterr().out
-    assert text.count("The figures are not drawn (OSError: no space left)") == 2
-    assert f"Draw them again: python plots.py {tmp_path / 'seed1'}" in text
-    assert results(tmp_path / "seed2")["seed"] == 2
+    assert text.count("The figures are not drawn (OSError: no space left)") == 1
+    assert f"Draw them again: python plots.py {tmp_path / 'seed9'}" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
+    assert results(tmp_path / "seed9")["seed"] == 9
 
 
 @pytest.mark.parametrize(
@@ -113,10 +106,3 @@ def test_seeds_that_cannot_be_are_refused(command, flags, problem, tmp_path, cap
     flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
     assert main.main([*command, "--output_dir", str(tmp_path / "out"), *flags]) == 2
     assert problem in capsys.readouterr().err
-
-
-def test_a_single_seed_gets_a_folder_of_its_own(command, tmp_path):
-    argv = [*command, "--seeds", "9", "--output_dir", str(tmp_path)]
-    assert main.main(argv) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
-    assert results(tmp_path / "seed9")["seed"] == 9

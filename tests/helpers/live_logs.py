@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiment import run_record
 from experiment.live_log import open_live_log
+from experiment.run_record import RunRecord
 from training.state import Evaluation, TaskReport
 
 NAN = float("nan")
@@ -26,38 +26,26 @@ def second_task():
         "instance": np.array([[88.0, 60.5, NAN], [NAN, 77.0, NAN], [NAN] * 3]),
     }
     report = TaskReport(1, {}, [evaluation(0, 70.0, 60.5), evaluation(1, 80.0, 77.0)], 1.0, 2.0)
-    record = run_record.RunRecord(
-        {"seed": 1, "epochs": 5},
-        {"name": "vit"},
-        [[0], [1], [2]],
-        ["a", "b", "c"],
-        matrices,
-        [report],
-        ["task1", "task2", "task3"],
-        ["task1", "task2", "task3"],
-    )
-    return record, report
+    names, config = ["task1", "task2", "task3"], {"seed": 1, "epochs": 5}
+    classes = [[0], [1], [2]], ["a", "b", "c"]
+    return RunRecord(config, {"name": "vit"}, *classes, matrices, [report], names, names), report
 
 
-def open_logs(folder, *, tensorboard=False, wandb=False, first_step=0, resumed=False):
+def open_logs(folder, *, tensorboard=False, wandb=False, first_step=0):
     """The logs that a run opens whose record is that of `second_task`."""
-    return open_live_log(
-        tensorboard=tensorboard,
-        wandb=wandb,
-        output_dir=folder,
-        record=second_task()[0],
-        first_step=first_step,
-        resumed=resumed,
-    )
+    record, _ = second_task()
+    wanted = {"tensorboard": tensorboard, "wandb": wandb}
+    return open_live_log(**wanted, output_dir=folder, record=record, first_step=first_step)
 
 
 def events(folder):
-    """What TensorBoard reads from a folder."""
+    """What TensorBoard reads of a run."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     keep_all = {"scalars": 0, "histograms": 0, "images": 0}
-    return accumulator.EventAccumulator(str(folder), keep_all).Reload()
+    return accumulator.EventAccumulator(str(folder / "tensorboard"), keep_all).Reload()
 
 
-def scalars_of(folder, tag):
-    """Steps and values of one curve."""
-    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
+def scalars(folder):
+    """Steps and values of every curve of a run."""
+    found = events(folder)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}

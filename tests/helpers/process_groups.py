@@ -3,7 +3,6 @@
 They are forked from a server that has loaded the program, which saves seconds for each.
 """
 
-import atexit
 import multiprocessing
 import os
 import random
@@ -23,14 +22,16 @@ from helpers.launcher_environment import launcher_names
 
 ROOT = Path(utils.__file__).resolve().parent
 
+#: Seconds after a failure until the other processes are ended.
+_GRACE = 3
+
 
 @dataclass
 class Ended:
-    """How processes ended: exit code and output of each, and the seconds from start to end."""
+    """How processes ended: exit code and output of each."""
 
     codes: list
     texts: list
-    seconds: float
 
     @property
     def text(self):
@@ -39,7 +40,10 @@ class Ended:
 
 
 def together(folder, count, work, environment=None, within=60):
-    """Runs `work(rank)` in so many processes; none may still run after so many seconds."""
+    """Runs `work(rank)` in so many processes; none may still run after so many seconds.
+
+    When one of them fails, the others get SIGTERM a little later, as from a launcher.
+    """
     environment = environment or by_launcher(count)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"process{rank}.txt" for rank in range(count)]
@@ -47,22 +51,25 @@ def together(folder, count, work, environment=None, within=60):
         context().Process(target=_process, args=(partial(work, rank), environment(rank), path))
         for rank, path in enumerate(paths)
     ]
-    start = time.monotonic()
     for process in group:
         process.start()
-    left = list(group)
-    while left and (time_left := start + within - time.monotonic()) > 0:
-        wait([process.sentinel for process in left], time_left)
-        left = [process for process in left if process.is_alive()]
+    latest = time.monotonic() + within
+    while left := [process for process in group if process.is_alive()]:
+        failed = any(process.exitcode for process in group)
+        seconds = min(_GRACE if failed else within, latest - time.monotonic())
+        if seconds <= 0:
+            break
+        if not wait([process.sentinel for process in left], seconds) and failed:
+            for process in left:
+                process.terminate()
     for process in left:
         process.kill()
     for process in group:
         process.join()
-    done = Ended([p.exitcode for p in group], [p.read_text() for p in paths], 0.0)
-    done.seconds = time.monotonic() - start
+    codes, texts = [p.exitcode for p in group], [p.read_text() for p in paths]
     hanging = [group.index(process) for process in left]
-    assert not hanging, f"processes {hanging} of {count} hang after {within} s:\n{done.text}"
-    return done
+    assert not hanging, f"processes {hanging} of {count} hang after {within} s:\n{texts}"
+    return Ended(codes, texts)
 
 
 def by_launcher(count, port=None):
@@ -96,7 +103,7 @@ def free_port():
 def context():
     """Where processes are forked from: a server that does not know what pytest has done since."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["helpers.process_runs", "experiment.session", "torch._dynamo"])
+    server.set_forkserver_preload(["helpers.process_runs", "experiment.session"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -113,7 +120,4 @@ def _process(work, environment, path):
     os.dup2(output, 2)
     multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process of its own
     torch.set_num_threads(1)
-    try:
-        sys.exit(work())
-    finally:
-        atexit._run_exitfuncs()
+    sys.exit(work())

@@ -25,6 +25,12 @@ def load(path):
     return resume._parse(path.read_bytes(), str(path))
 
 
+def place(folder):
+    """Where a saved run stopped: task, epoch, step, evaluated test sets."""
+    position = load(newest(folder)).position
+    return position.task, position.epoch, position.step, len(position.evaluations)
+
+
 def start(argv, folder, *more):
     """Starts a run, or resumes it; returns the exit code."""
     return main.main([*argv, "--output_dir", str(folder), "--resume", "auto", *more])
@@ -65,6 +71,12 @@ def flat(value, name=""):
 def differing(one, other):
     """Names of what two outcomes do not share."""
     return sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
+
+
+def assert_resumes(argv, folder, whole, *more):
+    """Resumes a run to its end; it equals one that never stopped."""
+    assert start(argv, folder, *more) == 0
+    assert differing(outcome(whole), outcome(folder)) == []
 
 
 def contents(folder):
