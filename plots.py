@@ -9,52 +9,96 @@ deviation over the seeds.
 Exit code: 0 something was drawn, 1 nothing was drawn, 2 command line rejected.
 """
 
-import argparse
-import difflib
+import itertools
 import os
+import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
+from cli.flags import flag
+from cli.options import near, take_all
 from cli.parser import UsageError
 from cli.settings import Settings
 from reports import comparison_figures, draw, stored_runs
 from reports.figure_style import NothingToDrawError
 from reports.stored_runs import Group
 
+#: Names of all figures.
+_NAMES = tuple(dict.fromkeys((*draw.RUN_FIGURES, *draw.COMPARISONS)))
+
+_WHERE = "--output_dir is where the comparison goes:"
+
 
 @dataclass(frozen=True)
 class PlotOptions:
-    """Options of this program.
+    """Options of this program."""
 
-    Attributes:
-        paths: Folders of runs, or folders with runs somewhere below them.
-        only: Names of the figures to draw; None: all.
-        output_dir: Folder of the comparison; None: `comparison`, beside the runs.
-        against: Setting on the x axis of `accuracy_against`; None: it is not drawn.
-        lines: Setting whose values get a line each in it.
-    """
+    only: tuple[str, ...] = flag((), f"draw these figures, of {', '.join(_NAMES)} (default: all)")
+    output_dir: str | None = flag(
+        None, "where the comparison goes (default: comparison, in what holds all the runs)"
+    )
+    against: str | None = flag(
+        None, "compare the accuracy against the values of a setting, such as size"
+    )
+    lines: str | None = flag(
+        None, "with --against: a line for each value of another setting, such as length"
+    )
+    label: tuple[str, ...] = flag(
+        (), "call a configuration NEW, not OLD as in the tables: OLD=NEW; may be repeated"
+    )
+    format: tuple[str, ...] = flag(
+        draw.DEFAULT_FORMATS,
+        f"file formats, of {', '.join(draw.FORMATS)}",
+        choices=tuple(draw.FORMATS),
+    )
 
-    paths: Sequence[Path]
-    only: Sequence[str] | None
-    output_dir: Path | None
-    against: str | None
-    lines: str | None
+    @property
+    def axes(self) -> dict[str, str]:
+        """Names of settings by the flags that name them."""
+        named = {"against": self.against, "lines": self.lines}
+        return {name: value.replace("-", "_") for name, value in named.items() if value}
+
+    def problems(self) -> list[str]:
+        """What is wrong with them together."""
+        problems = [
+            f"--only {name} is no figure{near(name, _NAMES, 99)} (folders go before --only)"
+            for name in self.only
+            if name not in _NAMES
+        ]
+        only = self.only or _NAMES
+        if "accuracy_against" in self.only and not self.against:
+            problems.append("--only accuracy_against needs --against, the setting to draw against")
+        if self.against and "accuracy_against" not in only:
+            problems.append(
+                "--against draws accuracy_against, which --only leaves out: name it there"
+            )
+        if self.lines and not self.against:
+            problems.append("--lines needs --against, the setting to draw against")
+        if self.output_dir and not set(only) & set(draw.COMPARISONS):
+            names = " or ".join(draw.COMPARISONS)
+            problems.append(f"{_WHERE} --only leaves it out: name {names} there")
+        return problems
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Runs a command line, by default that of the process; returns the exit code."""
+    options, folders, problems = take_all(
+        PlotOptions,
+        sys.argv[1:] if argv is None else argv,
+        once=("label",),
+        prog="plots.py",
+        usage="plots.py OUTPUT_DIR [OUTPUT_DIR ...] [--flags]",
+        description="Draws the figures of runs, each into its own plots/; compares several. "
+        "OUTPUT_DIR is a run, or holds runs somewhere below it: these are compared, not redrawn.",
+    )
+    if not folders:
+        problems.append("there is nothing to draw: name at least one OUTPUT_DIR")
     try:
-        return _run(_parse(sys.argv[1:] if argv is None else argv))
+        return _run(options, [stored_runs.folder_of(Path(name)) for name in folders], problems)
     except UsageError as error:
         print(error.message("plots.py"), end="", file=sys.stderr)
         return 2
@@ -63,47 +107,41 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(options: PlotOptions) -> int:
+def _run(options: PlotOptions, paths: Sequence[Path], problems: list[str]) -> int:
     """Draws what a command line asks for; prints the files, and what was left out."""
-    folders, problems = stored_runs.find(options.paths)
-    runs, unusable = stored_runs.read_all(folders)
-    groups, twins = stored_runs.group(runs)
-    is_comparison = len(folders) > 1
-    _print_problems([*problems, *twins, *unusable])
-    _check(options, folders, groups)
-    paths = []
+    folders, groups, unusable = stored_runs.find_groups(paths)
+    _print_problems(unusable)
+    groups.sort(key=_in_numerical_order)
+    problems += [*_unfit(options, folders, groups), *_rename(groups, options.label)]
+    if problems:
+        raise UsageError(problems)
+    is_drawn = False
     for folder in folders:
-        if folder in options.paths or not is_comparison:
-            paths += _redraw(folder, options.only)
-    if is_comparison and groups:
-        folder = options.output_dir or _common(options.paths) / "comparison"
-        compared = draw.draw_comparison(
-            groups, folder, options.against, options.lines, options.only
+        if folder in paths or len(folders) == 1:
+            with suppress(stored_runs.ResultsError):  # which was reported above
+                results = stored_runs.load_results(folder)
+                drawn = draw.draw_run(results, folder / "plots", options.only, options.format)
+                is_drawn |= _report(folder / "plots", *drawn)
+    if len(folders) > 1 and groups:
+        shared = Path(os.path.commonpath([path.absolute() for path in paths]))
+        folder = Path(options.output_dir or shared / "comparison")
+        drawn = draw.draw_comparison(
+            groups, folder, *options.axes.values(), only=options.only, formats=options.format
         )
-        _print_files(compared)
-        paths += compared
-    if not paths:
+        is_drawn |= _report(folder, *drawn)
+    if not is_drawn:
         _print_problems(["there is nothing to draw"])
-    return 0 if paths else 1
+    return 0 if is_drawn else 1
 
 
-def _redraw(folder: Path, only: Collection[str] | None) -> list[Path]:
-    """Draws one run into its own folder, unless it is damaged, which was reported before."""
-    try:
-        results = stored_runs.load_results(folder)
-    except stored_runs.ResultsError:
-        return []
-    paths, left_out = draw.draw_run(results, folder / "plots", only)
-    _print_files(paths)
-    for line in left_out:
-        print(f"{folder / 'plots'}: without {line}")
-    return paths
-
-
-def _print_files(paths: Sequence[Path]) -> None:
-    """Prints one line for each figure."""
-    for first, *others in zip(*[iter(paths)] * len(draw.FORMATS), strict=True):
+def _report(folder: Path, paths: Sequence[Path], left_out: Sequence[str]) -> bool:
+    """Prints a line for each figure; returns whether there is one."""
+    for _, files in itertools.groupby(paths, key=lambda path: path.stem):
+        first, *others = files
         print(", ".join([str(first), *(path.suffix for path in others)]))
+    for line in left_out:
+        print(f"{folder}: without {line}")
+    return bool(paths)
 
 
 def _print_problems(problems: Iterable[str]) -> None:
@@ -111,138 +149,42 @@ def _print_problems(problems: Iterable[str]) -> None:
         print(f"plots.py: {problem}", file=sys.stderr)
 
 
-def _common(paths: Sequence[Path]) -> Path:
-    """The innermost folder that contains all paths; a single path itself."""
-    return Path(os.path.commonpath([path.absolute() for path in paths]))
+def _in_numerical_order(group: Group) -> list[Any]:
+    """What sorts configurations by the words and the numbers in their labels."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", group.label)
+    return [float(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in the same form as the other programs."""
-
-    def error(self, message: str) -> NoReturn:
-        """Rejects the command line."""
-        raise UsageError([message])
-
-
-def _parse(argv: list[str]) -> PlotOptions:
-    """Reads a command line; `_check` compares it with the runs later.
-
-    Raises:
-        UsageError: If it cannot be read.
-    """
-    parser = _Parser(
-        prog="plots.py",
-        usage="plots.py OUTPUT_DIR [OUTPUT_DIR ...] [--flags]",
-        description="Draws the figures of runs, each into its own plots/; compares several.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "paths",
-        nargs="+",
-        type=_folder,
-        metavar="OUTPUT_DIR",
-        help="folder of a run, or of runs somewhere below it: these are compared, not redrawn",
-    )
-    add("--only", nargs="+", metavar="NAME", help=f"of {', '.join(_names())} (default: all)")
-    add(
-        *("--output_dir", "--output-dir"),
-        type=Path,
-        metavar="DIR",
-        help="where the comparison goes (default: comparison, in what holds all the runs)",
-    )
-    add(
-        "--against",
-        type=_setting,
-        metavar="SETTING",
-        help="compare the final accuracy against the values of a setting, such as size",
-    )
-    add(
-        "--lines",
-        type=_setting,
-        metavar="SETTING",
-        help="with --against: a line for each value of another setting, such as length",
-    )
-    return PlotOptions(**vars(parser.parse_args(argv)))
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    return path.parent if path.name == "results.json" else path
-
-
-def _setting(text: str) -> str:
-    return text.replace("-", "_")
-
-
-def _names() -> list[str]:
-    """Names of all figures."""
-    return list(dict.fromkeys((*draw.RUN_FIGURES, *draw.COMPARISONS)))
-
-
-def _check(options: PlotOptions, folders: Sequence[Path], groups: Sequence[Group]) -> None:
-    """Checks a command line against the runs, of which the finished ones are grouped.
-
-    Raises:
-        UsageError: With everything that is wrong.
-    """
-    problems = [
-        f"--only {name} is no figure{_near_figure(name)} (folders go before --only)"
-        for name in options.only or []
-        if name not in _names()
-    ]
-    is_named = options.only is not None and "accuracy_against" in options.only
-    if is_named and options.against is None:
-        problems.append("--only accuracy_against needs --against, the setting to draw against")
-    if options.against is not None and options.only is not None and not is_named:
-        problems.append("--against draws accuracy_against, which --only leaves out: name it there")
-    if options.lines is not None and options.against is None:
-        problems.append("--lines needs --against, the setting to draw against")
-    problems += _check_output_dir(options, folders)
-    problems += _check_settings(options, groups)
-    if problems:
-        raise UsageError(problems)
-
-
-def _check_output_dir(options: PlotOptions, folders: Sequence[Path]) -> list[str]:
-    """Why there is no comparison that could be written to --output_dir."""
-    if options.output_dir is None:
-        return []
-    problems = []
-    if len(folders) == 1:
-        problems.append("there is one run, whose figures go into its own plots/")
-    if options.only is not None and not set(options.only) & set(draw.COMPARISONS):
-        problems.append(f"--only leaves it out: name {' or '.join(draw.COMPARISONS)} there")
-    return [f"--output_dir is where the comparison goes: {problem}" for problem in problems]
-
-
-def _check_settings(options: PlotOptions, groups: Sequence[Group]) -> list[str]:
-    """What is wrong with the settings of --against and --lines."""
+def _unfit(options: PlotOptions, folders: Sequence[Path], groups: Sequence[Group]) -> Iterator[str]:
+    """What is wrong with a command line, given the runs that it names."""
+    if options.output_dir and len(folders) == 1:
+        yield f"{_WHERE} there is one run, whose figures go into its own plots/"
     known = {name for group in groups for name in group.settings} or set(Settings().stored())
-    problems = [
-        f"--{flag} {name}: no configuration has such a setting{_near(name, sorted(known))}"
-        for flag, name in (("against", options.against), ("lines", options.lines))
-        if name is not None and name not in known
-    ]
-    if options.against is not None and not problems:
+    unknown = {flag: name for flag, name in options.axes.items() if name not in known}
+    for flag_name, name in unknown.items():
+        hint = near(name, sorted(known))
+        yield f"--{flag_name} {name}: no configuration has such a setting{hint}"
+    if options.against and not unknown:
         try:
-            comparison_figures.check_against(groups, options.against, options.lines)
+            comparison_figures.check_against(groups, *options.axes.values())
         except NothingToDrawError as error:
-            problems.append(f"--against {options.against}: {error}")
+            yield f"--against {options.against}: {error}"
+
+
+def _rename(groups: list[Group], changes: Sequence[str]) -> list[str]:
+    """Gives configurations the labels of --label; returns what is wrong with it."""
+    problems = []
+    places = {group.label: place for place, group in enumerate(groups)}
+    for change in changes:
+        old = next((label for label in places if change.startswith(f"{label}=")), None)
+        if old is not None:
+            groups[places[old]] = replace(groups[places[old]], label=change[len(old) + 1 :])
+        else:
+            hint = near(change.rpartition("=")[0], list(places), 99)
+            problems.append(f"--label {change} is no OLD=NEW with a label of the tables{hint}")
+    if len({group.label for group in groups}) < len(groups):
+        problems.append("--label gives two configurations one label: choose another for one")
     return problems
-
-
-def _near_figure(name: str) -> str:
-    """A hint for a name that is no figure: the one that was probably meant, or all names."""
-    holding = [known for known in _names() if name in known]
-    if len(holding) == 1:
-        return f": did you mean {holding[0]}?"
-    return _near(name, _names()) or f": there are {', '.join(_names())}"
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {near[0]}?" if near else ""
 
 
 if __name__ == "__main__":

@@ -1,128 +1,95 @@
-"""Figures that compare several configurations, each with its runs over seeds.
+"""Figures that compare several configurations (arms), each with its runs over seeds.
 
-| function | shows |
-|---|---|
-| `average_accuracy` | the average accuracy over the tasks |
-| `accuracy_against` | the final average accuracy against a setting |
-
-`groups` come from `stored_runs.group`. Each function raises `NothingToDrawError` if the runs lack
-what it shows.
+Each shows mean and sample standard deviation over the seeds, cut off at 0 and 100 %. `groups` come
+from `stored_runs.group`. A function raises `NothingToDrawError` if the runs lack what it shows.
 """
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cli.parser import shown
-from reports import stored_runs
-from reports.figure_style import (
-    PAGE_WIDTH,
-    PALETTE,
-    TITLES,
-    NothingToDrawError,
-    accuracy_over_tasks,
-    label_tasks_learned,
-    limit_accuracy,
-    new_figure,
-    shortened,
-    styled,
-)
+from reports import figure_style, metrics, stored_runs
+from reports.figure_style import PALETTE, NothingToDrawError, styled
 from reports.metrics import SELECTIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
     from reports.stored_runs import Group
 
+#: A selection, the label of an arm, a place on the x axis, the value of one seed.
+Point = tuple[str, str, float, float]
+
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LINES = ("-", "--", "-.", ":")
-_HATCHES = ("", "////", "....", "xxxx", "----")
 
 
 @styled
 def average_accuracy(groups: Sequence[Group]) -> Figure:
-    """The average accuracy over the tasks of several configurations.
+    """The average accuracy over the tasks.
 
-    Mean over the seeds, in a band of one sample standard deviation. A configuration that learns all
-    tasks at once is a horizontal line among others that do not.
-
-    Args:
-        groups: Finished runs by configuration.
-
-    Raises:
-        NothingToDrawError: If there is no group.
+    A configuration that learns all tasks at once is a horizontal line among others that do not.
     """
     if not groups:
         raise NothingToDrawError("there are no finished runs to compare")
-    num_columns = max(group.runs[0].matrices["batch"].shape[1] for group in groups)
-    labels = [f"{shortened(group.label, 90)} (n = {len(group.runs)})" for group in groups]
-    columns = _legend_columns(labels)
-    lines = math.ceil(len(groups) / columns)
-    figure = new_figure(PAGE_WIDTH, 3.5 + 0.18 * lines)
-    panels = figure.subplots(1, 2, sharey=True)
-    lowest = []
-    for axes, name in zip(panels, SELECTIONS, strict=True):
-        for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
-            style = {**_style(number), "label": label}
-            if num_columns == 1:
-                _draw_group_bar(axes, group, name, number, style)
-            else:
-                lowest.append(_draw_group(axes, group, name, num_columns, style))
-        axes.set_title(TITLES[name].capitalize())
-        label_tasks_learned(axes, num_columns, 3.8)
-    if num_columns > 1:
-        limit_accuracy(panels[0], min(lowest), 90)
-    else:
-        panels[0].set(ylim=(0, 110), yticks=range(0, 101, 20))
-        for axes in panels:
-            axes.set(xticks=[], xlabel="all tasks learned at once", xlim=(-0.8, len(groups) - 0.2))
-    panels[0].set_ylabel("average accuracy (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    num_tasks = max(map(_num_tasks, groups))
+    points: list[Point] = []
+    for name, group, matrix in _matrices(groups):
+        for point in metrics.accuracy_curve(matrix, _num_tasks(group) - 1):
+            tasks = range(1, num_tasks + 1) if _num_tasks(group) == 1 else [point["after_task"]]
+            points += [(name, group.label, task, point["accuracy"]) for task in tasks]
+    figure = _draw("average accuracy", "over the tasks", groups, points, bands=num_tasks > 1)
+    what = "tasks learned" if num_tasks > 1 else "all tasks learned at once"
+    for axes in figure.axes:
+        figure_style.label_tasks(axes, num_tasks, what)
+    return figure
+
+
+@styled
+def forgetting(groups: Sequence[Group]) -> Figure:
+    """The forgetting of each task after the last one; configurations without it are left out."""
+    groups = [group for group in groups if group.values("batch", "forgetting")]
+    if not groups:
+        raise NothingToDrawError("no finished run has forgetting: tasks have no test sets")
+    points = [
+        (name, group.label, task, drop)
+        for name, group, matrix in _matrices(groups)
+        for task, drop in enumerate(metrics.forgetting_by_task(matrix, len(matrix) - 1), start=1)
+    ]
+    num_tasks = max(map(_num_tasks, groups)) - 1
+    figure = _draw("forgetting", "of each task", groups, points, bands=num_tasks > 20)
+    for axes in figure.axes:
+        figure_style.label_tasks(axes, num_tasks, "test set of task")
     return figure
 
 
 @styled
 def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = None) -> Figure:
-    """The final average accuracy against the value of a setting.
-
-    Mean over the seeds, with bars of one sample standard deviation.
+    """The average accuracy after the last task against the value of a setting.
 
     Args:
         groups: Finished runs by configuration.
         setting: Name of the setting on the x axis.
         lines: Name of another setting, whose values get a line each.
-
-    Raises:
-        NothingToDrawError: If the groups do not have two values of a setting, or differ in others.
     """
-    families = _families(groups, setting, lines)
-    values = _sorted_values([group.settings.get(setting) for group in groups])
-    is_numeric = all(map(_is_number, values))
-    places = {shown(v): float(v) if is_numeric else i for i, v in enumerate(values)}
-    labels = {
-        value: f"{lines} {value} ({_count(members)})" if lines else _count(members)
-        for value, members in families.items()
-    }
-    columns = _legend_columns(list(labels.values()))
-    figure = new_figure(PAGE_WIDTH, 3.3 + 0.18 * math.ceil(len(families) / columns))
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, name in zip(panels, SELECTIONS, strict=True):
-        for number, (value, members) in enumerate(families.items()):
-            at = [places[shown(group.settings.get(setting))] for group in members]
-            _draw_final(axes, at, members, name, label=labels[value], **_style(number))
-        axes.set_title(TITLES[name].capitalize())
+    check_against(groups, setting, lines)
+    ordered = sorted(groups, key=lambda group: _order(group.settings.get(setting)))
+    values = list(dict.fromkeys(shown(group.settings.get(setting)) for group in ordered))
+    points = [
+        (name, f"{lines} {shown(group.settings.get(lines))}" if lines else "", place, accuracy)
+        for group in sorted(ordered, key=lambda group: _order(group.settings.get(lines or "")))
+        for place in [values.index(shown(group.settings.get(setting))) + 1]
+        for name in SELECTIONS
+        for accuracy in group.values(name, "average_accuracy").values()
+    ]
+    figure = _draw("average accuracy", f"against {setting}", groups, points)
+    for axes in figure.axes:
+        axes.set_xticks(range(1, len(values) + 1), values)
         axes.set_xlabel(setting)
-        axes.grid(axis="y")
-        _tick_values(axes, values, list(places.values()), is_numeric)
-    panels[0].set_ylabel("final average accuracy (%)")
-    handles, _ = panels[0].get_legend_handles_labels()
-    figure.legend(handles, list(labels.values()), loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -130,63 +97,8 @@ def check_against(groups: Sequence[Group], setting: str, lines: str | None = Non
     """Checks that `accuracy_against` can draw some groups.
 
     Raises:
-        NothingToDrawError: As `accuracy_against` does.
+        NothingToDrawError: If a setting has one value, or groups differ in other settings, too.
     """
-    _families(groups, setting, lines)
-
-
-def _draw_group(
-    axes: Axes, group: Group, name: str, num_columns: int, style: dict[str, Any]
-) -> float:
-    """Draws mean and band of a configuration over the tasks; returns the lowest accuracy drawn."""
-    matrices = [run.matrices[name] for run in group.runs]
-    tasks, _ = accuracy_over_tasks(matrices[0])
-    # One row for each seed, one column for each evaluated task.
-    averages = np.stack([accuracy_over_tasks(matrix)[1] for matrix in matrices])
-    mean = averages.mean(axis=0)
-    if len(tasks) == 1 and matrices[0].shape[1] == 1 < num_columns:
-        tasks, mean, averages = [1, num_columns], mean.repeat(2), averages.repeat(2, axis=1)
-    every = max(1, len(tasks) // 15)
-    axes.plot(tasks, mean, markersize=5, markevery=every, **style)
-    if len(averages) == 1:
-        return float(mean.min())
-    sd = averages.std(axis=0, ddof=1)
-    if len(tasks) == 1:
-        axes.errorbar(tasks, mean, sd, color=style["color"], capsize=3)
-    else:
-        band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
-        axes.fill_between(tasks, mean - sd, mean + sd, **band)
-    return float((mean - sd).min())
-
-
-def _draw_group_bar(
-    axes: Axes, group: Group, name: str, number: int, style: dict[str, Any]
-) -> None:
-    """Mean and standard deviation of a configuration that learns all tasks at once."""
-    mean, sd = stored_runs.mean_and_sd(group.values(name, "average_accuracy").values())
-    bar = {"color": style["color"], "hatch": _HATCHES[number % len(_HATCHES)], "edgecolor": "white"}
-    axes.bar(number, mean, width=0.7, yerr=sd, capsize=3, label=style["label"], **bar)
-    axes.text(number, mean + (sd or 0) + 2, f"{mean:.1f}", ha="center")
-
-
-def _draw_final(
-    axes: Axes, at: Sequence[float], members: Sequence[Group], name: str, **style: Any
-) -> None:
-    """Mean and standard deviation of configurations at their places on the x axis."""
-    numbers = [
-        stored_runs.mean_and_sd(group.values(name, "average_accuracy").values())
-        for group in members
-    ]
-    order = np.argsort(at, kind="stable")
-    mean = np.array([mean for mean, _ in numbers])[order]
-    sd = np.array([np.nan if sd is None else sd for _, sd in numbers])[order]
-    axes.errorbar(np.array(at)[order], mean, sd, capsize=2.5, elinewidth=0.8, markersize=5, **style)
-
-
-def _families(
-    groups: Sequence[Group], setting: str, lines: str | None
-) -> dict[str | None, list[Group]]:
-    """The groups by their value of `lines`; in each list, values of `setting` are unique."""
     for name in filter(None, (setting, lines)):
         values = {shown(group.settings.get(name)) for group in groups}
         if len(values) < 2:
@@ -194,57 +106,85 @@ def _families(
             raise NothingToDrawError(
                 f"{name} needs at least two values among the finished runs: {found}"
             )
-    families: dict[str | None, dict[str, Group]] = {}
-    for value in _sorted_values([group.settings.get(lines) for group in groups]) if lines else []:
-        families[shown(value)] = {}
+    seen: dict[tuple[str, str], Group] = {}
     for group in groups:
-        family = families.setdefault(shown(group.settings.get(lines)) if lines else None, {})
         value = shown(group.settings.get(setting))
-        twin = family.setdefault(value, group)
+        twin = seen.setdefault((value, shown(group.settings.get(lines or ""))), group)
         if twin is not group:
-            differ = stored_runs.differing([twin.settings, group.settings])
+            differ = ", ".join(stored_runs.differing([twin.settings, group.settings]))
             raise NothingToDrawError(
-                f"several configurations have {setting} {value}: they differ in "
-                f"{', '.join(differ)}; name runs that differ in {setting} alone, or give --lines"
+                f"several configurations have {setting} {value}: they differ in {differ}; name "
+                f"runs that differ in {setting} alone, or give --lines"
             )
-    return {value: list(family.values()) for value, family in families.items()}
 
 
-def _sorted_values(values: Sequence[Any]) -> list[Any]:
-    """Each value once: first those that are no numbers, in their order, then numbers, ascending."""
-    once = list({shown(value): value for value in values}.values())
-    numbers = sorted(value for value in once if _is_number(value))
-    return [value for value in once if not _is_number(value)] + numbers
+def _draw(
+    quantity: str, how: str, groups: Sequence[Group], points: Sequence[Point], bands: bool = False
+) -> Figure:
+    """A panel for each selection with all arms, and one legend."""
+    import pandas as pd
+
+    frame = pd.DataFrame(points, columns=["selection", "arm", "place", "value"])
+    lines = frame.groupby(["selection", "arm", "place"])["value"].agg(["mean", "std", "size"])
+    arms = {arm: _with_seeds(arm, lines.loc["batch", arm]["size"]) for arm in frame["arm"].unique()}
+    num_columns = max(1, min(4, 140 // (max(map(len, arms.values())) + 8)))
+    num_lines = "\n".join(arms.values()).count("\n") + 1
+    datasets = ", ".join(dict.fromkeys(str(group.settings.get("dataset")) for group in groups))
+    title, height = f"{datasets}: {quantity} {how}", 3.9 + 0.18 * num_lines / num_columns
+    figure = figure_style.new_figure(title, 9.0, height)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name in zip(panels, SELECTIONS, strict=True):
+        for number, (arm, label) in enumerate(arms.items()):
+            side = 0 if bands else 0.3 * ((number + 0.5) / len(arms) - 0.5)
+            _draw_line(axes, lines.loc[name, arm], side, bands, label=label, **_style(number))
+        axes.set_title(f"{name.capitalize()}-wise")
+        axes.grid(True, axis="y")
+    panels[0].set_ylabel(f"{quantity} (%)")
+    figure_style.limit_percent(panels[0])
+    is_repeated = any(len(group.runs) > 1 for group in groups)
+    note = "mean ± sample standard deviation over n seeds" if is_repeated else ""
+    figure_style.legend_below(panels[0], note, num_columns)
+    return figure
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _count(members: Sequence[Group]) -> str:
-    numbers = sorted({len(group.runs) for group in members})
-    return "n = " + " to ".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))
-
-
-def _tick_values(
-    axes: Axes, values: Sequence[Any], places: Sequence[float], is_numeric: bool
-) -> None:
-    """Puts a tick at each value of the x axis, and nowhere else."""
-    if is_numeric and min(places) > 0 and max(places) > 20 * min(places):
-        axes.set_xscale("log")
-    axes.set_xticks(places, [shown(value) for value in values])
-    axes.minorticks_off()
-    axes.margins(x=0.06)
-
-
-def _legend_columns(labels: Sequence[str]) -> int:
-    return max(1, min(4, len(labels), 150 // (max(map(len, labels)) + 9)))
+def _draw_line(axes: Axes, line: DataFrame, side: float, band: bool, **style: Any) -> None:
+    """Mean and standard deviation at each place; a single run has no deviation."""
+    places, mean, sd = line.index.to_numpy() + side, line["mean"].clip(0, 100), line["std"]
+    low, high = (mean - sd).clip(0, 100), (mean + sd).clip(0, 100)
+    if band:
+        axes.plot(places, mean, markevery=max(1, len(places) // 15), **style)
+        axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    else:
+        axes.errorbar(places, mean, [mean - low, high - mean], capsize=2.5, elinewidth=0.8, **style)
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour, marker and line style of the n-th configuration; they repeat after 56."""
-    return {
-        "color": PALETTE[number % len(PALETTE)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _LINES[number % len(_LINES)],
-    }
+    """How the n-th arm is drawn; it repeats after 56."""
+    kinds = {"color": PALETTE, "marker": _MARKERS, "linestyle": ("-", "--", "-.", ":")}
+    return {name: values[number % len(values)] for name, values in kinds.items()}
+
+
+def _with_seeds(arm: str, sizes: Any) -> str:
+    """The label of an arm with the number of its seeds."""
+    n = " to ".join(str(number) for number in dict.fromkeys([sizes.min(), sizes.max()]))
+    return textwrap.fill(f"{arm} (n = {n})" if arm else f"n = {n}", 120)
+
+
+def _order(value: Any) -> tuple[bool, float]:
+    """What sorts values: words first, as they come, then numbers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number, value if is_number else 0
+
+
+def _matrices(groups: Sequence[Group]) -> list[tuple[str, Group, metrics.Matrix]]:
+    """The matrices of all runs, with their selection and group."""
+    return [
+        (name, group, matrix)
+        for group in groups
+        for run in group.runs
+        for name, matrix in run.matrices.items()
+    ]
+
+
+def _num_tasks(group: Group) -> int:
+    return group.runs[0].matrices["batch"].shape[1]

@@ -6,6 +6,7 @@ matplotlib takes long to import, so only the functions that draw import it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,102 +22,84 @@ if TYPE_CHECKING:
 RUN_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "overview": figures.overview,
     "accuracy_matrix": figures.accuracy_matrix,
-    "average_accuracy": figures.run_accuracy,
+    "average_accuracy": figures.average_accuracy,
+    "forgetting": figures.forgetting,
     "prompt_selection": figures.prompt_selection,
     "key_similarity": figures.key_similarity,
     "training_curves": figures.training_curves,
 }
 
 #: Figures that compare runs.
-COMPARISONS = ("average_accuracy", "accuracy_against")
+COMPARISONS = ("average_accuracy", "forgetting", "accuracy_against")
 
-#: File formats of each figure.
-FORMATS = ("png", "svg")
+#: File formats, each with the metadata that would differ from time to time; those by default.
+FORMATS: dict[str, Any] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+DEFAULT_FORMATS = ("png", "svg")
 
-_DPI = 150
-
-
-def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Writes a figure as PNG and as SVG; the same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        folder: Where the files go; it is made.
-        name: File name without an ending.
-
-    Returns:
-        The files.
-    """
-    import matplotlib
-
-    def write(file: Any) -> None:
-        with matplotlib.rc_context({"svg.hashsalt": name}):
-            figure.savefig(file, format=form, dpi=_DPI, metadata=metadata[form])
-
-    metadata: dict[str, dict[Any, Any]] = {"png": {}, "svg": {"Date": None}}
-    paths = []
-    for form in FORMATS:
-        paths.append(folder / f"{name}.{form}")
-        files.write_whole(paths[-1], write)
-    return paths
+#: Files, and one line for each figure that is left out, with the reason.
+Drawn = tuple[list[Path], list[str]]
 
 
 def draw_run(
-    results: dict[str, Any], folder: Path, only: Collection[str] | None = None
-) -> tuple[list[Path], list[str]]:
-    """Draws every figure that the results of a run have the data for.
-
-    Figures of an earlier call are replaced, or removed where there is nothing to draw now.
-
-    Args:
-        results: Content of results.json.
-        folder: Where the figures go.
-        only: Names of `RUN_FIGURES`; None: all.
-
-    Returns:
-        The files; and one line for each figure that is left out, with the reason.
-    """
-    paths, left_out = [], []
-    for name, draw in RUN_FIGURES.items():
-        if only is not None and name not in only:
-            continue
-        try:
-            paths += write_figure(draw(results), folder, name)
-        except NothingToDrawError as error:
-            left_out.append(f"{name}: {error}")
-            for form in FORMATS:
-                (folder / f"{name}.{form}").unlink(missing_ok=True)
-    return paths, left_out
+    results: dict[str, Any],
+    folder: Path,
+    only: Collection[str] = (),
+    formats: Collection[str] = DEFAULT_FORMATS,
+) -> Drawn:
+    """Draws every figure of a run, or `only` some, for which its results.json has the data."""
+    drawings = {name: partial(draw, results) for name, draw in RUN_FIGURES.items()}
+    return _draw_all(drawings, folder, only, formats)
 
 
 def draw_comparison(
     groups: Sequence[Group],
     folder: Path,
-    against: str | None = None,
-    lines: str | None = None,
-    only: Collection[str] | None = None,
-) -> list[Path]:
-    """Draws several configurations together.
+    *against: str,
+    only: Collection[str] = (),
+    formats: Collection[str] = DEFAULT_FORMATS,
+) -> Drawn:
+    """Draws several configurations together, all of `COMPARISONS` or `only` some.
 
     Args:
         groups: Finished runs by configuration.
-        folder: Where the figures go.
-        against: Setting on the x axis of `accuracy_against`; None: it is not drawn.
-        lines: Setting whose values get a line each in that figure.
-        only: Names of `COMPARISONS`; None: all.
-
-    Returns:
-        The files.
-
-    Raises:
-        NothingToDrawError: If the groups lack what a figure needs.
+        folder: Where the files go.
+        *against: Settings of `accuracy_against`, see there; none: it is not drawn.
+        only: Names of `COMPARISONS`.
+        formats: Names of `FORMATS`.
     """
-    paths = []
-    if only is None or "average_accuracy" in only:
-        paths += write_figure(
-            comparison_figures.average_accuracy(groups), folder, "average_accuracy"
-        )
-    if against is not None:
-        figure = comparison_figures.accuracy_against(groups, against, lines)
-        paths += write_figure(figure, folder, "accuracy_against")
-    return paths
+    names = COMPARISONS if against else COMPARISONS[:-1]
+    own = {"accuracy_against": against}
+    drawings = {
+        name: partial(getattr(comparison_figures, name), groups, *own.get(name, ()))
+        for name in names
+    }
+    return _draw_all(drawings, folder, only, formats)
+
+
+def _draw_all(
+    drawings: dict[str, partial[Figure]],
+    folder: Path,
+    only: Collection[str],
+    formats: Collection[str],
+) -> Drawn:
+    """Draws figures; those of an earlier call are replaced, or removed where there is none now.
+
+    The same figure gives the same bytes.
+    """
+    paths, left_out = [], []
+    for name in [name for name in drawings if not only or name in only]:
+        try:
+            figure = drawings[name]()
+        except NothingToDrawError as error:
+            left_out.append(f"{name}: {error}")
+            for form in FORMATS:
+                (folder / f"{name}.{form}").unlink(missing_ok=True)
+            continue
+        import matplotlib
+
+        with matplotlib.rc_context({"svg.hashsalt": name, "pdf.fonttype": 42}):
+            for form in formats:
+                save = partial(figure.savefig, format=form, dpi=150, metadata=FORMATS[form])
+                paths.append(folder / f"{name}.{form}")
+                files.write_whole(paths[-1], save)
+    return paths, left_out

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -20,18 +20,18 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
         keep: New name of the file that was there before; None: it is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{_UNFINISHED}")
+    temporary = path.with_name(f".{path.name}{_UNFINISHED}{secrets.token_hex(8)}")
+    opened = temporary.open("xb")  # O_EXCL, 0o666 less what the process's umask removes
     try:
-        with os.fdopen(handle, "wb") as file:
+        with opened as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -55,9 +55,3 @@ def write_json(path: Path, content: Any, keep: Path | None = None) -> None:
     """Writes a JSON file whole or not at all, see `write_whole`; not-a-number is rejected."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_bytes(path, text.encode(), keep)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,212 +1,248 @@
-"""Tables over seeds: of configurations, of published numbers, of differences.
+"""Tables over seeds: of configurations, of published numbers, of differences and significance.
 
-Each is either a document to be rendered (see `reports.tables`), or records for a CSV file.
+Each is a data frame that is written as it is (CSV), or with two decimals (text, Markdown, LaTeX).
+pandas and tabulate are imported where there is a table: `--help` needs neither.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+import textwrap
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from reports import stored_runs
+import numpy as np
+
 from reports.metrics import METRIC_NAMES
-from reports.published import Quoted
-from reports.statistics import Difference
 from reports.stored_runs import Group
-from reports.tables import Column, Document, Number, Range, rendered
 
-#: Metrics of a table, with their titles.
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+#: Metrics of a table, with their titles; accuracy is the average accuracy.
 METRICS = {"accuracy": "accuracy", **METRIC_NAMES}
-
-#: What `accuracy` stands for: the average accuracy or, with one test set, the final accuracy.
-ACCURACIES = ("average_accuracy", "final_accuracy")
 
 DEFAULT_METRICS = ("accuracy", "forgetting")
 
 #: Ways of choosing prompts for test images; the one that depends on no other image comes first.
 SELECTIONS = {"instance": "instance-wise", "batch": "batch-wise"}
 
+FORMATS = ("text", "markdown", "csv", "latex")
 
-@dataclass(frozen=True)
-class Row:
-    """The metrics of one group.
-
-    Attributes:
-        label: Label of the group.
-        seeds: Seeds of its runs.
-        numbers: Mean over the seeds by selection and metric; without metrics that no run has.
-    """
-
-    label: str
-    seeds: tuple[int, ...]
-    numbers: dict[tuple[str, str], Number]
-
-
-def summarized(
-    groups: Sequence[Group], selections: Sequence[str], metrics: Sequence[str]
-) -> list[Row]:
-    """A row for each group."""
-    rows = []
-    for group in groups:
-        numbers = {
-            (selection, metric): Number(*stored_runs.mean_and_sd(values.values()))
-            for selection, metric in itertools.product(selections, metrics)
-            if (values := group.values(selection, metric))
-        }
-        rows.append(Row(group.label, tuple(group.seeds), numbers))
-    return rows
+#: Differences below this are rounding errors, percentage points.
+_ROUNDING = 1e-9
 
 
 def text_table(groups: Sequence[Group]) -> str:
-    """The table that `summarize.py` prints by default.
+    """The table that `summarize.py` prints by default; there is at least one group."""
+    return _rendered(_seed_table(over_seeds(groups, list(SELECTIONS), DEFAULT_METRICS)), "text")
 
-    Args:
-        groups: At least one; each becomes a row.
+
+def over_seeds(
+    groups: Sequence[Group], selections: Sequence[str], metrics: Sequence[str]
+) -> "DataFrame":
+    """Mean and sample standard deviation (sd): a row for each group, selection and metric."""
+    import pandas as pd
+
+    keys = ["group", "label", "seeds", "n", "selection", "metric"]
+    values = [
+        (number, group.label, _seeds(group), str(len(group.runs)), *name, run.value(*name))
+        for (number, group), *name in itertools.product(enumerate(groups), selections, metrics)
+        for run in group.runs
+    ]
+    frame = pd.DataFrame(values, columns=[*keys, "value"]).astype({"value": float})
+    return frame.groupby(keys, sort=False)["value"].agg(mean="mean", sd="std").reset_index()
+
+
+def seed_table(own: "DataFrame", quoted: "DataFrame", form: str) -> str:
+    """What `over_seeds` and `published.load` give, in one of `FORMATS`."""
+    import pandas as pd
+
+    if form != "csv":
+        return _rendered([*_seed_table(own), *_quoted_tables(quoted)], form)
+    label = quoted["experiment"] + ": " + quoted["method"]
+    both = [own.assign(quoted="no"), quoted.assign(label=label, quoted="yes")]
+    columns = ["label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"]
+    return pd.concat(both).to_csv(columns=columns, index=False, lineterminator="\n")
+
+
+def differences(
+    a: Group, b: Group, selections: Sequence[str], metrics: Sequence[str]
+) -> "DataFrame":
+    """B - A, see `difference`: a row for each selection and metric that both have."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {"a": a.label, "b": b.label, "selection": selection, "metric": metric}
+        | difference(ours, theirs)
+        for selection, metric in itertools.product(selections, metrics)
+        if (ours := a.values(selection, metric)) and (theirs := b.values(selection, metric))
+    )
+
+
+def difference(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
+    """B - A in one metric, percentage points, from values by seed, at least one each.
+
+    With two or more seeds in common, a paired t-test over these; else Welch's t-test over all.
 
     Returns:
-        Lines that fit the terminal, or else 80 columns, with a line break at the end.
+        `method` (`paired` or `welch`), `seeds_a`, `seeds_b`, `mean_a`, `mean_b`, `difference`,
+        `standard_error`, `low` and `high` (95 % confidence interval), `p` (two-sided), and
+        `verdict`, in words. From too few seeds there is no uncertainty: no method, not-a-number.
     """
-    rows = summarized(groups, list(SELECTIONS), DEFAULT_METRICS)
-    return rendered(table_document(rows, list(SELECTIONS), DEFAULT_METRICS), "text")
+    common = sorted(a.keys() & b.keys())
+    is_paired = len(common) > 1 or len(a) == len(b) == len(common)
+    seeds_a, seeds_b = (common, common) if is_paired else (sorted(a), sorted(b))
+    ours, theirs = np.array([a[s] for s in seeds_a]), np.array([b[s] for s in seeds_b])
+    parts = [theirs - ours] if is_paired else [ours, theirs]
+    value = float(theirs.mean() - ours.mean())
+    error = low = high = p = float("nan")
+    method, verdict = "", "too little to tell"
+    has_spread = any(np.ptp(part) > _ROUNDING for part in parts)
+    # Two seeds without spread may agree by chance: accuracies are multiples of 1/images.
+    if min(map(len, parts)) >= (2 if has_spread else 3):
+        method = "paired" if is_paired else "welch"
+        error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
+        low, high, p = value, value, float(abs(value) < _ROUNDING)
+        if has_spread:  # else a t-test divides by zero
+            low, high, p = _t_test(ours, theirs, is_paired)
+        verdict = "excludes zero" if p < 0.05 else "includes zero"
+    return {
+        "method": method,
+        "seeds_a": " ".join(map(str, seeds_a)), "seeds_b": " ".join(map(str, seeds_b)),
+        "mean_a": float(ours.mean()), "mean_b": float(theirs.mean()), "difference": value,
+        "standard_error": error, "low": low, "high": high, "p": p, "verdict": verdict,
+    }  # fmt: skip
+
+
+def difference_table(found: "DataFrame", form: str) -> str:
+    """What `differences` gives, in one of `FORMATS`: how it was computed, and the numbers."""
+    import pandas as pd
+
+    if form == "csv":
+        return found.to_csv(index=False, lineterminator="\n")
+    document = [
+        f"A: {found['a'][0]} (seeds {found['seeds_a'][0]})",
+        f"B: {found['b'][0]} (seeds {found['seeds_b'][0]})",
+        *dict.fromkeys(map(_method, found["method"], found["seeds_a"], found["seeds_b"])),
+    ]
+    ends = found["low"].map(_number) + " to " + found["high"].map(_number)
+    for selection, ones in found.groupby("selection", sort=False):
+        columns = {
+            SELECTIONS[selection]: ones["metric"].map(METRICS),
+            "A": ones["mean_a"].map(_number),
+            "B": ones["mean_b"].map(_number),
+            "B - A": ones["difference"].map(_number),
+            "standard error": ones["standard_error"].map(_number),
+            "95 % interval": ends[ones.index].replace("- to -", "-"),
+            "the interval": ones["verdict"],
+        }
+        document.append(pd.DataFrame(columns))
+    return _rendered(document, form)
 
 
 def seeds_note(groups: Sequence[Group]) -> Iterator[str]:
     """A line if not all groups have the same seeds."""
-    labels: dict[tuple[int, ...], list[str]] = {}
+    labels = defaultdict(list)
     for group in groups:
-        labels.setdefault(tuple(group.seeds), []).append(group.label)
+        labels[_seeds(group)].append(group.label)
     if len(labels) > 1:
-        lists = [f"{_shown(seeds)}: {_some(names, ', ')}" for seeds, names in labels.items()]
-        yield (
-            "note: these were not run on the same seeds, which differ in difficulty: "
-            f"{_some(lists, '; ')}"
-        )
+        lists = [f"{seeds}: {', '.join(names)}" for seeds, names in labels.items()]
+        text = textwrap.shorten("; ".join(lists), 200, placeholder=" ...")
+        yield f"note: these were not run on the same seeds, which differ in difficulty: {text}"
 
 
-def _some(names: Sequence[str], between: str) -> str:
-    """All names, or the first two if there are more than three."""
-    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
-    return between.join(names[:2] if more else names) + more
-
-
-def table_document(
-    rows: Sequence[Row], selections: Sequence[str], metrics: Sequence[str]
-) -> Document:
-    """A table to be rendered: a line for each row, a column for each selection and metric."""
-    table = [
-        Column("", [row.label for row in rows], is_text=True),
-        Column("n", [str(len(row.seeds)) for row in rows]),
-    ]
-    for selection, metric in itertools.product(selections, metrics):
-        cells = [row.numbers.get((selection, metric)) for row in rows]
-        table.append(Column(METRICS[metric], cells, SELECTIONS[selection]))
+def _seed_table(own: "DataFrame") -> "list[str | DataFrame]":
+    named = {"selection": own["selection"].map(SELECTIONS), "metric": own["metric"].map(METRICS)}
+    table = _by_column(own.assign(**named), ["group", "label", "n"], ["selection", "metric"])
+    table = table.droplevel("group").reset_index(col_level="metric")
     return ["Mean ± sample standard deviation over n seeds, percent.", table]
 
 
-def table_records(
-    rows: Sequence[Row], known: Sequence[Quoted], selections: Sequence[str], metrics: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The same table for a CSV file: one record for each row, selection and metric."""
-    empty = dict.fromkeys(
-        ("label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"), ""
-    )
-    records: list[dict[str, Any]] = []
-    for row, selection, metric in itertools.product(rows, selections, metrics):
-        own = {"label": row.label, "quoted": "no", "seeds": _shown(row.seeds), "n": len(row.seeds)}
-        own |= {"selection": selection, "metric": metric}
-        number = row.numbers.get((selection, metric))
-        mean, sd = ("", "") if number is None else (number.mean, number.sd)
-        records.append({**empty, **own, "mean": mean, "sd": sd})
-    for one in known:
-        label = f"{one.experiment}: {one.method}"
-        for metric, number in _published(one).items():
-            own = {"label": label, "quoted": "yes", "source": one.source, "metric": metric}
-            records.append({**empty, **own, "mean": number.mean, "sd": number.sd})
-    return records
+def _quoted_tables(quoted: "DataFrame") -> "Iterator[str | DataFrame]":
+    columns = ["method", "accuracy", "forgetting", "quoted from"]
+    for experiment, ones in quoted.groupby("experiment", sort=False):
+        yield f"Quoted, not measured with this program: {experiment}, percent."
+        ones = ones.rename(columns={"source": "quoted from"})
+        table = _by_column(ones, ["method", "quoted from"], ["metric"])
+        yield table.reset_index().reindex(columns=columns, fill_value="-")
 
 
-def quoted_document(known: Sequence[Quoted]) -> Document:
-    """Tables of published numbers, one for each experiment."""
-    document: Document = []
-    for experiment, group in itertools.groupby(known, key=lambda one: one.experiment):
-        ones = list(group)
-        numbers = [_published(one) for one in ones]
-        document += [
-            f"Quoted, not measured with this program: {experiment}, percent.",
-            [
-                Column("", [one.method for one in ones], is_text=True),
-                Column("accuracy", [own["accuracy"] for own in numbers]),
-                Column("forgetting", [own.get("forgetting") for own in numbers]),
-                Column("quoted from", [one.source for one in ones], is_text=True),
-            ],
-        ]
-    return document
+def _by_column(long: "DataFrame", rows: list[str], columns: list[str]) -> "DataFrame":
+    """Formatted numbers, in the order of their first occurrence."""
+    cells = long.assign(cell=list(map(_number, long["mean"], long["sd"])))
+    return cells.pivot_table("cell", rows, columns, aggfunc="first", sort=False).fillna("-")
 
 
-def _published(one: Quoted) -> dict[str, Number]:
-    numbers = {"accuracy": Number(one.accuracy, one.accuracy_sd)}
-    if one.forgetting is not None:
-        numbers["forgetting"] = Number(one.forgetting, one.forgetting_sd)
-    return numbers
+def _t_test(a: np.ndarray, b: np.ndarray, is_paired: bool) -> tuple[float, float, float]:
+    """Ends of the 95 % confidence interval of B - A by Student's t, and the p-value."""
+    from scipy import stats
+
+    with warnings.catch_warnings(action="ignore"):  # scipy warns of a side without variance
+        test = stats.ttest_rel(b, a) if is_paired else stats.ttest_ind(b, a, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return float(interval.low), float(interval.high), float(test.pvalue)
 
 
-def difference_document(a: Group, b: Group, found: Sequence[Difference]) -> Document:
-    """B - A: how it was computed, and a table for each selection."""
-    document: Document = [
-        f"A: {a.label} (seeds {_shown(a.seeds)})",
-        f"B: {b.label} (seeds {_shown(b.seeds)})",
-        *dict.fromkeys(_method(one) for one in found),
-    ]
-    for selection, group in itertools.groupby(found, key=lambda one: one.selection):
-        ones = list(group)
-        ranges = [None if one.interval is None else Range(*one.interval) for one in ones]
-        errors = [None if one.error is None else Number(one.error) for one in ones]
-        document.append(
-            [
-                Column(SELECTIONS[selection], [METRICS[o.metric] for o in ones], is_text=True),
-                Column("A", [Number(one.means[0]) for one in ones]),
-                Column("B", [Number(one.means[1]) for one in ones]),
-                Column("B - A", [Number(one.value) for one in ones]),
-                Column("standard error", errors),
-                Column("95 % interval", ranges),
-                Column("the interval", [one.verdict for one in ones], is_text=True),
-            ]
-        )
-    return document
-
-
-def difference_record(a: Group, b: Group, one: Difference) -> dict[str, Any]:
-    """A difference for a CSV file."""
-    low, high = one.interval or (None, None)
-    return {
-        "a": a.label,
-        "b": b.label,
-        "selection": one.selection,
-        "metric": one.metric,
-        "method": "" if one.error is None else "paired" if one.paired else "welch",
-        "seeds_a": _shown(one.seeds[0]),
-        "seeds_b": _shown(one.seeds[1]),
-        "mean_a": one.means[0],
-        "mean_b": one.means[1],
-        "difference": one.value,
-        "standard_error": one.error,
-        "low": low,
-        "high": high,
-        "p": one.p,
-        "verdict": one.verdict,
-    }
-
-
-def _method(one: Difference) -> str:
+def _method(method: str, seeds_a: str, seeds_b: str) -> str:
     """A sentence on how a difference and its uncertainty were computed."""
-    a, b = one.seeds
-    if one.error is None:
-        return "No uncertainty from one seed: the difference alone, too little to tell."
     how = "standard error and confidence interval by Student's t, percentage points."
-    if one.paired:
-        return f"Paired over the seeds {_shown(a)} (n = {len(a)}); {how}"
-    return f"Not paired, by Welch (n = {len(a)} and {len(b)}: too few seeds in common); {how}"
+    num_a, num_b = len(seeds_a.split()), len(seeds_b.split())
+    if method == "paired":
+        return f"Paired over the seeds {seeds_a} (n = {num_a}); {how}"
+    if method == "welch":
+        return f"Not paired, by Welch (n = {num_a} and {num_b}: too few seeds in common); {how}"
+    few = "one seed" if min(num_a, num_b) < 2 else "two seeds without spread"
+    return f"No uncertainty from {few}: the difference alone, too little to tell."
 
 
-def _shown(seeds: Iterable[int]) -> str:
-    return " ".join(map(str, seeds))
+def _seeds(group: Group) -> str:
+    return " ".join(map(str, group.seeds))
+
+
+def _number(mean: float, sd: float = float("nan")) -> str:
+    """A number with its standard deviation; not-a-number where there is none."""
+    if mean != mean:
+        return "-"
+    return f"{mean:z.2f}" if sd != sd else f"{mean:z.2f} ± {sd:.2f}"
+
+
+def _rendered(document: "Iterable[str | DataFrame]", form: str) -> str:
+    """Paragraphs and tables as `text`, `markdown` or `latex`, one below the other."""
+    escapes: dict[str, Callable[[str], str]] = {"markdown": _markdown, "latex": _latex}
+    escape = escapes.get(form, str)
+    blocks = [
+        escape(part) if isinstance(part, str) else _table(part.map(escape), form)
+        for part in document
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(cells: "DataFrame", form: str) -> str:
+    """Labels on the left, all else aligned on the right."""
+    if form == "latex":
+        options = {"escape": False, "column_format": "l" + "r" * (cells.shape[1] - 1)}
+        cells = cells.rename(columns=_latex)
+        return cells.to_latex(index=False, multicolumn_format="c", **options).rstrip()
+    between, kind = {"text": ("\n", "simple"), "markdown": (", ", "pipe")}[form]
+    names = [n if isinstance(n, str) else between.join(filter(None, n[::-1])) for n in cells]
+    options = {"disable_numparse": True, "stralign": "right", "colalign": ["left"]}
+    return cells.set_axis(names, axis="columns").to_markdown(index=False, tablefmt=kind, **options)
+
+
+def _markdown(text: str) -> str:
+    """Text with Markdown's special characters escaped; underscores inside words are none."""
+    return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
+def _latex(text: str) -> str:
+    """Numbers in math mode; text with LaTeX's special characters escaped, without ligatures."""
+    from tabulate import LATEX_ESCAPE_RULES
+
+    if re.fullmatch(r"-?\d+\.\d+( (±|to) -?\d+\.\d+)?", text):
+        return "$" + text.replace("±", r"\pm").replace(" to ", "$ to $") + "$"
+    if text == "-":
+        return "--"
+    special = {**LATEX_ESCAPE_RULES, "±": r"$\pm$", "|": r"\textbar{}"}
+    return "".join(special.get(c, c) for c in text).replace("--", "-{}-")

@@ -3,15 +3,13 @@
 A run is a folder with a results.json. Runs whose settings are equal but for the seed form a group;
 settings of where and how fast a run is computed (roles `place` and `compute`) are not compared.
 What cannot be used (damaged, unfinished, the same seed twice) is left out and reported.
-
-Nothing here needs torch: thousands of runs are read in seconds.
 """
 
-import functools
 import json
 import os
-import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +19,20 @@ import numpy as np
 from cli.parser import command_words, shown
 from cli.settings import Settings, names_of
 from reports import metrics
-from reports.metrics import SELECTIONS
 
-#: Names of folders, in or beside those of runs, that are not searched for runs.
+#: Names of folders in or beside those of runs; those below a run are not searched for runs.
 NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
 
+_DEFAULTS = Settings().stored()
+
 #: Settings in which runs of one configuration may differ.
-_NOT_CONFIGURATION = (*names_of("compute"), *names_of("place"))
+_NOT_CONFIGURATION = frozenset(names_of("command", "compute", "place"))
 
 #: Settings from which learning rate and images of a step follow.
 _RATE = ("batch_size", "lr", "lr_scale")
 
 #: Settings in whose place `_key` compares what follows from them.
 _COMPARED_OTHERWISE = (*_RATE, "dataset", "num_tasks", "class_order", "file_lists")
-
-_DAMAGED = "is damaged, or not the results of a run"
-
-#: Files of a run that has not finished its first task.
-_BEGUN = ("config.yaml", "log.txt")
 
 
 class ResultsError(ValueError):
@@ -56,8 +50,8 @@ class StoredRun:
         name: Its configurations and flags as on a command line, without seed and places.
         key: Text that is equal for runs of the same configuration only.
         digest: Digest of its training images; None: early versions did not store it.
-        settings: Its settings as JSON text, without those that are no part of a configuration.
-        matrices: Accuracy matrix for each of `SELECTIONS`, percent.
+        settings: Its settings by name, without those that are no part of a configuration.
+        matrices: Accuracy matrix for each of `metrics.SELECTIONS`, percent.
     """
 
     folder: Path
@@ -66,13 +60,14 @@ class StoredRun:
     name: str
     key: str
     digest: str | None
-    settings: str
+    settings: dict[str, Any]
     matrices: dict[str, metrics.Matrix]
 
     def value(self, selection: str, metric: str) -> float | None:
-        """A metric of `metrics.summarize` after the last task, percent; None if undefined."""
+        """A metric of `METRIC_NAMES` (or `accuracy`, the average) after the last task, percent."""
         matrix = self.matrices[selection]
-        return metrics.value(matrix, matrix.shape[1] - 1, metric)
+        name = "average_accuracy" if metric == "accuracy" else metric
+        return metrics.summarize(matrix, matrix.shape[1] - 1).get(name)
 
 
 @dataclass(frozen=True)
@@ -95,47 +90,43 @@ class Group:
         return [run.seed for run in self.runs]
 
     def values(self, selection: str, metric: str) -> dict[int, float]:
-        """A metric of `metrics.summarize` by seed, percent; without runs where it is undefined."""
+        """`StoredRun.value` by seed; without runs where it is undefined."""
         found = {run.seed: run.value(selection, metric) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
-def mean_and_sd(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which is None for a single value.
-
-    Raises:
-        ValueError: If there is no value.
-    """
-    array = np.fromiter(values, np.float64)
-    if len(array) == 0:
-        raise ValueError("there is no mean of no values")
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
-
-
-def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Finds folders of runs.
-
-    Args:
-        paths: Folders of runs, folders with runs somewhere below them, or results.json files.
+def find_groups(paths: Iterable[Path]) -> tuple[list[Path], list[Group], list[str]]:
+    """Finds the runs in folders of runs, folders somewhere above them, or results.json files.
 
     Returns:
-        The folders, each once, sorted within each path; and one line for each path or folder
-        without the results that were expected there.
+        The folders of runs with results, each once, sorted within each path; the finished runs in
+        groups, see `group`; and one line for each path or run that is left out, with the reason.
     """
-    found: dict[Path, Path] = {}
-    problems = []
-    for path in paths:
-        path = path.parent if path.name == "results.json" else path
-        if not path.is_dir():
-            problems.append(f"{path}: there is no such folder")
-            continue
-        before = len(problems)
-        folders = list(_walk(path, problems))
-        if not folders and len(problems) == before:
-            problems.append(f"{path}: holds no results.json, nor does any folder below it")
+    found: dict[str, Path] = {}
+    runs, problems = [], []
+    for path in map(folder_of, paths):
+        folders = list(_walk(path))
+        if not folders:
+            why = "holds no results.json, nor does any folder below it"
+            problems.append(f"{path}: {why if path.is_dir() else 'there is no such folder'}")
         for folder in folders:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values()), problems
+            if (folder / "results.json").exists():
+                found.setdefault(os.path.realpath(folder), folder)
+            else:
+                why = "has no results.json yet, its first task is not finished"
+                problems.append(f"{folder}: {why}")
+    for folder in found.values():
+        try:
+            runs.append(read(folder))
+        except ResultsError as error:
+            problems.append(str(error))
+    groups, twins = group(runs)
+    return list(found.values()), groups, [*problems, *twins]
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that a path stands for: that of a results.json, or the path itself."""
+    return path.parent if path.name == "results.json" else path
 
 
 def load_results(folder: Path) -> dict[str, Any]:
@@ -144,22 +135,14 @@ def load_results(folder: Path) -> dict[str, Any]:
     Raises:
         ResultsError: If it is missing, damaged, or no such file.
     """
-    path = folder / "results.json"
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: is damaged, it is no JSON ({error})") from error
-    try:
-        shapes = {_checked_matrix(content[name]["accuracy_matrix"]).shape for name in SELECTIONS}
-        is_sound = len(shapes) == 1 and isinstance(content["config"], dict)
-        is_sound &= isinstance(content["seed"], int)
-    except (KeyError, TypeError, ValueError):
-        is_sound = False
-    if not is_sound:
-        raise ResultsError(f"{path}: {_DAMAGED}")
-    return content
+    with _errors_named(folder / "results.json"):
+        content = json.loads((folder / "results.json").read_bytes())
+        matrices = np.stack(list(metrics.matrices_of(content).values()))
+        is_sound = matrices.ndim == 3 and matrices.size > 0
+        is_sound &= isinstance(content["config"], dict) and isinstance(content["seed"], int)
+        if not is_sound or np.any((matrices < 0) | (matrices > 100)):
+            raise ValueError("no matrices of percentages, settings and seed")
+        return content
 
 
 def read(folder: Path) -> StoredRun:
@@ -168,50 +151,22 @@ def read(folder: Path) -> StoredRun:
     Raises:
         ResultsError: If its results are missing, damaged, or those of an unfinished run.
     """
+    path = folder / "results.json"
     results = load_results(folder)
-    matrices = {n: metrics.from_lists(results[n]["accuracy_matrix"]) for n in SELECTIONS}
-    if not all(metrics.is_finished(matrix) for matrix in matrices.values()):
+    matrices = metrics.matrices_of(results)
+    if not all(map(metrics.is_finished, matrices.values())):
         last = max(metrics.evaluated_tasks(matrices["batch"]), default=-1) + 1
         raise ResultsError(
-            f"{folder / 'results.json'}: the run is not finished, task "
-            f"{last} of {matrices['batch'].shape[1]} was the last: "
-            "the command of the run with --resume auto resumes it"
+            f"{path}: the run is not finished, task {last} of {matrices['batch'].shape[1]} was the "
+            "last: the command of the run with --resume auto resumes it"
         )
-    config = {**_defaults(), **results["config"]}
-    transient = set(names_of("command"))
-    config = {name: value for name, value in config.items() if name not in transient}
-    try:
-        name, key = _name(results, config), _key(results, config)
-        settings = _settings(results, config)
-        digest = results.get("run", {}).get("train_digest")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ResultsError(f"{folder / 'results.json'}: {_DAMAGED}") from error
-    return StoredRun(
-        folder=folder,
-        written=(folder / "results.json").stat().st_mtime,
-        seed=results["seed"],
-        name=sys.intern(name),
-        key=sys.intern(key),
-        digest=str(digest) if digest else None,
-        settings=sys.intern(settings),
-        matrices=matrices,
-    )
-
-
-def read_all(paths: Sequence[Path]) -> tuple[list[StoredRun], list[str]]:
-    """Reads every finished run in some folders, see `find`.
-
-    Returns:
-        The runs; and one line for each that is left out, with the reason.
-    """
-    folders, problems = find(paths)
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(read(folder))
-        except ResultsError as error:
-            problems.append(str(error))
-    return runs, problems
+    with _errors_named(path):
+        settings = _settings(results)
+        command = results.get("command")  # early versions did not store it
+        name = command_words(command) or "defaults" if command else str(settings["dataset"])
+        digest = str(results.get("run", {}).get("train_digest") or "") or None
+        key, written = _key(results, settings), path.stat().st_mtime
+        return StoredRun(folder, written, results["seed"], name, key, digest, settings, matrices)
 
 
 def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
@@ -222,35 +177,25 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
         same configuration and seed.
     """
     runs = list(runs)
-    digests: dict[str, set[str | None]] = {}
+    digests, members = defaultdict(set), defaultdict(list)
     for run in runs:
-        digests.setdefault(run.key, set()).add(run.digest)
-    members: dict[tuple[str, str | None], dict[int, StoredRun]] = {}
-    problems = []
+        digests[run.key].add(run.digest)
     for run in runs:
-        known = digests[run.key] - {None}
         # A run without a digest joins the others, unless these have different ones.
-        same_data = next(iter(known)) if len(known) == 1 else run.digest
-        seeds = members.setdefault((run.key, same_data), {})
-        twin = seeds.get(run.seed)
-        if twin is not None:
-            older, newer = sorted((run, twin), key=lambda run: run.written)
-            problems.append(
-                f"{older.folder}: has the configuration and the seed {run.seed} of "
-                f"{newer.folder}, which is newer and counts"
-            )
-            seeds[run.seed] = newer
-        else:
-            seeds[run.seed] = run
-    firsts = [next(iter(seeds.values())) for seeds in members.values()]
-    settings = [json.loads(run.settings) for run in firsts]
-    names = [run.name for run in firsts]
-    return [
-        Group(label, own, tuple(seeds[seed] for seed in sorted(seeds)))
-        for label, own, seeds in zip(
-            _labels(names, settings), settings, members.values(), strict=True
-        )
-    ], problems
+        known = digests[run.key] - {None}
+        members[run.key, known.pop() if len(known) == 1 else run.digest].append(run)
+    groups, problems = [], []
+    labels = _labels([own[0] for own in members.values()])
+    for label, own in zip(labels, members.values(), strict=True):
+        newest = {run.seed: run for run in sorted(own, key=lambda run: run.written)}
+        problems += [
+            f"{run.folder}: has the configuration and the seed {run.seed} of "
+            f"{newest[run.seed].folder}, which is newer and counts"
+            for run in own
+            if run is not newest[run.seed]
+        ]
+        groups.append(Group(label, own[0].settings, tuple(newest[s] for s in sorted(newest))))
+    return groups, problems
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
@@ -259,84 +204,76 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [n for n in names if any(one.get(n) != settings[0].get(n) for one in settings)]
 
 
-def _walk(path: Path, problems: list[str]) -> Iterator[Path]:
-    """Folders with results at or below a path; runs without results are added to `problems`."""
-    for folder, below, files in os.walk(path):
-        below[:] = sorted(name for name in below if name not in NO_RUNS)
-        if "results.json" in files:
+def _walk(path: Path) -> Iterator[Path]:
+    """Folders of runs at or below a path, of those without results yet, too; links are followed."""
+    seen = set()
+    for folder, below, files in os.walk(path, followlinks=True):
+        status = os.stat(folder)
+        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to a folder above it
+            below.clear()
+            continue
+        seen.add(place)
+        is_run = "results.json" in files or {"config.yaml", "log.txt"} <= set(files)
+        left_out = NO_RUNS if is_run else ()
+        below[:] = sorted(n for n in below if n not in left_out and not n.startswith("."))
+        if is_run:
             yield Path(folder)
-        elif all(name in files for name in _BEGUN):
-            problems.append(f"{folder}: has no results.json yet, its first task is not finished")
 
 
-def _checked_matrix(rows: Any) -> metrics.Matrix:
-    """Reads a matrix of percentages with at least one row and one column.
-
-    Raises:
-        ValueError, TypeError: If it is no such matrix.
-    """
-    matrix = metrics.from_lists(rows)
-    if matrix.ndim != 2 or 0 in matrix.shape or np.any((matrix < 0) | (matrix > 100)):
-        raise ValueError("no matrix of percentages")
-    return matrix
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    return Settings().stored()
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Reports what fails as the fault of a results.json."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ResultsError(f"{path}: is damaged, it is no JSON ({error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path}: is damaged, or not the results of a run") from error
 
 
-def _name(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """Configurations and flags as on a command line; early versions did not store them."""
-    command = results.get("command")
-    if not command:
-        return str(config["dataset"])
-    return command_words(command) or "defaults"
-
-
-def _settings(results: dict[str, Any], config: dict[str, Any]) -> str:
-    settings = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
+def _settings(results: dict[str, Any]) -> dict[str, Any]:
+    config = {**_DEFAULTS, **results["config"]}  # early versions lack settings that came later
     run = results.get("run", {})
-    settings["backbone"] = _backbone(results)[:8]
-    settings["images_per_step"] = run.get("images_per_step")
-    settings["data"] = str(run.get("train_digest"))[:8]
-    return json.dumps(settings, sort_keys=True)
-
-
-def _key(results: dict[str, Any], config: dict[str, Any]) -> str:
-    """What identifies a configuration, however it was written on the command line."""
-    left_out = (*_NOT_CONFIGURATION, *_COMPARED_OTHERWISE)
-    key = {name: value for name, value in config.items() if name not in left_out}
-    run = results.get("run", {})
-    key["backbone"] = _backbone(results)
-    key["data"] = [
-        str(config["dataset"]).lower(),
-        sorted(results.get("class_names", [])),
-        results.get("test_sets"),
-    ]
-    order = results.get("class_order", [])
-    key["tasks"] = len(order) if config["class_order"] is None else order
-    rate = ("learning_rate", "images_per_step")
-    is_stored = run.keys() >= set(rate)
-    key["steps"] = [run[name] for name in rate] if is_stored else [config[n] for n in _RATE]
-    return json.dumps(key, sort_keys=True)
+    return {
+        **{name: value for name, value in config.items() if name not in _NOT_CONFIGURATION},
+        "backbone": _backbone(results)[:8],
+        "images_per_step": run.get("images_per_step"),
+        "data": str(run.get("train_digest"))[:8],
+    }
 
 
 def _backbone(results: dict[str, Any]) -> str:
-    """The checksum of the backbone, or `random` if its weights depend on the seed."""
+    """The checksum of the backbone's weights, unless these are drawn for each seed."""
     backbone = results.get("backbone", {})
     return "random" if backbone.get("source") == "random" else str(backbone.get("sha256"))
 
 
-def _labels(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
+def _key(results: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What identifies a configuration, however it was written on the command line."""
+    left_out = (*_COMPARED_OTHERWISE, "images_per_step")
+    key = {name: value for name, value in settings.items() if name not in left_out}
+    key["backbone"] = _backbone(results)
+    names = sorted(results.get("class_names", []))
+    key["data"] = [str(settings["dataset"]).lower(), names, results.get("test_sets")]
+    order = results.get("class_order", [])
+    key["tasks"] = len(order) if settings["class_order"] is None else order
+    run, rate = results.get("run", {}), ("learning_rate", "images_per_step")
+    is_stored = run.keys() >= set(rate)
+    key["steps"] = [run[name] for name in rate] if is_stored else [settings[n] for n in _RATE]
+    return json.dumps(key, sort_keys=True)
+
+
+def _labels(runs: Sequence[StoredRun]) -> list[str]:
     """The names, followed by the settings in which configurations of the same name differ."""
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for name, own in zip(names, settings, strict=True):
-        alike.setdefault(name, []).append(own)
-    shown_settings = {name: differing(ones) for name, ones in alike.items()}
+    alike = defaultdict(list)
+    for run in runs:
+        alike[run.name].append(run.settings)
+    names = {name: differing(ones) for name, ones in alike.items()}
     labels: dict[str, None] = {}
-    for name, own in zip(names, settings, strict=True):
-        values = [f"{n} {shown(own.get(n))}" for n in shown_settings[name]]
-        label = f"{name} ({', '.join(values)})" if values else name
+    for run in runs:
+        values = ", ".join(f"{n} {shown(run.settings.get(n))}" for n in names[run.name])
+        label = f"{run.name} ({values})" if values else run.name
         labels[label if label not in labels else f"{label} #{len(labels) + 1}"] = None
     return list(labels)

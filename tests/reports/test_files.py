@@ -7,6 +7,18 @@ import pytest
 from reports import files
 
 
+class FullDiskError(OSError):
+    pass
+
+
+def half_and_fail(error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    return write
+
+
 def test_write_whole_makes_folder_and_replaces_file(tmp_path):
     path = tmp_path / "a" / "b" / "file"
     for content in (b"long first content", b"second"):
@@ -15,33 +27,16 @@ def test_write_whole_makes_folder_and_replaces_file(tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
-class FullDiskError(OSError):
-    pass
-
-
-def half_and_fail(file):
-    file.write(b"half")
-    raise FullDiskError
-
-
+@pytest.mark.parametrize("error", [FullDiskError, KeyboardInterrupt])
 @pytest.mark.parametrize("existed", [True, False])
-def test_write_whole_leaves_old_file_when_writing_fails(tmp_path, existed):
+def test_write_whole_leaves_old_file_when_writing_fails(tmp_path, existed, error):
     path = tmp_path / "file"
     if existed:
         path.write_bytes(b"old")
-    with pytest.raises(FullDiskError):
-        files.write_whole(path, half_and_fail)
+    with pytest.raises(error):
+        files.write_whole(path, half_and_fail(error), keep=tmp_path / "before")
     assert os.listdir(tmp_path) == (["file"] if existed else [])
     assert not existed or path.read_bytes() == b"old"
-
-
-def test_write_whole_cleans_up_on_interrupt(tmp_path):
-    def interrupted(file):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        files.write_whole(tmp_path / "file", interrupted)
-    assert os.listdir(tmp_path) == []
 
 
 def test_write_whole_cleans_up_when_renaming_fails(tmp_path):
@@ -64,15 +59,45 @@ def test_write_whole_is_invisible_under_its_name_until_complete(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+def test_file_that_was_there_can_be_kept_under_another_name(tmp_path):
+    for content in (b"first", b"second"):
+        files.write_bytes(tmp_path / "file", content, keep=tmp_path / "before")
+    assert (tmp_path / "file").read_bytes() == b"second"
+    assert (tmp_path / "before").read_bytes() == b"first"
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_write_whole_permissions_follow_umask(tmp_path, umask, mode):
+def test_permissions_follow_the_umask_which_is_never_changed(tmp_path, monkeypatch, umask, mode):
+    """Not even for a moment: other threads create files, too."""
     before = os.umask(umask)
     try:
-        files.write_text(tmp_path / "file", "content")
-        assert os.umask(umask) == umask
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)
+            files.write_text(tmp_path / "file", "content")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+def test_temporary_file_of_another_writer_is_never_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda num_bytes: "0")
+    other = tmp_path / ".file.unfinished-0"
+    other.write_text("of another writer")
+    with pytest.raises(FileExistsError):
+        files.write_text(tmp_path / "file", "content")
+    assert other.read_text() == "of another writer"
+
+
+def test_remove_unfinished_removes_what_a_killed_program_left(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "file", "content")
+    monkeypatch.setattr(os, "replace", None)  # the file is whole, but has no name yet
+    monkeypatch.setattr("pathlib.Path.unlink", lambda path, missing_ok: None)
+    with pytest.raises(TypeError):
+        files.write_text(tmp_path / "file", "new")
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path)) == 2
+    files.remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_write_text_is_utf8(tmp_path):
