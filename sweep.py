@@ -13,15 +13,19 @@ Exit code: 0 done or submitted, 1 a run failed, 2 command line rejected, 75 stop
 130 interrupted. After 75 and 130, the same command resumes the sweep.
 """
 
-import argparse
-import itertools
-import re
+import shlex
 import sys
+from contextlib import suppress
+from dataclasses import replace
+
+from filelock import FileLock, Timeout
 
 from cli.parser import UsageError
-from launch import sweep_plan
-from launch.submitit_jobs import SUBMISSION_ERRORS, add_job_options, take_job_options
-from launch.sweep import SweepOptions, execute, make_plan
+from launch import local_runs, submitit_jobs, sweep_plan
+from launch.options import SweepOptions, take
+from launch.sweep_plan import Sweep
+from reports import draw, seed_tables, stored_runs
+from reports.stored_runs import ResultsError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,91 +37,96 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options, base = _parse(sys.argv[1:] if argv is None else argv)
-    if options.list:
-        print(sweep_plan.list_sweeps())
-        return 0
-    try:
-        return execute(options, make_plan(options, base))
-    except UsageError as error:
-        print(error.message("sweep.py"), end="", file=sys.stderr)
-        return 2
-    except SUBMISSION_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: jobs continue; the same command shows their state", file=sys.stderr)
-        return 130
-
-
-def _parse(argv: list[str]) -> tuple[SweepOptions, list[str]]:
-    """Options of this program, and the rest: the sweep, and arguments of main.py."""
-    argv = _repeat(argv, "--grid", re.compile(r"[A-Za-z][\w-]*=.*"))
-    argv = _repeat(argv, "--seeds", re.compile(r"\d+"))
-    args, base = _parser().parse_known_args(argv)
-    values = vars(args)
-    return SweepOptions(job=take_job_options(values), **values), base
-
-
-def _repeat(argv: list[str], flag: str, value: re.Pattern[str]) -> list[str]:
-    """Rewrites `--flag a b rest` as `--flag=a --flag=b rest`.
-
-    The values of the flag end at the first argument that does not look like one. (With
-    `nargs="+"`, argparse would take the sweep and configurations behind them for values.)
-    """
-    rewritten: list[str] = []
-    is_value = False
-    for argument, following in itertools.pairwise([*argv, ""]):
-        is_value = is_value and value.fullmatch(argument) is not None
-        if is_value:
-            rewritten.append(f"{flag}={argument}")
-        elif argument == flag and value.fullmatch(following):
-            is_value = True
-        else:
-            rewritten.append(argument)
-    return rewritten
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    options, base, problems = take(
+        SweepOptions,
+        sys.argv[1:] if argv is None else argv,
         prog="sweep.py",
         usage="sweep.py SWEEP|--grid NAME=VALUE,... [CONFIG ...] [flags of main.py] [options]",
         description="Trains several arms of settings, each with several seeds.",
         epilog="What is no option of sweep.py goes to main.py. The same command resumes what "
         "was stopped, and shows a table and a figure of what is done.",
-        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--grid",
-        action="append",
-        metavar="NAME=VALUE,...",
-        help="settings and their values, all of which are combined; in place of SWEEP",
-    )
-    add(
-        *("--output_dir", "--output-dir"),
-        default="",
-        metavar="DIR",
-        help="each run goes to DIR/ARM/seedSEED",
-    )
-    add(
-        "--seeds", type=int, action="append", metavar="SEED", help="seeds of each arm (default: 42)"
-    )
-    add(
-        "--jobs",
-        type=int,
-        help="runs of this machine at a time, which share its cores and GPUs (default: 1)",
-    )
-    add("--list", action="store_true", help="show the sweeps, and stop")
-    add("--dry_run", "--dry-run", action="store_true", help="show what is done and would run; stop")
-    group = parser.add_argument_group("jobs")
-    group.add_argument("--submitit", action="store_true", help="run as an array of jobs")
-    group.add_argument(
-        "--max_parallel", "--max-parallel", type=int, help="jobs of the array that run at a time"
-    )
-    group.add_argument("--wait", action="store_true", help="wait for the jobs, then show the table")
-    add_job_options(group)
-    return parser
+    if options.list:
+        print(sweep_plan.list_sweeps())
+        return 0
+    try:
+        sweep = sweep_plan.make_sweep(options, base, problems)
+        if options.dry_run:
+            return run_sweep(sweep, options)
+        with FileLock(options.folder / ".sweep.lock", timeout=0):
+            return run_sweep(sweep, options)
+    except UsageError as error:
+        print(error.message("sweep.py"), end="", file=sys.stderr)
+        return 2
+    except Timeout:
+        print(f"error: another sweep.py uses {options.folder}: wait for it", file=sys.stderr)
+        return 2
+    except submitit_jobs.SUBMISSION_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes; jobs of Slurm continue", file=sys.stderr)
+        return 130
+
+
+def run_sweep(sweep: Sweep, options: SweepOptions) -> int:
+    """Runs or submits what is left of a sweep, prints and draws its results.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: If the folder of a run holds a run with other settings.
+    """
+    processes = options.nodes * options.processes_per_node if options.submitit else 1
+    done = sweep_plan.finished(sweep.runs, processes)
+    queued = submitit_jobs.find(options.folder / "jobs")
+    jobs = {run.name: queued[str(run.folder)] for run in sweep.runs if str(run.folder) in queued}
+    left = [run for run in sweep.runs if run not in done and run.name not in jobs]
+    under_way = f", {len(jobs)} queued or running as jobs" if jobs else ""
+    print(f"{sweep.name}: {len(sweep.runs)} runs, {len(done)} done{under_way}, {len(left)} to run")
+    for reason, arms in sweep.left_out.items():
+        print(f"  left out: {'  '.join(arms)}\n    ({reason})")
+    if options.dry_run:
+        for run in left:
+            print(f"  {shlex.join(['python', 'main.py', *run.argv])}")
+        return 0
+    if left and options.submitit:
+        arguments = [(run.argv, str(run.folder)) for run in left]
+        workers, parallel = left[0].settings.data.num_workers, options.max_parallel
+        folder = options.folder / "jobs"
+        new = submitit_jobs.submit(options, folder, arguments, workers, parallel)
+        jobs |= {run.name: job for run, job in zip(left, new, strict=True)}
+    for name, job in jobs.items():
+        print(f"  {name}: job {job.job_id}, follow tail -F {job.task(0).paths.stdout}", flush=True)
+    code = 0
+    if left and not options.submitit:
+        code = local_runs.run_here(left, options.jobs or 1, options.folder / "logs")
+    if options.wait or (options.submitit and options.is_local):
+        code = int(any([submitit_jobs.wait(job, name) for name, job in jobs.items()]))
+    report(sweep, options)
+    return code
+
+
+def report(sweep: Sweep, options: SweepOptions) -> None:
+    """Prints a table of the finished runs, a row for each arm, and draws them."""
+    finished = []
+    for run in sweep.runs:
+        with suppress(ResultsError):
+            finished.append(stored_runs.read(run.folder))
+    if not finished:
+        return
+    found, notes = stored_runs.group(finished)
+    groups = [replace(group, label=group.runs[0].folder.parent.name) for group in found]
+    if len(finished) < len(sweep.runs):
+        notes.append(f"{len(sweep.runs) - len(finished)} of {len(sweep.runs)} runs are unfinished")
+    if sweep.runs[0].settings.output.plots:
+        values = {n: {str(group.settings.get(n)) for group in groups} for n in sweep.axes}
+        axes = [name for name in sweep.axes if len(values[name]) > 1]
+        notes += draw.draw_comparison(groups, options.folder / "comparison", *axes)[1]
+        notes.append(f"Drawn in {options.folder / 'comparison'}")
+    notes.append(f"As a file: python summarize.py {shlex.quote(str(options.folder))} --format csv")
+    print("", seed_tables.text_table(groups), *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,115 +1,51 @@
-"""Jobs of submitit: their options, what runs in one, and waiting for its end."""
+"""Jobs of submitit: what runs in one, how they are submitted, and how they end."""
 
-import argparse
-import dataclasses
 import logging
 import os
 import re
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import submitit
-from submitit.core.utils import FailedJobError, UncompletedJobError
 
-#: What submitit raises when a job cannot be submitted.
-SUBMISSION_ERRORS = (FailedJobError, UncompletedJobError, RuntimeError, OSError)
+from cli.paths import ROOT
+from launch.options import JobOptions
+
+#: What submitit and the commands of Slurm raise when jobs cannot be submitted or found.
+SUBMISSION_ERRORS = (RuntimeError, OSError, subprocess.CalledProcessError)
+
+#: Seconds between two checks which jobs have ended.
+POLL_SECONDS = 5.0
 
 #: Seconds for which a job that saved its state on SIGTERM waits to be requeued or killed: submitit
 #: requeues it on SIGUSR2, which may come after SIGTERM.
 _REQUEUE_SECONDS = 600
 
 
-@dataclass(frozen=True)
-class JobOptions:
-    """What a job asks for; None leaves it to Slurm, except where it says otherwise.
-
-    Attributes:
-        cluster: slurm or local; None: slurm where there is srun.
-        nodes: Nodes of the job.
-        gpus_per_node: GPUs of a node.
-        tasks_per_node: Processes of a node; None: one for each GPU.
-        cpus_per_task: Cores of a process; None: one for it and one for each that loads images.
-        mem_gb: Memory of a node, GB.
-        timeout: Time limit, minutes.
-        partition: Partition of Slurm.
-        nodelist: Nodes that the job must get.
-        comment: Comment of the job.
-        use_volta32: Whether GPUs need the feature volta32gb.
-        max_requeues: Times that the job may run out of time.
-        job_name: Name of the job.
-    """
-
-    cluster: str | None = None
-    nodes: int = 1
-    gpus_per_node: int = 1
-    tasks_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem_gb: float | None = None
-    timeout: int = 2800
-    partition: str | None = None
-    nodelist: str | None = None
-    comment: str | None = None
-    use_volta32: bool = False
-    max_requeues: int = 30
-    job_name: str = "l2p"
-
-    @property
-    def processes_per_node(self) -> int:
-        """Processes of a node."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
-
-    @property
-    def num_processes(self) -> int:
-        """Processes of the job."""
-        return self.nodes * self.processes_per_node
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the job runs on this machine."""
-        return (self.cluster or submitit.AutoExecutor.which()) == "local"
-
-    def problems(self) -> list[str]:
-        """What is wrong with them."""
-        least = {
-            "nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "timeout": 1,
-            "max_requeues": 0,
-        }  # fmt: skip
-        given = {name: getattr(self, name) for name in least}
-        problems = [
-            f"--{name} {value}: must be at least {least[name]}"
-            for name, value in given.items()
-            if value is not None and value < least[name]
-        ]
-        if self.nodes > 1 and self.is_local:
-            why = "" if self.cluster else ", and there is no Slurm here"
-            problems.append(f"--nodes {self.nodes}: --cluster local is this machine alone{why}")
-        return problems
-
-
 class Trainer:
     """One process of a job: main.py with the job's arguments.
 
+    A job unpickles it before it finds the program, so it is pickled with its code, and only its
+    methods import modules of the program.
+
     Args:
-        argv: Arguments of main.py.
         program: Folder of main.py.
-        output_dir: Folder of the results; None: the job's own folder.
-        requeued: Whether the job was started before and may have saved a state.
     """
 
-    def __init__(
-        self, argv: list[str], program: Path, output_dir: str | None, requeued: bool = False
-    ) -> None:
-        self.argv, self.program = argv, program
-        self.output_dir, self.requeued = output_dir, requeued
+    def __init__(self, program: Path) -> None:
+        self.program = program
 
-    def __call__(self) -> None:
+    def __call__(self, argv: list[str], output_dir: str | None) -> None:
         """Runs main.py among the processes of the job.
+
+        Args:
+            argv: Arguments of main.py.
+            output_dir: Folder of the results; None: the job's own folder.
 
         Raises:
             RuntimeError: If it does not end with exit code 0.
@@ -125,8 +61,8 @@ class Trainer:
         import main
         from experiment import signals
 
-        argv = [*self.argv, "--output_dir", self.output_dir or str(job.paths.folder)]
-        if self.requeued or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+        argv = [*argv, "--output_dir", output_dir or str(job.paths.folder)]
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
             argv += ["--resume", "auto"]
         code = main.main(argv)  # passes SIGUSR2 on to submitit, which requeues the job
         if code == signals.EXIT_CODE:
@@ -136,102 +72,34 @@ class Trainer:
         if code != 0:
             raise RuntimeError(f"main.py ended with exit code {code}")
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(
+        self, argv: list[str], output_dir: str | None
+    ) -> submitit.helpers.DelayedSubmission:
         """What submitit starts when it requeues the job, which has saved its state by then."""
-        again = Trainer(self.argv, self.program, self.output_dir, requeued=True)
-        return submitit.helpers.DelayedSubmission(again)
-
-    __submitit_checkpoint__ = checkpoint
+        again = [*argv, "--resume", "auto"]
+        return submitit.helpers.DelayedSubmission(self, again, output_dir)
 
 
-@contextmanager
-def pickled_by_value() -> Iterator[None]:
-    """While its body runs, pickles `Trainer` with its code; every submission needs that.
-
-    A job unpickles its trainer before the folder of the program is on `sys.path`, so it cannot
-    import this module. For the same reason, only the methods of `Trainer` import modules of the
-    program.
-    """
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
-
-
-def make_executor(options: JobOptions, folder: Path, num_workers: int) -> submitit.AutoExecutor:
-    """Makes what submits jobs.
+def submit(
+    options: JobOptions,
+    folder: Path,
+    runs: Sequence[tuple[list[str], str | None]],
+    num_workers: int,
+    max_parallel: int | None = None,
+) -> list[submitit.Job]:
+    """Submits runs to Slurm as one array of jobs, or starts all of them on this machine.
 
     Args:
         options: What each job asks for.
-        folder: Where each job gets a folder of its own; it is made.
+        folder: Folder that all nodes see, where each job gets a folder of its own; it is made.
+        runs: Arguments of main.py, and the folder of the results, or None: that of the job.
         num_workers: Processes that load images beside each process of a job.
+        max_parallel: Jobs of the array that may run at a time; None: submitit's limit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(
         folder=folder / "%j", cluster=options.cluster, slurm_max_num_timeout=options.max_requeues
     )
-    executor.update_parameters(**_resources(options, num_workers))
-    return executor
-
-
-def wait(job: submitit.Job) -> int:
-    """Waits for the end of a job, requeued or not; returns its exit code."""
-    while not job.done():
-        time.sleep(5)
-        job.get_info(mode="force")  # else submitit notices much later that Slurm ended the job
-    failures = [error for task in range(job.num_tasks) if (error := job.task(task).exception())]
-    if not failures:
-        print(f"Job {job.job_id} is done.")
-        return 0
-    matches = [re.search(r"main.py ended with exit code (\d+)", str(error)) for error in failures]
-    codes = [int(match[1]) for match in matches if match]
-    code = codes[0] if codes else 1
-    print(f"error: job {job.job_id} failed (exit code {code}).", file=sys.stderr)
-    first = job.task(0)
-    log = f"{first.stdout() or ''}\n{first.stderr() or ''}".splitlines()
-    errors = [line for line in log if line.startswith(("error:", "  - "))]
-    print("\n".join(errors or str(failures[0]).splitlines()[-10:]), file=sys.stderr)
-    return code
-
-
-def add_job_options(parser: argparse._ActionsContainer) -> None:
-    """Adds the flags of `JobOptions` to a parser; see `take_job_options`."""
-    add = parser.add_argument
-    usual = JobOptions()
-    add("--cluster", choices=("slurm", "local"), help="default: slurm where there is srun")
-    add("--nodes", type=int, default=usual.nodes, help="nodes of the job (default: %(default)s)")
-    add(
-        "--gpus_per_node",
-        type=int,
-        default=usual.gpus_per_node,
-        help="GPUs of a node (default: %(default)s)",
-    )
-    add("--tasks_per_node", type=int, help="processes of a node (default: one for each GPU)")
-    add("--cpus_per_task", type=int, help="cores of a process (default: --num_workers + 1)")
-    add("--mem_gb", type=float, help="memory of a node, GB")
-    add("--timeout", type=int, default=usual.timeout, help="minutes (default: %(default)s)")
-    add("--partition", help="partition of Slurm")
-    add("--nodelist", help="nodes that the job must get")
-    add("--comment", help="comment of the job, as some clusters demand it")
-    add("--use_volta32", action="store_true", help="only GPUs with the feature volta32gb")
-    add(
-        "--max_requeues",
-        type=int,
-        default=usual.max_requeues,
-        help="times that it may run out of time",
-    )
-    add("--job_name", default=usual.job_name, help="name of the job (default: %(default)s)")
-
-
-def take_job_options(values: dict[str, Any]) -> JobOptions:
-    """Moves the values of the flags of `add_job_options` out of those that were parsed."""
-    return JobOptions(**{f.name: values.pop(f.name) for f in dataclasses.fields(JobOptions)})
-
-
-def _resources(options: JobOptions, num_workers: int) -> dict[str, Any]:
-    """Parameters of submitit's executor; what was not given is left out."""
     wanted = {
         "name": options.job_name,
         "nodes": options.nodes,
@@ -244,8 +112,44 @@ def _resources(options: JobOptions, num_workers: int) -> dict[str, Any]:
         "slurm_nodelist": options.nodelist,
         "slurm_comment": options.comment,
         "slurm_constraint": "volta32gb" if options.use_volta32 else None,
+        "slurm_array_parallelism": max_parallel,
         "slurm_signal_delay_s": 120,
         "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a failed process ends the others
         "slurm_additional_parameters": {"requeue": True},
     }
-    return {name: value for name, value in wanted.items() if value is not None}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    executor.update_parameters(**given)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # see `Trainer`
+    return executor.map_array(Trainer(ROOT), *zip(*runs, strict=True))
+
+
+def find(folder: Path) -> dict[str, submitit.Job]:
+    """The jobs of a folder that are still in Slurm's queue, by the folders of their results."""
+    if not folder.exists() or not shutil.which("squeue"):
+        return {}
+    command = ["squeue", f"--user={os.getuid()}", "--array", "--noheader", "--format=%i"]
+    queue = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    found: list[submitit.Job] = [submitit.SlurmJob(folder / "%j", number) for number in queue]
+    return {job.submission().args[1]: job for job in found if job.paths.submitted_pickle.exists()}
+
+
+def wait(job: submitit.Job, title: str = "") -> int:
+    """Waits for the end of a job, requeued or not, and reports it; returns its exit code."""
+    while not job.done():
+        time.sleep(POLL_SECONDS)
+        job.get_info(mode="force")  # else submitit notices much later that Slurm ended the job
+    tasks = [job.task(number) for number in range(job.num_tasks)]
+    tasks.sort(key=lambda task: not task.paths.result_pickle.exists())  # others are waited for
+    failure = next(filter(None, (task.exception() for task in tasks)), None)
+    title = title or f"job {job.job_id}"
+    if failure is None:
+        print(f"Finished: {title}", flush=True)
+        return 0
+    match = re.search(r"main.py ended with exit code (\d+)", str(failure))
+    code = int(match[1]) if match else 1
+    first = job.task(0)
+    log = f"{first.stdout() or ''}\n{first.stderr() or ''}".splitlines()
+    errors = [line for line in log if line.startswith(("error:", "  - "))] or log[-10:]
+    headline = f"error: {title} failed (exit code {code}), see {first.paths.stderr}"
+    print(headline, *errors, sep="\n", file=sys.stderr)
+    return code

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 import main
 from experiment import checkpoints
+from helpers.commands import wait_until
+from launch import submitit_jobs
+from launch.options import JobOptions
 
 pytest_plugins = ["helpers.slurm_cluster"]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -54,29 +58,27 @@ def submit(cluster, folder, *options):
     )
 
 
-def submit_with_submitit(cluster, folder, *options):
+def submit_with_submitit(cluster, folder):
     """A job of run_with_submitit.py of the same shape; its number and its folder."""
     done = cluster.run(
         sys.executable, ROOT / "run_with_submitit.py", "--shared_folder", folder, "--nodes", 2,
-        "--gpus_per_node", 0, "--tasks_per_node", 2, "--cpus_per_task", 1, *options, *IN_FOUR,
-        timeout=300,
+        "--gpus_per_node", 0, "--tasks_per_node", 2, "--cpus_per_task", 1, *IN_FOUR, timeout=300,
     )  # fmt: skip
     found = re.search(r"Submitted job (\d+)\n", done.stdout)
     assert found, done.stdout + done.stderr
-    return int(found[1]), folder / found[1], done
+    return int(found[1]), folder / found[1]
 
 
-def wait_for_task(number, output, timeout=120):
+def wait_for_task(number, output):
     """Waits until a task is being learned, after its first steps."""
     log = output / "log.txt"
-    end = time.monotonic() + timeout
-    learned = f"[Average accuracy till task{number - 1}]" if number > 1 else "Output:"
-    while True:
+    learned = f"[Average accuracy till task{number - 1}]"
+
+    def is_learned():
         text = log.read_text() if log.exists() else ""
-        if text.partition(learned)[2].count("Train: Epoch[1/2]") >= 3:
-            return
-        assert time.monotonic() < end, f"task {number} does not begin:\n{text[-2000:]}"
-        time.sleep(0.05)
+        return text.partition(learned)[2].count("Train: Epoch[1/2]") >= 3
+
+    wait_until(is_learned, seconds=120)
 
 
 def assert_equal(output, reference, stops=0):
@@ -109,35 +111,79 @@ def test_srun_starts_the_processes(cluster, alone, tmp_path):
     assert_equal(tmp_path, alone)
 
 
-def test_a_failing_process_ends_the_job(cluster, tmp_path):
-    """Rank 3 has no data; nothing but the program tells the others."""
+#: Stands for main.py: one process fails while the others are busy, with no help of torch.
+FAILING = """
+import os, sys, time
+
+def main(argv):
+    if os.environ["SLURM_PROCID"] != "3":
+        time.sleep(300)
+    print("error: there is no data", file=sys.stderr)
+    return 1
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
+"""
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """The folder of a program of which one process fails."""
+    folder = tmp_path / "program"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "signals.py").write_text("EXIT_CODE = 75")
+    (folder / "main.py").write_text(FAILING)
+    for name in ("train.sh", "environment.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_failing_process_ends_a_job_of_train_sh(cluster, failing, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.chdir(failing)  # where train.sh finds the program
+    job = cluster.submit(
+        "--nodes=2", "--ntasks-per-node=2", f"--output={log}", f"--error={log}", "train.sh"
+    )
+    assert cluster.wait_for(job, {"COMPLETED", "FAILED"}, timeout=40)["JobState"] == "FAILED"
+    assert "error: there is no data" in log.read_text()
+
+
+def test_failing_process_ends_a_job_of_submitit(cluster, failing, tmp_path, monkeypatch, capsys):
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.env[name])
+    monkeypatch.setattr(submitit_jobs, "ROOT", failing)
+    monkeypatch.setattr(submitit_jobs, "POLL_SECONDS", 0.5)
+    options = JobOptions(nodes=2, gpus_per_node=0, tasks_per_node=2)
     start = time.monotonic()
-    path = f"$([ $SLURM_PROCID = 3 ] && echo {tmp_path}/missing || echo {tmp_path})"
-    words = " ".join(map(str, [sys.executable, ROOT / "main.py", *IN_FOUR]))
-    command = f"{words} --output_dir '' --data-path {path} --dataset ImageFolder"
-    make_folder(tmp_path)
-    done = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "bash", "-c", command)
-    assert done.returncode != 0
-    assert "missing" in done.stdout + done.stderr
-    assert time.monotonic() - start < 60
+    (job,) = submitit_jobs.submit(options, tmp_path / "jobs", [([], None)], num_workers=0)
+    cluster.wait_for(job.job_id, "FAILED", timeout=30)
+    assert submitit_jobs.wait(job) == 1
+    assert time.monotonic() - start < 40
+    assert f"error: job {job.job_id} failed (exit code 1), see " in capsys.readouterr().err
 
 
-def test_sbatch_runs_train_sh_on_two_nodes(cluster, alone, tmp_path):
-    job = submit(cluster, tmp_path)
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED"}, timeout=200)
-    assert state["JobState"] == "COMPLETED", (tmp_path / "log").read_text()[-2000:]
-    assert_equal(tmp_path / "out", alone)
+def completed(cluster, job):
+    """How often a job was restarted before it was done."""
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=250)
+    assert state["JobState"] == "COMPLETED"
+    return int(state["Restarts"])
 
 
-def test_warned_job_of_train_sh_requeues_itself(cluster, alone, tmp_path):
+def test_job_of_train_sh_requeues_itself_and_survives_the_loss_of_a_node(cluster, alone, tmp_path):
     job = submit(cluster, tmp_path)
     wait_for_task(2, tmp_path / "out")
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=200)
-    assert state["JobState"] == "COMPLETED", (tmp_path / "log").read_text()[-2000:]
-    assert state["Restarts"] == "1"
+    wait_for_task(3, tmp_path / "out")
     assert "SIGUSR1 stopped the run after task 2" in (tmp_path / "log").read_text()
-    assert_equal(tmp_path / "out", alone, stops=1)
+    lost = cluster.nodes[-1]
+    cluster.power(lost, "down")
+    try:
+        cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=lost")
+        cluster.wait_for(job, "PENDING", timeout=100)
+    finally:
+        cluster.power(lost, "up")
+    assert completed(cluster, job) == 2
+    assert_equal(tmp_path / "out", alone, stops=2)
 
 
 def test_cancelled_job_of_train_sh_stays_cancelled_and_can_go_on(cluster, alone, tmp_path):
@@ -145,25 +191,9 @@ def test_cancelled_job_of_train_sh_stays_cancelled_and_can_go_on(cluster, alone,
     wait_for_task(2, tmp_path / "out")
     assert cluster.run("scancel", job).returncode == 0
     state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=100)
-    assert state["JobState"] == "CANCELLED"
-    assert state["Restarts"] == "0"
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
     flags = ["--output_dir", str(tmp_path / "out"), "--resume", "auto"]
     assert main.main([*IN_FOUR, *flags]) == 0  # in one process now
-    assert_equal(tmp_path / "out", alone, stops=1)
-
-
-def test_job_of_train_sh_survives_the_loss_of_a_node(cluster, alone, tmp_path):
-    job = submit(cluster, tmp_path)
-    wait_for_task(2, tmp_path / "out")
-    lost = cluster.nodes[-1]
-    cluster.node_down(lost)
-    try:
-        cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=lost")
-        cluster.wait_for(job, "PENDING", timeout=100)
-    finally:
-        cluster.node_up(lost)
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=250)
-    assert state["JobState"] == "COMPLETED", (tmp_path / "log").read_text()[-2000:]
     assert_equal(tmp_path / "out", alone, stops=1)
 
 
@@ -172,34 +202,22 @@ def test_array_of_train_sh_runs_a_job_for_each_seed(cluster, alone, tmp_path):
     options = ["--ntasks=1", "--array=42-43", f"--chdir={ROOT}", *logs]
     output = ["--output_dir", tmp_path / "out"]
     job = cluster.submit(*options, ROOT / "train.sh", *RUN, "--batch-size", "16", *output)
-    end = time.monotonic() + 200
-    while cluster.run("squeue", "--noheader", "--jobs", job).stdout.strip():
-        assert time.monotonic() < end
-        time.sleep(1)
+    queue = ["squeue", "--noheader", "--jobs", job]
+    wait_until(lambda: not cluster.run(*queue).stdout.strip(), seconds=200)
     assert_equal(tmp_path / "out" / "seed42", alone)
     other = json.loads((tmp_path / "out" / "seed43" / "results.json").read_text())
     assert other["seed"] == 43
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["seed42", "seed43"]
 
 
-def test_submitit_job_equals_one_process(cluster, alone, tmp_path):
-    _, output, done = submit_with_submitit(cluster, tmp_path, "--wait")
-    assert done.returncode == 0, done.stderr
-    assert "tail -F" in done.stdout
-    assert_equal(output, alone)
-
-
 def test_submitit_job_goes_on_after_preemption(cluster, alone, tmp_path):
     """Stopped in the middle of a task, by the signal that submitit requeues on, and by Slurm."""
-    job, output, _ = submit_with_submitit(cluster, tmp_path)
+    job, output = submit_with_submitit(cluster, tmp_path)
     wait_for_task(2, output)
     assert cluster.run("scancel", "--signal=USR2", job).returncode == 0
     wait_for_task(3, output)
     assert cluster.run("scontrol", "requeue", job).returncode == 0
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, timeout=200)
-    logs = "".join(path.read_text() for path in output.glob("*_log.*"))
-    assert state["JobState"] == "COMPLETED", logs[-3000:]
-    assert state["Restarts"] == "2"
+    assert completed(cluster, job) == 2
     assert_equal(output, alone, stops=2)
 
 
@@ -207,24 +225,12 @@ def test_sweep_runs_as_one_array_of_jobs(cluster, alone, tmp_path):
     words = [
         sys.executable, ROOT / "sweep.py", "--grid", "length=1,2", *RUN, "--batch-size", "16",
         "--output_dir", tmp_path, "--submitit", "--gpus_per_node", "0", "--cpus_per_task", "1",
-        "--wait",
     ]  # fmt: skip
-    done = cluster.run(*words, timeout=300)
+    done = cluster.run(*words, timeout=100)
+    assert len(set(re.findall(r": job (\d+)_[01], ", done.stdout))) == 1, done.stdout + done.stderr
+    done = cluster.run(*words, "--wait", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(set(re.findall(r" job (\d+)_[01] ", done.stdout))) == 1
+    assert "--grid: 2 runs, 0 done, 2 queued or running as jobs, 0 to run" in done.stdout
     assert_equal(tmp_path / "length=1" / "seed42", alone)
     assert (tmp_path / "length=2" / "seed42" / "results.json").exists()
-    again = cluster.run(*words, timeout=100)
-    assert "--grid: 2 runs, 2 done, 0 to run" in again.stdout
-    assert "Submitted" not in again.stdout
-
-
-def make_folder(folder):
-    """A data set of images for ten classes, of a pixel each."""
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for name in "0123456789":
-            target = folder / split / name
-            target.mkdir(parents=True)
-            Image.new("RGB", (8, 8), (20 * int(name), 0, 0)).save(target / "0.png")
+    assert "--grid: 2 runs, 2 done, 0 to run" in cluster.run(*words, timeout=100).stdout

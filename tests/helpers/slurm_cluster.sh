@@ -1,44 +1,30 @@
 #!/usr/bin/env bash
-# Starts a real Slurm cluster on this machine for the tests: a controller and pretended nodes.
+# Starts a real Slurm cluster of two nodes on this machine for the tests. Each node has its own host
+# name, address, processes and /dev/shm, by Linux namespaces.
 #
-#   slurm_cluster.sh up               start it and print what `env` prints; up twice is fine
-#   slurm_cluster.sh env              shell lines that set SLURM_CONF and PATH: eval "$(... env)"
+#   slurm_cluster.sh up               start it and print lines that set SLURM_CONF and PATH
 #   slurm_cluster.sh node-down NODE   cut the power of a node
 #   slurm_cluster.sh node-up NODE     and switch it on again
 #   slurm_cluster.sh down             kill jobs and daemons, remove the folder; twice is fine
 #
 # Needs root, and Slurm or apt-get: where Slurm is not installed, Debian's packages are unpacked
-# into the user's cache. Nothing gets installed. Settings from the environment, all optional:
-cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}
-LAB=${SLURM_LAB:-$cache/l2p-slurm}  # the folder of the cluster
-NODES=${SLURM_LAB_NODES:-2}         # up to 40
-CPUS=${SLURM_LAB_CPUS:-64}          # what each node claims to have
-MEMORY=${SLURM_LAB_MEMORY:-1000000} # likewise, in MB
-GPUS=${SLURM_LAB_GPUS:-8}           # likewise: copies of /dev/null; 0 for none
-OWNER=${SLURM_LAB_OWNER:-}          # a process id: the cluster goes down after that process
-# ns: each node has its own host name, address, processes and /dev/shm, by Linux namespaces.
-# host: the nodes are daemons that share all that. auto: ns where it works.
-MODE=${SLURM_LAB_MODE:-auto}
+# into the user's cache. Nothing gets installed.
+LAB=${SLURM_LAB:?a new folder for the cluster, a short absolute path}
 
 set -u
 umask 022
 export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 CONF=$LAB/etc/slurm.conf
+cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}
 PACKAGES=$cache/l2p-slurm-packages
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
+NAMES=$'n1\nn2'
 
 die() { echo "slurm_cluster: $*" >&2; exit 1; }
-fail() { tail -n 8 "$LAB/log/$2" >&2; stop; die "$1; the logs are in $LAB/log"; } # MESSAGE LOG
+fail() { tail -n 8 "$LAB/log/$2" >&2; down; die "$1"; } # MESSAGE LOG
 within() { # SECONDS COMMAND: waits until the command succeeds
     local end=$((SECONDS + $1))
     until "${@:2}"; do [ $SECONDS -lt $end ] && sleep 0.1 || return 1; done
-}
-
-check() {
-    [ "$(id -u)" = 0 ] || die "must be root"
-    [[ $LAB =~ ^/[A-Za-z0-9._/-]{1,79}$ ]] || die "SLURM_LAB=$LAB: give a short absolute path"
-    [ -e "$LAB/.slurm-lab" ] || [ -z "$(ls -A "$LAB" 2>/dev/null)" ] ||
-        die "SLURM_LAB=$LAB: has other files, give a new or an empty folder"
 }
 
 fetch_packages() { # copies of Debian's programs that find their libraries in $PACKAGES
@@ -64,32 +50,20 @@ find_programs() { # installed ones or these copies
     BIN=$LAB/bin:$PACKAGES/usr/bin PATH=$PACKAGES/usr/bin:$PACKAGES/usr/sbin:$PATH
 }
 
-pick_place() { # names, ports, addresses and a bridge that no other cluster of this machine uses
+pick_place() { # ports, addresses and a bridge that no other cluster of this machine uses
     local i
-    if [ "$MODE" = auto ]; then
-        MODE=host
-        unshare --pid --fork --kill-child --mount-proc --uts --net -m sh -c '
-            echo x >/proc/sys/kernel/hostname && mount -t tmpfs x /mnt &&
-            ip link add x type bridge && ip link add y type veth' &>/dev/null && MODE=ns
-    fi
+    unshare --pid --fork --kill-child --mount-proc --uts --net -m sh -c '
+        echo x >/proc/sys/kernel/hostname && mount -t tmpfs x /mnt &&
+        ip link add x type bridge && ip link add y type veth' &>/dev/null || die "no namespaces"
     for ((i = $(cksum <<<"$LAB" | cut -d' ' -f1); ; i++)); do
         PORT=$((10000 + 100 * (i % 200))) NET=10.213.$((i % 200)) BRIDGE=l2p$((i % 200))
         (: <"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null || [ -e "/sys/class/net/$BRIDGE" ] || break
     done
-    NAMES=$(seq -f n%g "$NODES")
-    # Here a node's name is its address, so that lists of nodes need no name resolution.
-    [ "$MODE" = ns ] || NET=127.0.0 NAMES=$(seq -f 127.0.0.%g 11 $((10 + NODES)))
 }
 
 write_conf() {
-    local host gpus=()
+    local host
     host=$(uname -n) host=${host%%.*}
-    for ((i = 0; i < GPUS; i++)); do # Slurm insists on device files
-        mknod "$LAB/dev/gpu$i" c 1 3 2>/dev/null && gpus+=("$LAB/dev/gpu$i")
-    done
-    [ ${#gpus[@]} = "$GPUS" ] || gpus=(/dev/{null,zero,full,random,urandom,tty}) # no right to mknod
-    gpus=("${gpus[@]:0:GPUS}")
-    (IFS=,; echo "${gpus:+Name=gpu File=${gpus[*]}}") >"$LAB/etc/gres.conf"
     # cred_expire: a requeued job waits this long, 120 s by default. FirstJobId: numbers of jobs of
     # an earlier cluster must not come again. MinJobAge: ended jobs stay known, for `sacct`.
     cat >"$CONF" <<END
@@ -118,22 +92,14 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=5
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_interval=5
-GresTypes=gpu
-PartitionName=DEFAULT Nodes=ALL GraceTime=20 DefaultTime=60 MaxTime=INFINITE State=UP
-PartitionName=main PriorityTier=10 Default=YES
-PartitionName=low PriorityTier=1
-PartitionName=high PriorityTier=100 PreemptMode=OFF
-NodeName=DEFAULT CPUs=$CPUS RealMemory=$MEMORY ${gpus:+Gres=gpu:${#gpus[@]}}
+PartitionName=main Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=64 RealMemory=1000000
 END
     printf '127.0.0.1 localhost\n%s %s\n' "$NET.254" "$host" >"$LAB/etc/hosts"
     for name in $NAMES; do
-        [ "$MODE" = host ] || host=$name
-        i=${name##*[n.]}
-        echo "NodeName=$name NodeHostname=$host NodeAddr=$NET.$i Port=$((PORT + i))" >>"$CONF"
+        i=${name#n}
+        echo "NodeName=$name NodeHostname=$name NodeAddr=$NET.$i Port=$((PORT + i))" >>"$CONF"
         echo "$NET.$i $name" >>"$LAB/etc/hosts"
     done
     # The nodes reach no name server; without these files each look-up would wait for one.
@@ -150,32 +116,10 @@ END
     chmod 755 "$LAB/bin/sacct"
 }
 
-# Slurm gives jobs' processes SLURM_CONF and SLURMD_NODENAME; here the daemons have them, too.
-members() { # [NODE]: the process ids of one node, or of the cluster and its clients
-    local ours
-    ours=$(grep -lszxF "SLURM_CONF=$CONF" /proc/[0-9]*/environ)
-    {
-        xargs -r grep -lszx "SLURMD_NODENAME=${1:-.*}" <<<"$ours"
-        if [ $# = 0 ]; then
-            xargs -r grep -lsz '^SLURM_JOB_ID=' <<<"$ours" # commands of salloc
-            xargs -r grep -lsxE 'srun|sbatch|salloc' <<<"${ours//environ/comm}"
-        fi
-        # slurmstepd overwrites its environment, but stays in the folder of the node's log
-        grep -lsx slurmstepd /proc/[0-9]*/comm | sed 's/comm$/cwd/' |
-            xargs -rI{} find {} -printf '%p/%l/\n' | grep -F "/cwd/$LAB/log/${1:+$1/}"
-    } 2>/dev/null | cut -d/ -f3
-}
-none_left() { # [NODE]: kills them
-    mapfile -t pids < <(members "$@")
-    [ ${#pids[@]} = 0 ] || { kill -KILL "${pids[@]}" 2>/dev/null; false; }
-}
-
 start_controller() {
     local -x SLURM_CONF=$CONF SLURMD_NODENAME=controller
-    if [ "$MODE" = ns ]; then
-        ip link add "$BRIDGE" type bridge && ip link set "$BRIDGE" alias "$LAB" up &&
-            ip addr add "$NET.254/24" dev "$BRIDGE" || return
-    fi
+    ip link add "$BRIDGE" type bridge && ip link set "$BRIDGE" alias "$LAB" up &&
+        ip addr add "$NET.254/24" dev "$BRIDGE" || return
     (umask 077 && head -c 128 /dev/urandom >"$LAB/etc/munge.key")
     # --force: munged wants a folder that all users can enter; a temporary folder may be closed.
     munged --force --key-file="$LAB/etc/munge.key" --socket="$LAB/run/munge.sock" --num-threads=4 \
@@ -184,12 +128,11 @@ start_controller() {
 } &>"$LAB/log/controller" </dev/null
 node_up() { # NAME
     local -x SLURM_CONF=$CONF SLURMD_NODENAME=$1
-    local outer init i=${1##*[n.]}
+    local outer init i=${1#n}
     mkdir -p "$LAB/log/$1"
-    if [ "$MODE" = host ]; then slurmd -N "$1" -c ${STEPD:+-d "$STEPD"}; return; fi
     setsid unshare --pid --fork --kill-child --mount-proc --uts --net -m \
         "$BASH" "$SELF" _node "$1" &
-    outer=$! && disown
+    outer=$! && disown && echo $outer >"$LAB/run/outer-$1"
     within 10 [ -e "$LAB/run/waits-$1" ] || return 1
     init=$(<"/proc/$outer/task/$outer/children") init=${init% }
     ip link add "$BRIDGE.$i" type veth peer name eth0 netns "$init" &&
@@ -208,51 +151,40 @@ run_node() { # NAME: the first process of a node in its namespaces
     within 10 [ -e "$LAB/run/init-$1" ] && slurmd -D -N "$1" -c ${STEPD:+-d "$STEPD"}
 }
 node_down() { # NAME: the cable first, so that nobody hears the connections close
-    [ "$MODE" = host ] || ip link del "$BRIDGE.${1##*[n.]}" 2>/dev/null
-    within 10 none_left "$1"
+    ip link del "$BRIDGE.${1#n}"
+    kill -KILL "$(<"$LAB/run/outer-$1")" # and with it all processes of the node
     rm -f "$LAB/run/"*"-$1" "$LAB/run/slurmd-$1.pid"
-}
+} 2>/dev/null
 
 all_answer() {
     [ "$(SLURM_CONF=$CONF timeout 10 sinfo -h -N -p main -t idle,alloc,mix,comp -o %N 2>/dev/null |
-        sort -u)" = "$(sort <<<"$NAMES")" ]
+        sort -u)" = "$NAMES" ]
 }
-print_env() { printf "export SLURM_CONF=%q\nexport PATH=%q:\$PATH\n" "$CONF" "$BIN"; }
-# shellcheck disable=SC1091
-settings() { . "$LAB/run/settings" 2>/dev/null || die "the cluster is not up"; }
 up() {
-    stop
     find_programs
-    if ! mkdir -p "$LAB" || ! rm -rf "${LAB:?}"/*; then die "cannot write $LAB"; fi
-    mkdir "$LAB"/{bin,dev,etc,log,run,spool,state}
-    : >"$LAB/.slurm-lab"
-    if [ -n "$OWNER" ]; then setsid "$BASH" "$SELF" _watch &>/dev/null </dev/null & fi
+    mkdir -p "$LAB"/{bin,etc,log,run,spool,state} || die "cannot write $LAB"
     pick_place
-    for i in MODE NAMES NET BRIDGE STEPD BIN PATH; do echo "$i=${!i@Q}"; done >"$LAB/run/settings"
+    for i in NET BRIDGE STEPD BIN PATH; do echo "$i=${!i@Q}"; done >"$LAB/run/settings"
     write_conf
     start_controller || fail "the controller did not start" controller
     for name in $NAMES; do node_up "$name" || fail "node $name did not start" "$name.start"; done
     within 60 all_answer || fail "the nodes did not come up" slurmctld.log
+    printf "export SLURM_CONF=%q\nexport PATH=%q:\$PATH\n" "$CONF" "$BIN"
 }
-stop() {
-    within 20 none_left
-    grep -lsxF "$LAB" /sys/class/net/*/ifalias | cut -d/ -f5 | xargs -rn1 ip link del 2>/dev/null
+down() {
+    for name in $NAMES; do node_down "$name"; done
+    xargs -r kill -KILL < <(cat "$LAB"/run/{slurmctld,munged}.pid) 2>/dev/null
+    ip link del "$BRIDGE" 2>/dev/null
+    rm -rf "$LAB"
 }
 
 case ${1:-} in
-    up | down) # one at a time; -o: the daemons must not inherit the lock
-        check
-        mkdir -p "$cache"
-        exec flock -o -w 900 "$PACKAGES.lock" "$BASH" "$SELF" "_$1" ;;
-    _up) (settings && all_answer) 2>/dev/null || up; settings; print_env ;;
-    _down) stop; rm -rf "$LAB" ;;
-    _node) settings; run_node "$2" ;;
-    _watch) while [ -d "/proc/$OWNER" ]; do sleep 1; [ -d "$LAB" ] || exit; done; "$SELF" down ;;
-    env) settings; print_env ;;
-    node-down | node-up)
-        settings
-        grep -qxF -e "${2:-}" <<<"$NAMES" || die "there is no node ${2:-}, only ${NAMES//$'\n'/ }"
-        "${1/-/_}" "$2" ;;
-    *) sed -n '2,8s/^# \?//p' "$SELF"; exit 2 ;;
+    up) # one at a time; -o: the daemons must not inherit the lock
+        [ "$(id -u)" = 0 ] || die "must be root"
+        mkdir -p "$cache" && exec flock -o -w 900 "$PACKAGES.lock" "$BASH" "$SELF" _up ;;
+    _up) up ;;
+    _node | node-down | node-up | down)
+        . "$LAB/run/settings" || die "the cluster is not up"
+        case $1 in _node) run_node "$2" ;; *) "${1/-/_}" "${@:2}" ;; esac ;;
+    *) sed -n '2,12s/^# \?//p' "$SELF"; exit 2 ;;
 esac
-exit
