@@ -4,8 +4,8 @@
 
 All other arguments are those of main.py. Without them, the workload is a small one that runs
 anywhere: ViT-Ti/16 with random weights, 224 pixels, 16 images a step, on the digits that ship with
-scikit-learn. The baseline (`benchmarks/baseline.py`) computes with two copies of the ViT as the
-original does, in single precision and not compiled, on the same data with as many workers.
+scikit-learn. The baseline (`benchmarks/programs.py`) computes with two copies of the ViT as the
+original does, in single precision and not compiled.
 
 | part | what is measured |
 |---|---|
@@ -16,24 +16,36 @@ original does, in single precision and not compiled, on the same data with as ma
 | `memory` | peak memory of a step and of an evaluation, each in its own process; checkpoints |
 
 Program and baseline take turns; ratios are ratios of medians. The device is synchronised before a
-clock is read. The FLOP of a stage are those of its matrix products as torch counts them, two for
-each multiply-accumulate; those of attention count, recomputed ones do not.
+clock is read. FLOP are two for each multiply-accumulate that torchprofile counts.
 """
 
 import argparse
-import json
+import platform
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import PARTS, BenchmarkOptions, measure, memory_here
-from benchmarks.table import table
-from benchmarks.workload import read_workload, standing_in
+import torch
+from torch.utils.benchmark import Compare, Measurement
+from torch.utils.benchmark.utils.common import TaskSpec
+
+from benchmarks import measure
+from benchmarks.workload import Workload, read_workload, replace_cifar100
 from cli.parser import UsageError
 from continual_datasets.images import DataError
+from experiment.run_record import versions
 from experiment.signals import Preempted
 from model.weights import WeightsError
 from reports import files
+
+PARTS = ("stages", "step", "evaluation", "run", "memory")
+#: Settings that the table names.
+_NAMED = ("model", "pretrained", "input_size", "batch_size", "vote_group_size", "dataset",
+          "num_tasks", "epochs", "num_workers")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,95 +53,122 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options, flags = _parse(argv)
     try:
-        return _run(options, flags, argv)
-    except KeyboardInterrupt:
-        print("benchmark.py: interrupted", file=sys.stderr)
-        return 130
-    except Preempted:
-        print("benchmark.py: ended by a signal", file=sys.stderr)
-        return 1
-
-
-def _run(options: BenchmarkOptions, flags: list[str], argv: list[str]) -> int:
-    try:
         workload = read_workload(flags, options.synthetic)
+        replace_cifar100(options.synthetic)
+        report = _measure(workload, options, argv)
     except UsageError as error:
         print(error.message("benchmark.py"), end="", file=sys.stderr)
         return 2
-    with standing_in(options.synthetic):
-        if options.memory_of:
-            print(json.dumps(memory_here(workload, *options.memory_of.split(","))))
-            return 0
-        try:
-            report = measure(workload, options, argv)
-        except (DataError, WeightsError) as error:
-            print(f"benchmark.py: {error}", file=sys.stderr)
-            return 1
+    except (DataError, WeightsError, Preempted) as error:
+        reason = "ended by a signal" if isinstance(error, Preempted) else error
+        print(f"benchmark.py: {reason}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted", file=sys.stderr)
+        return 130
     print(table(report))
     if options.json:
         files.write_json(options.json, report)
     return 0
 
 
-def _parse(argv: list[str]) -> tuple[BenchmarkOptions, list[str]]:
+def _measure(workload: Workload, options: Any, argv: list[str]) -> dict[str, Any]:
+    """The report, of plain values; it has all numbers of the table."""
+    bench = measure.Bench(workload, options.repetitions, options.warm_up)
+    cpuinfo, device = Path("/proc/cpuinfo"), workload.processes.device
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    report: dict[str, Any] = {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "command": ["benchmark.py", *argv],
+        "machine": {
+            "cpu": names[0] if names else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        "versions": versions(),
+        "numerics": bench.ours.experiment.record.numerics,
+        "settings": workload.settings.stored(),
+        "synthetic": workload.synthetic,
+        "repetitions": options.repetitions,
+        "warm_up": options.warm_up,
+    }
+    for part in options.only:
+        print(f"measuring: {part} ...", file=sys.stderr, flush=True)
+        report[part] = getattr(measure, f"measure_{part}")(bench)
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: medians, with a warning where times vary; ratios of the baseline's."""
+    settings, versions, threads = report["settings"], report["versions"], torch.get_num_threads()
+    named = {**{n: settings[n] for n in _NAMED}, **report["numerics"], **report["machine"]}
+    named |= {name: versions[name] for name in ("torch", "torchvision", "timm")}
+    head = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
+    turns = f"{report['repetitions']} turns after {report['warm_up']} to warm up"
+    times = Compare(
+        [
+            Measurement(1, seconds["all"], TaskSpec("", "", "", title, row, column, None, threads))
+            for title, row, columns in _rows(report)
+            for column, seconds in columns.items()
+        ]
+    )
+    times.highlight_warnings()
+    lines = [
+        f"{name + ', MiB':20s}  ours {size['ours']:.2f}, two copies {size['baseline']:.2f}: "
+        f"{size['ratio']:.2f} times as much"
+        for name, size in report.get("memory", {}).items()
+    ]
+    if "evaluation" in report:
+        share = 100 * report["evaluation"]["share_overruled"]
+        lines.append(f"the vote overruled {share:.1f} %, which a later evaluation computes twice")
+    return "\n".join([textwrap.fill(head, 100), turns, str(times), *lines])
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Title of the table, name, and seconds by column."""
+    for name, stage in report.get("stages", {}).items():
+        rate = f", {stage['flop_per_second'] / 1e9:.1f} GFLOP/s" if "flop" in stage else ""
+        yield "a step of ours", name + rate, {"ours": stage}
+    names = {
+        ("step", "ours"): "training step", ("evaluation", "first"): "first evaluation of an image",
+        ("evaluation", "later"): "later evaluation of an image", ("run", "ours"): "whole run",
+    }  # fmt: skip
+    for (part, way), name in names.items():
+        if part in report:
+            ours, baseline = report[part][way], report[part]["baseline"]
+            name = f"{name}, {ours['ratio']:.2f} times as fast"
+            yield "against two copies", name, {"ours": ours, "two copies": baseline}
+
+
+def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     """Options of this program, and the rest: arguments of main.py."""
-    args, flags = _parser().parse_known_args(argv)
-    return BenchmarkOptions(**vars(args)), flags
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py",
         usage="benchmark.py [--flags] [CONFIG ...] [flags of main.py]",
         description="Measures the program against a plain step with two copies of the ViT.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--repetitions", type=_at_least(1), default=3, help="measured turns (default: 3)")
-    add("--warm_up", type=_at_least(0), default=1, help="turns before that, left out (default: 1)")
-    add("--json", type=_file, metavar="FILE", help="where every number goes")
-    add("--only", type=_parts, default=PARTS, help=f"of {','.join(PARTS)}, with commas between")
-    add(
-        "--synthetic",
-        type=_two_numbers,
-        metavar="TRAIN,TEST",
-        help="so many random images of 100 classes instead of CIFAR-100, as 50000,10000",
-    )
-    add("--memory-of", help=argparse.SUPPRESS)  # for the processes of `measure_memory`
-    return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-        return int(text)
-
-    return number
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")
-    return path
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    parts = tuple(text.split(","))
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
-    return parts
-
-
-def _two_numbers(text: str) -> tuple[int, int]:
-    numbers = text.split(",")
-    if len(numbers) != 2 or not all(n.isdigit() and int(n) >= 100 for n in numbers):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not two numbers of images, at least 100 each, such as 50000,10000"
-        )
-    train, test = map(int, numbers)
-    return train, test
+    add, parts = parser.add_argument, ",".join(PARTS)
+    synthetic = "so many random images of 100 classes instead of CIFAR-100, as 50000,10000"
+    add("--repetitions", type=int, default=3, help="measured turns (default: 3)")
+    add("--warm_up", type=int, default=1, help="turns before that, left out (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="where every number goes")
+    add("--only", default=parts, metavar="PARTS", help=f"of {parts}, with commas between")
+    add("--synthetic", metavar="TRAIN,TEST", help=synthetic)
+    given, flags = parser.parse_known_args(argv)
+    given.only = given.only.split(",")
+    if given.repetitions < 1 or given.warm_up < 0:
+        parser.error("--repetitions must be at least 1, --warm_up at least 0")
+    if unknown := [part for part in given.only if part not in PARTS]:
+        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
+    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        parser.error(f"--json: '{given.json}' is no file in a folder that exists")
+    if given.synthetic:
+        if not re.fullmatch(r"[1-9]\d\d+,[1-9]\d\d+", given.synthetic):
+            parser.error(f"--synthetic: '{given.synthetic}' is not two numbers of images, at "
+                "least 100 each, such as 50000,10000")  # fmt: skip
+        given.synthetic = tuple(map(int, given.synthetic.split(",")))
+    return given, flags
 
 
 if __name__ == "__main__":

@@ -1,29 +1,21 @@
-import copy
 import json
-from dataclasses import replace
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import benchmark
-import engine
-from benchmarks import clocks, measure
-from benchmarks import workload as benchmark_workload
-from benchmarks.baseline import TwoCopies
-from benchmarks.table import table
-from benchmarks.workload import Ours, plain_model, plain_stream, read_workload, standing_in
+from benchmarks import measure
+from benchmarks.programs import Program, TwoCopies
+from benchmarks.workload import read_workload, replace_cifar100
 from continual_datasets.readers import registry
-from experiment import build, speed
+from experiment import speed
 from experiment.signals import Preempted
-from training.evaluation import evaluate
-from training.losses import class_mask
-from training.update import OptimizerStep
 
 close = torch.testing.assert_close
 
-C, D, DEPTH, N, P, M, MLP = 10, 16, 3, 16, 25, 10, 64
+C, D, DEPTH, N, P, M = 10, 16, 3, 16, 25, 10
 TINY = [
     "--model-kwargs", f"embed_dim={D}", f"depth={DEPTH}", "num_heads=2", "patch_size=8",
     "--input-size", "32", "--num_workers", "0", "--device", "cpu",
@@ -31,37 +23,27 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _alone(no_launcher):
-    pass
-
-
-@pytest.fixture(scope="module")
-def workload():
-    return read_workload([*TINY, "--vote_group_size", "8", "--lr", "1"])
+def _alone(no_launcher, monkeypatch):
+    monkeypatch.setitem(registry.SOURCES, "CIFAR100", registry.SOURCES["CIFAR100"])
 
 
 @pytest.fixture
-def pair(workload):
-    """Our model and the baseline with the same weights, whose images choose different prompts."""
-    model = plain_model(workload, C)
-    model.prompt.prompt_key.data = keys_that_divide(model.eval().query(pictures(64, seed=1)[0]))
-    options = build.engine_options(workload.plain, workload.device, tuple(range(C)))
-    baseline = TwoCopies(
-        copy.deepcopy(model),
-        workload.lr,
-        options,
-        build.loader_options(workload.plain, workload.processes, 16),
-        workload.plain.transforms,
-    )
-    return model, baseline, options
+def pair():
+    """The program and the baseline, with the same weights; images choose different prompts."""
+    digits = ["--dataset", "digits", "--num_tasks", "2", "--vote_group_size", "8", "--lr", "1"]
+    workload = read_workload([*TINY, *digits])
+    programs = Program(workload), TwoCopies(workload)
+    queries = programs[0].model.eval().query(pictures(64, seed=1))
+    for program in programs:
+        program.model.prompt.prompt_key.data = keys_that_divide(queries)
+    return programs
 
 
 def pictures(number=16, seed=0):
     """Images of different colours, so that their queries differ."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.rand(number, 3, 1, 1, generator=generator)
-    images = 4 * colours * torch.rand(number, 3, 32, 32, generator=generator)
-    return images, torch.arange(number) % 4
+    return 4 * colours * torch.rand(number, 3, 32, 32, generator=generator)
 
 
 def keys_that_divide(queries):
@@ -70,471 +52,258 @@ def keys_that_divide(queries):
     return torch.cat([directions, -directions])
 
 
-# The baseline computes the same
+# The baseline computes the same in its own way
 
 
-def test_baseline_gives_equal_logits_and_pull_term(pair):
-    model, baseline, _ = pair
-    images, _ = pictures()
-    ours = model.eval()(images, vote_group_size=8)
-    logits, reduce_sim = baseline._forward(images)
-    close(logits, ours["logits"], rtol=1e-5, atol=1e-5)
-    close(reduce_sim, ours["reduce_sim"])
-    rows = ours["prompt_idx"].sort(dim=1).values
+def test_baseline_gives_equal_logits_gradients_parameters_and_accuracies(pair):
+    one, other = (program.model.eval()(pictures(), vote_group_size=8) for program in pair)
+    close(other["logits"], one["logits"], rtol=1e-5, atol=1e-5)
+    close(other["reduce_sim"], one["reduce_sim"])
+    rows = one["prompt_idx"].sort(dim=1).values
     assert (rows[0] != rows[8]).any(), "both groups chose the same"
-
-
-@pytest.mark.parametrize(("train_mask", "clip_grad"), [(True, 1.0), (False, 1.0), (True, 0.01)])
-def test_baseline_gives_equal_loss_gradients_and_parameters(workload, pair, train_mask, clip_grad):
-    model, baseline, options = pair
-    options = replace(options, train_mask=train_mask, clip_grad=clip_grad)
-    baseline.options = options
-    images, targets = pictures()
-    classes = (0, 1, 2, 3)
-    mask = class_mask(classes, C, workload.device)
-    make_optimizer = partial(
-        build.make_optimizer, workload.settings.optimizer, model, lr=workload.lr
-    )
-    update = OptimizerStep(
-        model.train().parameters(), make_optimizer, options.device, options.clip_grad
-    )
+    targets = torch.tensor(pair[0].stream.tasks[0].classes)[torch.arange(16) % 4]
     for _ in range(3):
-        target = engine.StepTarget(0, mask if train_mask else None, global_size=16)
-        ours = engine.train_step(model, update, (images, targets), target, options)
-        theirs = baseline.train_step(images, targets, classes)
-        close(torch.tensor(theirs[0]), ours[0], rtol=1e-5, atol=1e-5)
-        assert theirs[1:] == pytest.approx((100 * ours[1:3] / 16).tolist())
+        for program in pair:
+            program.steps((pictures(), targets))
         for name in ("prompt.prompt", "prompt.prompt_key", "head.weight", "head.bias"):
-            one, other = model.get_parameter(name), baseline.model.get_parameter(name)
+            one, other = (program.model.get_parameter(name) for program in pair)
             close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
             close(other, one, rtol=1e-4, atol=1e-5)
-    assert model.prompt.prompt.grad.abs().max() > 0
-    assert all(p.grad is None for p in baseline.original.parameters())
+            assert one.grad.abs().max() > 0
+    assert all(p.grad is None for p in pair[1].model.query_backbone.parameters())
+    results = [[found.stats["batch"] for found in program.evaluate()] for program in pair]
+    for one, other in zip(*results, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
 
 
-def test_baseline_gives_equal_batchwise_accuracy():
-    all_classes = ["--dataset", "digits", "--num_tasks", "2", "--batch-size", "8"]
-    workload = read_workload([*TINY, *all_classes])
-    ours, stream = Ours(workload), plain_stream(workload)
-    baseline = benchmark_workload.two_copies(workload, stream)
-    baseline.model.load_state_dict(
-        {n.replace("backbone.", "vit."): p for n, p in ours.model.state_dict().items()}
-    )
-    baseline.original.load_state_dict(ours.model.backbone.state_dict())
-    part = stream.tasks[-1].test_sets[1]
-    result = evaluate(ours.model, ours.run.test_loader(part), part, ours.loop)
-    assert baseline.evaluate(part) == pytest.approx(result.stats["batch"], rel=1e-5)
+def test_baseline_computes_all_tokens_of_each_image_once_in_both_copies(pair):
+    """Again in every evaluation, but it has no instance-wise accuracy."""
+    model, shapes = pair[1].model, ([], [])
+    for vit, seen in zip((model.query_backbone, model.backbone), shapes, strict=True):
+        vit.blocks[-1].register_forward_hook(lambda _, x, y, seen=seen: seen.append(y.shape))
+    for _ in range(2):
+        pair[1].evaluate()
+    number = sum(len(part.data) for part in pair[1].stream.tasks[-1].test_sets)
+    assert [sum(len_ for len_, *_ in seen) for seen in shapes] == [2 * number, 2 * number]
+    assert [{tokens for _, tokens, _ in seen} for seen in shapes] == [{1 + N}, {1 + P + N}]
+    assert pair[1].loop.options.read_every == 1
 
 
-@pytest.mark.parametrize("size", [32, 40])
-def test_baseline_shows_equal_test_images(size):
-    workload = read_workload([*TINY, "--input-size", str(size)])
-    ours, stream = Ours(workload), plain_stream(workload)
-    part = stream.test_sets[0]
-    baseline = benchmark_workload.two_copies(workload, stream).test_loader(part)
-    pairs = zip(ours.run.test_loader(part), baseline, strict=True)
-    for (images, targets), (same_images, same_targets) in pairs:
-        close(same_images, images)
-        assert torch.equal(same_targets, targets)
+@pytest.mark.slow
+def test_baseline_learns_all_tasks_and_saves_the_whole_model(pair, tmp_path):
+    model = pair[1].model
+    before = model.prompt.prompt_key.clone()
+    pair[1].run(tmp_path)
+    assert not torch.equal(model.prompt.prompt_key, before)
+    assert {path.name for path in tmp_path.iterdir()} == {f"task{n}_checkpoint.pth" for n in (1, 2)}
+    state = torch.load(tmp_path / "task2_checkpoint.pth", weights_only=True)["model"]
+    assert state.keys() == {name for name, _ in model.public_parameters()}
+    assert torch.equal(state["prompt.prompt_key"], model.prompt.prompt_key)
 
 
-def test_baseline_trains_on_all_images_of_a_task(workload):
-    stream = plain_stream(workload)
-    baseline = benchmark_workload.two_copies(workload, stream)
-    task = stream.tasks[1]
-    batches = list(baseline.train_loader(stream, task))
-    assert sum(len(targets) for _, targets in batches) == len(task.data)
-    assert {int(t) for _, targets in batches for t in targets} == set(task.classes)
-    assert batches[0][0].shape == (16, 3, 32, 32)
-    assert 0 <= batches[0][0].min() < batches[0][0].max() <= 1
-
-
-def test_baseline_rejects_a_loss_that_is_no_number(pair):
-    images, targets = pictures()
-    with pytest.raises(RuntimeError, match="loss is nan"):
-        pair[1].train_step(images * torch.nan, targets, (0, 1, 2, 3))
-
-
-def test_baseline_saves_the_whole_model(pair, tmp_path):
-    model, baseline, _ = pair
-    baseline.save(tmp_path / "all.pth")
-    state = torch.load(tmp_path / "all.pth", weights_only=True)["model"]
-    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in model.parameters())
-
-
-# FLOP
-
-
-def test_flop_are_those_of_the_matrix_products(workload):
-    def block(tokens, read):
-        linear = 2 * (2 * tokens * D * D + 2 * read * D * D + 2 * read * D * 4 * D)
-        return linear, 2 * 2 * read * tokens * D
-
-    def blocks(tokens, read):
-        each = [block(tokens, tokens)] * (DEPTH - 1) + [block(tokens, read)]
-        return [sum(parts) for parts in zip(*each, strict=True)]
-
-    embed, head, match = 2 * N * 3 * 64 * D, 2 * D * C, 2 * D * M
-    linear, attention = blocks(1 + P + N, P)
-    assert measure.count_flop(workload, C) == {
-        "query": sum(blocks(1 + N, 1)),
-        "prompted forward": embed + match + linear + attention + head,
-        "backward": match + linear + 2 * attention + 2 * head,
-        "update": 0,
-    }
-
-
-def test_flop_of_vit_base_agree_with_torchprofile():
-    args = read_workload([*TINY, "--model-kwargs", "depth=4", "--input-size", "128"])
-    flop = measure.count_flop(args, C)
-    gmacs = speed.count_gmacs(plain_model(args, C), torch.zeros(1, 3, 128, 128))
-    embed = 2 * 64 * 3 * 16**2 * 192
-    assert flop["query"] + embed == pytest.approx(2e9 * gmacs["query"], rel=0.01)
-    assert flop["prompted forward"] == pytest.approx(2e9 * gmacs["prompted"], rel=0.01)
+def test_baseline_stays_plain():
+    workload = read_workload([*TINY, "--amp", "bf16", "--compile", "--data_on_device", "true"])
+    assert workload.settings.precision.compile
+    baseline = TwoCopies(workload)
+    assert baseline.model.amp_dtype is None
+    assert not baseline.stream.pipeline.on_device
+    assert baseline.experiment.settings == workload.plain
+    torch.set_float32_matmul_precision("high")
+    assert baseline.seconds(lambda: None) < 1
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32
 
 
 # Measuring
 
 
+def bench_of(**values):
+    bench = object.__new__(measure.Bench)
+    vars(bench).update(repetitions=3, warm_up=1, **values)
+    return bench
+
+
+def test_backward_counts_gradients_of_activations_only(pair):
+    """Once for each layer behind the embeddings, twice for attention."""
+    gmacs = speed.count_gmacs(pair[0].model, torch.zeros(1, 3, 32, 32))
+    tokens, embedding = 1 + P + N, N * 3 * 64 * D
+    attention = 2 * tokens * D * ((DEPTH - 1) * tokens + P) + D * M
+    assert 1e9 * (gmacs["backward"] - gmacs["prompted"]) == pytest.approx(attention - embedding)
+
+
 def test_turns_are_taken_and_the_first_left_out():
-    calls = []
-
-    def work(name):
-        calls.append(name)
-        return len(calls)
-
-    works = {name: partial(work, name) for name in "ab"}
-    assert clocks.take_turns(works, repetitions=2, warm_up=1) == {"a": [3, 5], "b": [4, 6]}
-    assert "".join(calls) == "ababab"
+    turns = [{"ours": a, "baseline": b} for a, b in ((2, 100), (9, 3), (1, 4), (7, 7))]
+    found = bench_of().take_turns(turns.pop)
+    assert found["ours"] == {"median": 2, "lowest": 1, "highest": 9, "all": [1, 9, 2], "ratio": 2}
+    assert (found["baseline"]["ratio"], turns) == (1, [])
 
 
-def test_ratio_is_one_of_medians():
-    found = clocks.comparison({"ours": [1.0, 9.0, 2.0], "baseline": [4.0, 3.0, 100.0]})
-    assert found["ours"] == {
-        "median": 2.0, "lowest": 1.0, "highest": 9.0, "all": [1.0, 9.0, 2.0], "ratio": 2.0
-    }  # fmt: skip
-    assert found["baseline"]["ratio"] == 1
+def test_later_evaluations_know_the_queries_and_repeat_what_the_vote_overruled(pair, monkeypatch):
+    ours, known, evaluate = pair[0], [], pair[0].evaluate
 
+    def queries():
+        parts, version = ours.stream.tasks[-1].test_sets, ours.model.query_version()
+        return [ours.loop.queries.of(part, version) for part in parts]
 
-def test_step_is_split_where_its_passes_begin_and_end(workload):
-    ours = Ours(workload)
-    (batch, *_) = ours.batches()
-    run_query = ours.model.run_query
-    ticks = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
-    marks = ours.split_step(batch, lambda: next(ticks))
-    assert marks.stages() == {
-        "query": 2, "prompted forward": 5, "backward": 8, "update": 16
-    }  # fmt: skip
-    assert marks.at_ends() == {
-        "query": 3, "prompted forward": 7, "backward": 15, "update": 31
-    }  # fmt: skip
-    assert ours.model.run_query is run_query
-    assert "backward" not in vars(ours.update)
-
-
-def test_share_overruled_counts_images_that_a_later_evaluation_computes_twice(monkeypatch):
-    ours = Ours(read_workload([*TINY, "--vote_group_size", "4"]))
-    ours.evaluate()
-    version = ours.model.query_version()
-    queries = [ours.loop.queries.of(part, version) for part in ours.run.stream.test_sets]
-    ours.model.prompt.prompt_key.data = keys_that_divide(torch.cat(queries))
-    share, computed = ours.share_overruled(), 0
-    forward = ours.model.forward
-
-    def counted(images, *args, **kwargs):
-        nonlocal computed
-        computed += len(images)
-        return forward(images, *args, **kwargs)
-
-    monkeypatch.setattr(ours.model, "forward", counted)
-    ours.evaluate()
-    number = sum(len(part.data) for part in ours.run.stream.test_sets)
-    assert 0 < share < 1
-    assert computed == round(number * (1 + share))
-
-
-def test_only_later_evaluations_know_the_queries(workload, monkeypatch):
-    bench, known = measure.Bench(workload, repetitions=2, warm_up=1), []
-    evaluate = bench.ours.evaluate
-
-    def watched():
-        version = bench.ours.model.query_version()
-        part = bench.ours.run.stream.test_sets[0]
-        known.append(bench.ours.loop.queries.of(part, version) is not None)
-        evaluate()
-
-    monkeypatch.setattr(bench.ours, "evaluate", watched)
-    found = measure.measure_evaluation(bench)
-    assert known == 3 * [False, True]
-    query = bench.flop["query"]
-    assert found["first"]["flop"] - found["later"]["flop"] == pytest.approx(query)
-
-
-def test_evaluation_begins_with_what_the_first_steps_learned(workload):
-    ours = Ours(workload)
-    untrained = ours.model.trained_state()
-    ours.learn()
-    learned = ours.model.trained_state()
-    assert not torch.equal(learned["prompt.prompt_key"], untrained["prompt.prompt_key"])
-    ours.steps(next(ours.batches()), 2)
-    assert not torch.equal(ours.model.prompt.prompt_key, learned["prompt.prompt_key"])
-    ours.learn()
-    again = ours.model.trained_state()
-    assert all(torch.equal(again[name], value) for name, value in learned.items())
-
-
-def test_product_has_the_shape_that_is_reported(workload):
-    model = plain_model(workload, C)
-    shapes = measure.matrix_products(model, 4, torch.device("cpu"))
-    assert shapes["MLP"] == (4 * (1 + P + N), D, MLP)
-    clocks.matrix_product(shapes["MLP"], torch.bfloat16, torch.device("cpu"), 2)()
-
-
-def test_checkpoint_of_vit_base_is_counted_without_building_it():
-    learned = 122_980 + 25 * 768
-    assert measure._bytes_of_vit_base() == {
-        "ours": 4 * learned, "baseline": 4 * (85_798_656 + learned)
-    }  # fmt: skip
-
-
-def test_baseline_rounds_as_torch_does(workload):
-    torch.set_float32_matmul_precision("high")
-    try:
-        with measure._torch_defaults():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(ours, "evaluate", lambda: known.append(queries()[0] is None) or evaluate())
+    monkeypatch.setattr(measure, "WAYS", {"ours": lambda _: ours, "baseline": lambda _: pair[1]})
+    monkeypatch.setattr(measure, "_BATCHES", 0)
+    evaluate()
+    ours.model.prompt.prompt_key.data = keys_that_divide(torch.cat(queries()))
+    found = measure.measure_evaluation(bench_of(workload=None))
+    assert known == 4 * [True, False]
+    overruled = 0
+    for of_part in queries():
+        chosen = ours.model.eval().prompt(of_part, vote_group_size=8)
+        rows = chosen.prompt_idx.sort(dim=1).values, chosen.own_prompt_idx.sort(dim=1).values
+        overruled += int((rows[0] != rows[1]).any(dim=1).sum())
+    assert found["share_overruled"] == pytest.approx(overruled / found["images"])
+    assert 0 < found["share_overruled"] < 1
 
 
 # The command line
 
 
 def test_flags_and_configurations_win_over_the_workload():
-    usual = read_workload([]).settings
-    assert (usual.model.model, usual.model.pretrained) == ("vit_tiny_patch16_224", False)
-    assert (usual.data.dataset, usual.tasks.num_tasks) == ("digits", 2)
-    assert (usual.optimizer.batch_size, usual.transforms.input_size) == (16, 224)
-    given = read_workload(["digits_l2p", "--epochs", "2", "--output_dir", "x"]).settings
-    assert (given.tasks.num_tasks, given.tasks.classes_per_task) == (5, None)
-    assert given.optimizer.epochs == 2
-    assert given.model.pretrained == "assets/glyph_vit.safetensors"
-    assert given.run.output_dir == ""
-
-
-def test_baseline_stays_plain():
-    workload = read_workload(["--amp", "bf16", "--compile", "--data_on_device", "true"])
-    assert benchmark_workload.compute_dtype(workload.settings) == torch.bfloat16
-    assert benchmark_workload.compute_dtype(workload.plain) == torch.float32
-    settings, plain = workload.settings, workload.plain
-    assert settings.precision.compile
-    assert not plain.precision.compile
-    assert settings.data.data_on_device is not plain.data.data_on_device is False
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--only", "stages,speed"], "'speed' is none of stages, step, evaluation, run, memory"),
-        (["--repetitions", "0"], "'0' is no whole number of at least 1"),
-        (["--synthetic", "5000"], "not two numbers of images"),
-        (["--synthetic", "50,1000"], "not two numbers of images"),
-        (["--head_type", "token"], "--head_type token: the baseline supports prompt only"),
-        (["--buffer_size", "20"], "--buffer_size 20: the baseline supports none only"),
-        (["--batchsize", "4"], "--batchsize is no option: did you mean --batch"),
-        (["--synthetic", "200,100", "--dataset", "digits"], "stands in for CIFAR100 alone"),
-        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-    ],
-)
-def test_rejected_command_line_reports_why(argv, message, capsys):
-    try:
-        code = benchmark.main(argv)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_everything_wrong_is_reported_at_once(capsys):
-    assert benchmark.main(["--head_type", "token", "--opt", "sgd", "--epochs", "0"]) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("  - ") == 3
-    assert printed.startswith("benchmark.py: this command line cannot run:\n")
-
-
-def test_launcher_is_rejected(monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    assert benchmark.main([]) == 2
-    assert "the baseline is a single process" in capsys.readouterr().err
-
-
-def test_missing_weights_are_reported(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "broken.pth"
-    path.write_bytes(b"no weights")
-    assert benchmark.main([*TINY, "--pretrained", str(path)]) == 1
-    assert str(path) in capsys.readouterr().err
+    usual = read_workload([]).settings.stored()
+    wanted = {"dataset": "digits", "num_tasks": 2, "batch_size": 16, "input_size": 224}
+    wanted |= {"model": "vit_tiny_patch16_224", "pretrained": False}
+    assert {name: usual[name] for name in wanted} == wanted
+    given = read_workload(["digits_l2p", "--epochs", "2", "--output_dir", "x"]).settings.stored()
+    wanted = {"num_tasks": 5, "classes_per_task": None, "epochs": 2, "output_dir": ""}
+    wanted |= {"pretrained": "assets/glyph_vit.safetensors"}
+    assert {name: given[name] for name in wanted} == wanted
 
 
 def test_random_images_stand_in_for_cifar100():
-    real = registry.SOURCES["CIFAR100"]
-    with standing_in((300, 200)):
-        workload = read_workload(TINY, (300, 200))
-        stream = plain_stream(workload)
-    assert registry.SOURCES["CIFAR100"] is real
+    replace_cifar100((300, 200))
+    stream = Program(read_workload(TINY, (300, 200))).stream
     assert [len(task.data) for task in stream.tasks] == [30] * 10
     assert [len(part.data) for part in stream.test_sets] == [20] * 10
     assert stream.num_classes == 100
     image = np.asarray(stream.train[0][0])
-    assert image.shape == (32, 32, 3)
-    assert image.std() > 50
-    assert benchmark_workload.describe(workload)["data"] == "300 and 200 random images"
+    assert (image.shape, image.std() > 50) == ((32, 32, 3), True)
 
 
-# What it says
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--only stages,speed", "'speed' is none of stages, step, evaluation, run, memory"),
+        ("--repetitions 0", "--repetitions must be at least 1"),
+        ("--synthetic 5000", "not two numbers of images"),
+        ("--synthetic 50,1000", "not two numbers of images"),
+        ("--json .", "is no file in a folder that exists"),
+        ("--json gone/x.json", "is no file in a folder that exists"),
+        ("--freeze none", "the baseline supports blocks patch_embed"),
+        ("--buffer_size 20", "--buffer_size 20: the baseline supports none only"),
+        ("--batchsize 4", "--batchsize is no option: did you mean --batch"),
+        ("--synthetic 200,100 --dataset digits", "stands in for CIFAR100 alone"),
+        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+    ],
+)
+def test_rejected_command_line_reports_why(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = benchmark.main(line.split())
+    except SystemExit as end:
+        code = end.code
+    assert (code, message in capsys.readouterr().err) == (2, True)
 
 
-def made_up():
-    """A report of round numbers."""
-
-    def times(median):
-        return {"median": median, "lowest": median / 2, "highest": 2 * median, "all": [median]}
-
-    def ways(**medians):
-        return {n: {**times(m), "ratio": medians["baseline"] / m} for n, m in medians.items()}
-
-    stage = {**times(0.05), "flop": 4e9, "flop_per_second": 8e10, "of_best": 0.8}
-    product = {**times(0.02), "shape": [1024, 1024, 1024], "flop_per_second": 1e11}
-    later = {"flop": 3e9, "flop_per_second": 5e10}
-    evaluation = ways(first=0.02, later=0.01, baseline=0.03)
-    evaluation["later"] |= later
-    memory = {
-        "ours": {"before": 300.0, "query": 310.0, "highest": 400.0},
-        "baseline": {"before": 301.0, "highest": 600.0},
-        "ratio": 1.5,
-    }
-    size = {"ours": 2**19, "baseline": 328 * 2**20, "ratio": 656.0}
-    return {
-        "date": "2000-01-02T03:04:05",
-        "machine": {"cpu": "A CPU", "cores": 2, "threads": 1, "gpu": None},
-        "versions": {"torch": "2.6.0", "torchvision": "0.21.0", "timm": "1.0.20"},
-        "workload": {
-            "model": "vit_tiny", "weights": "random", "input_size": 224, "batch_size": 16,
-            "vote_group_size": 8, "dtype": "bfloat16", "tf32": False, "compile": True,
-            "grad_checkpointing": False, "data_on_device": True,
-            "data": "digits", "tasks": 3, "epochs": 1, "workers": 2,
-        },
-        "repetitions": 5,
-        "warm_up": 1,
-        "stages": {
-            "products": {"square 1024": product},
-            "best": 1e11,
-            "of_step": {"data": times(0.003), "query": stage},
-        },
-        "step": ways(ours=0.1, baseline=0.15),
-        "evaluation": {**evaluation, "images": 108, "share_overruled": 0.25},
-        "run": ways(ours=10.0, baseline=12.0),
-        "memory": {"step": memory, "evaluation": memory},
-        "checkpoints": {"workload": size, "vit_base": size},
-    }  # fmt: skip
+def test_everything_wrong_is_reported_at_once(monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert benchmark.main(["--drop", "0.1", "--buffer_size", "20", "--epochs", "0"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("benchmark.py: this command line cannot run:\n")
+    assert printed.count("  - ") == 4
+    assert "the baseline is a single process" in printed
 
 
-def test_table_shows_the_report():
-    text = table(made_up())
-    rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert "vit_tiny (weights: random), 224 pixels, bfloat16, compile, data_on_device" in rows
-    assert "digits, 3 tasks, epochs: 1; 16 images a step, vote group of 8, 2 workers" in rows
-    assert "A CPU, 2 cores, 1 threads" in rows
-    assert "medians of 5 turns, after 1 to warm up" in rows
-    assert "1024 x 1024 x 1024 (square 1024) 100.0 best" in rows
-    assert "data 3.00" in rows
-    assert "query 50.00 4 80.0 80.0 % 310" in rows
-    assert "training step, ms 100.00 (50.00 - 200.00) 150.00 (75.00 - 300.00) 1.50" in rows
-    assert "later evaluation, ms an image 10.00 (5.00 - 20.00) 30.00 (15.00 - 60.00) 3.00" in rows
-    assert "whole run, s 10.00 (5.00 - 20.00) 12.00 (6.00 - 24.00) 1.20" in rows
-    assert "peak memory, step, MiB 400 (300 before) 600 (301) 1.50" in rows
-    assert "checkpoint, ViT-B/16, MiB 0.50 328 656.00" in rows
-    assert "the vote overruled 25.0 % of the 108 test images," in text
-    assert max(map(len, text.splitlines())) <= 100
+def test_what_ends_it_is_one_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(b"no weights")
+    assert benchmark.main([*TINY, "--pretrained", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+    ends = (KeyboardInterrupt(), 130, "interrupted"), (Preempted(""), 1, "ended by a signal")
+    for error, code, word in ends:
+        monkeypatch.setattr(benchmark, "_measure", lambda *_, e=error: (_ for _ in ()).throw(e))
+        assert benchmark.main([]) == code
+        assert capsys.readouterr().err == f"benchmark.py: {word}\n"
 
 
-@pytest.mark.parametrize("part", ["stages", "step", "evaluation", "run", "memory"])
-def test_table_leaves_out_what_was_not_measured(part):
-    report = made_up()
-    wanted = {part, "checkpoints"} if part == "memory" else {part}
-    parts = {"stages", "step", "evaluation", "run", "memory", "checkpoints"} - wanted
-    lines = table({k: v for k, v in report.items() if k not in parts}).splitlines()
-    whole = table(report).splitlines()
-    assert len(lines) < len(whole)
-    assert all(any(line.startswith(some) for line in whole) for some in lines)
-    nothing = table({k: v for k, v in report.items() if k not in parts | wanted})
-    assert len(nothing.splitlines()) == 5
-    assert len(lines) > 5
+# What it reports
 
 
 def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "_SQUARES", {"cpu": (64,)})
-    monkeypatch.setattr(measure, "_TURN_FLOP", {"cpu": 1e6})
-    monkeypatch.setattr(measure, "_TURN_SECONDS", 0.01)
+    times = SimpleNamespace(times=[1e-3, 3e-3, 2e-3])
+    timer = SimpleNamespace(blocked_autorange=lambda min_run_time: times)
+    monkeypatch.setattr(measure, "_SQUARE", {"cpu": 64})
+    monkeypatch.setattr(measure, "Timer", lambda *args, **kwargs: timer)
     path = tmp_path / "report.json"
     argv = [*TINY, "--only", "stages,step", "--repetitions", "2", "--json", str(path)]
     assert benchmark.main(argv) == 0
     report = json.loads(path.read_text())
-    assert capsys.readouterr().out == table(report) + "\n"
-    assert {"stages", "step"} < set(report)
+    assert capsys.readouterr().out == benchmark.table(report) + "\n"
     assert not {"run", "evaluation", "memory"} & set(report)
-    stages = report["stages"]["of_step"]
-    assert list(stages) == ["data", "query", "prompted forward", "backward", "update", "whole step"]
-    assert all(len(stage["all"]) == 2 and stage["lowest"] > 0 for stage in stages.values())
-    query = stages["query"]
-    assert query["flop"] == 16 * measure.count_flop(read_workload(TINY), C)["query"]
-    assert query["flop_per_second"] == pytest.approx(query["flop"] / query["median"])
-    assert query["of_best"] == pytest.approx(query["flop_per_second"] / report["stages"]["best"])
-    assert len(report["step"]["ours"]["all"]) == len(report["step"]["baseline"]["all"]) == 2
+    product, loading, *stages = report["stages"].values()
+    assert list(report["stages"]) == [
+        "product of 64 x 64", "loading", "query", "prompted forward", "backward and update",
+        "whole step",
+    ]  # fmt: skip
+    assert all(len(stage["all"]) == 2 for stage in (loading, *stages, *report["step"].values()))
+    assert product["flop_per_second"] == pytest.approx(2 * 64**3 / 2e-3)
+    gmacs = speed.count_gmacs(Program(read_workload(TINY)).model, torch.zeros(1, 3, 32, 32))
+    flop = [16 * 2e9 * gmacs[name] for name in ("query", "prompted", "backward")]
+    assert [stage["flop"] for stage in stages] == pytest.approx([*flop, sum(flop)])
+    assert stages[0]["flop_per_second"] == pytest.approx(flop[0] / stages[0]["median"])
+    assert sum(stage["all"][0] for stage in stages[:3]) == pytest.approx(stages[3]["all"][0])
     assert report["settings"]["input_size"] == 32
     assert report["machine"]["threads"] == torch.get_num_threads()
 
 
+def test_table_shows_medians_and_ratios():
+    def times(median, **more):
+        return {"median": median, "all": [median] * 3, **more}
+
+    def ways(**medians):
+        return {n: times(m, ratio=medians["baseline"] / m) for n, m in medians.items()}
+
+    report = {
+        "settings": dict.fromkeys(benchmark._NAMED, 7), "numerics": {"amp": "bf16", "tf32": None},
+        "machine": {"cpu": "A CPU", "threads": 1, "gpu": None},
+        "versions": {"torch": "2.6.0", "torchvision": "0.21.0", "timm": "1.0.20"},
+        "repetitions": 5, "warm_up": 1,
+        "stages": {"loading": times(0.02), "query": times(0.05, flop=4e9, flop_per_second=8e10)},
+        "step": ways(ours=0.1, baseline=0.15),
+        "evaluation": ways(first=0.02, later=0.01, baseline=0.03) | {"share_overruled": 0.25},
+        "run": ways(ours=10.0, baseline=12.0),
+        "memory": {"step": {"ours": 400.0, "baseline": 600.0, "ratio": 1.5}},
+    }  # fmt: skip
+    text = benchmark.table(report)
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "model 7, " in text
+    assert "amp bf16, cpu A CPU, threads 1, torch 2.6.0" in " ".join(rows)
+    assert "the vote overruled 25.0 %" in text
+    assert {
+        "5 turns after 1 to warm up", "loading | 20.0", "query, 80.0 GFLOP/s | 50.0",
+        "training step, 1.50 times as fast | 100.0 | 150.0",
+        "later evaluation of an image, 3.00 times as fast | 10.0 | 30.0",
+        "whole run, 1.20 times as fast | 10000.0 | 12000.0",
+        "step, MiB ours 400.00, two copies 600.00: 1.50 times as much",
+    } <= set(rows)  # fmt: skip
+
+
 @pytest.mark.slow
-def test_everything_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "_SQUARES", {"cpu": (64,)})
+def test_everything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "_SQUARE", {"cpu": 64})
     path = tmp_path / "report.json"
     argv = [*TINY, "--synthetic", "200,100", "--num_tasks", "2", "--repetitions", "1"]
     assert benchmark.main([*argv, "--warm_up", "0", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    assert capsys.readouterr().out == table(report) + "\n"
-    assert report["run"]["training_images"] == 200
-    assert report["run"]["test_images"] == 150  # of the first task twice
     assert report["evaluation"]["images"] == 100
-    for work in ("step", "evaluation"):
-        for way in ("ours", "baseline"):
-            levels = report["memory"][work][way]
-            assert 0 < levels["before"] < levels["highest"]
-    levels = report["memory"]["step"]["ours"]
-    assert levels["before"] < levels["query"] <= levels["backward"] <= levels["highest"]
-    sizes = report["checkpoints"]["workload"]
-    assert sizes["ratio"] == sizes["baseline"] / sizes["ours"] > 1
-
-
-@pytest.mark.parametrize("file", [".", "gone/x.json"])
-def test_file_that_cannot_be_written_is_rejected_before_anything_is_measured(
-    file, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as rejection:
-        benchmark.main(["--json", file])
-    assert rejection.value.code == 2
-    assert "is no file in a folder that exists" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "word"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (Preempted("SIGTERM"), 1, "ended by a signal")],
-)
-def test_signal_ends_it_in_one_line(error, code, word, monkeypatch, capsys):
-    def interrupted(*args):
-        raise error
-
-    monkeypatch.setattr(benchmark, "measure", interrupted)
-    assert benchmark.main([]) == code
-    assert capsys.readouterr().err == f"benchmark.py: {word}\n"
+    assert report["run"]["baseline"]["lowest"] > 0
+    for sizes in report["memory"].values():
+        assert sizes["ratio"] == sizes["baseline"] / sizes["ours"]
+        assert sizes["ours"] > 0
+    assert report["memory"]["checkpoint"]["ratio"] > 1
