@@ -1,16 +1,16 @@
 """What all tests share: one thread, explicit attention, small models and data."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.layers import set_fused_attn
 
+import utils
+
 pytest.register_assert_rewrite("helpers")
 
-pytest_plugins = ["helpers.cifar_server", "helpers.launcher_environment", "helpers.process_runs"]
+pytest_plugins = ["helpers.data_server", "helpers.launcher_environment", "helpers.process_runs"]
 
 torch.set_num_threads(1)
 
@@ -40,6 +40,24 @@ def image_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny(image_folder):
+    """A command line without its folder: two tasks of two epochs, of four steps each."""
+    from helpers.tiny_flags import TINY
+
+    return [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """A finished run of that command line, with figures, which no test changes."""
+    from helpers.finished_runs import Run, typed
+
+    folder = tmp_path_factory.mktemp("trained")
+    assert typed(*tiny, "--plots", "--output_dir", folder)[0] == 0
+    return Run(folder)
+
+
 @pytest.fixture
 def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -49,8 +67,4 @@ def no_cuda(monkeypatch):
 def restore_logging():
     """Takes away the handlers that a command has added to the root logger."""
     yield
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        if type(handler).__module__ == "utils":
-            root.removeHandler(handler)
-            handler.close()
+    utils.end_logging()

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Checks the style and types of the source and runs the tests. Arguments go to pytest.
+# Checks the style and types of the source and runs the tests. Arguments go to pytest, which then
+# runs alone.
 #
 #   bash tests/run.sh              what everybody runs before a commit
+#   bash tests/run.sh -m smoke     a short check of an installation
 #   bash tests/run.sh -m slow      the slow tests alone
 #
 # With CI set, the slow tests run too.
@@ -11,10 +13,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ./environment.sh
 use_environment "$PWD" "$PWD/tests/requirements.txt"
 
-ruff check .
-ruff format --check .
-mypy .
-if [ -n "${CI:-}" ] && [ $# -eq 0 ]; then
-    set -- -m "slow or not slow"
+if [ $# -eq 0 ]; then
+    ruff check .
+    ruff format --check .
+    mypy .
+    [ -z "${CI:-}" ] || set -- -m "slow or not slow"
 fi
 exec python -m pytest "$@"

@@ -11,37 +11,35 @@ import torch
 from cli.paths import ROOT
 from helpers.tiny_flags import TINY_DIGITS
 
-PAGE = ROOT / "docs" / "extending.md"
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 SCRIPTS = {
     re.search(r"python (\w+)\.py", code)[1]: code
-    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 }
 
 #: Flags that each example needs, and what it adds to a checkpoint.
 CASES = {
-    "my_selection": (["--diversify", "projected"], ["prompt.projection.weight"]),
-    "my_scenario": (
-        ["--scenario", "half-then-one", "--no-train_mask", "--num_tasks", "none",
-         "--classes_per_task", "none"],
-        [],
-    ),
-    "my_head": ([], ["head.sums", "head.scale"]),
-    "my_prefixes": ([], ["prefixes"]),
+    "my_selection": ("--diversify projected", {"prompt.projection.weight"}),
+    "my_scenario": ("--scenario half-then-one --no-train_mask --num_tasks none "
+                    "--classes_per_task none", set()),
+    "my_head": ("", {"head.sums", "head.scale"}),
+    "my_prefixes": ("", {"prefixes"}),
 }  # fmt: skip
 
 
 @pytest.fixture
 def start(tmp_path, no_launcher):
-    """Starts an example in a process of its own, as the file that it would be beside main.py."""
+    """Runs an example in a process of its own; gives its output and the model that it saved."""
 
-    def run(name, *flags, launcher=()):
+    def run(name, flags, launcher=()):
         (tmp_path / f"{name}.py").write_text(SCRIPTS[name])
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *launcher, f"{name}.py", *TINY_DIGITS, "--output_dir", "out"]
-        command += flags
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run([*command, *flags.split()], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        path = tmp_path / "out" / "checkpoint" / "task2_checkpoint.pth"
+        return done.stdout, torch.load(path, weights_only=True)["model"]
 
     return run
 
@@ -52,30 +50,23 @@ def test_every_example_of_the_page_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_example_runs_is_saved_and_evaluates_to_the_same(name, start, tmp_path):
+def test_example_runs_is_saved_and_evaluates_to_the_same(name, start):
     flags, added = CASES[name]
-    done = start(name, *flags)
-    assert done.returncode == 0, done.stderr
-    state = torch.load(tmp_path / "out" / "checkpoint" / "task2_checkpoint.pth", weights_only=True)
-    assert set(added) <= state["model"].keys()
-    assert "backbone" not in " ".join(state["model"])
-    again = start(name, *flags, "--eval")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("Reproduces the stored accuracies") >= 4
-    assert "Differs" not in again.stdout
+    _, model = start(name, flags)
+    assert added <= model.keys()
+    assert "backbone" not in " ".join(model)
+    output, _ = start(name, f"{flags} --eval")
+    assert output.count("Reproduces the stored accuracies") >= 4
+    assert "Differs" not in output
 
 
 @pytest.mark.slow
-def test_head_of_the_page_sees_the_same_in_two_processes(start, tmp_path):
-    states = []
+def test_head_of_the_page_sees_the_same_in_two_processes(start):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for flags, launcher in ((["--batch-size", "32"], ()), (["--batch-size", "16"], two)):
-        done = start("my_head", *flags, launcher=launcher)
-        assert done.returncode == 0, done.stderr
-        path = tmp_path / "out" / "checkpoint" / "task2_checkpoint.pth"
-        states.append(torch.load(path, weights_only=True)["model"])
+    _, alone = start("my_head", "--batch-size 32")
+    _, shared = start("my_head", "--batch-size 16", launcher=two)
     for name in ("head.sums", "head.scale", "prompt.prompt_key"):
-        assert torch.allclose(states[0][name], states[1][name], rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(alone[name], shared[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_head_of_the_page_counts_what_it_was_shown():

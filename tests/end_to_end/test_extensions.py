@@ -7,20 +7,22 @@ import main
 from experiment.training_run import Checkpointer
 from helpers.finished_runs import Run
 from helpers.tiny_flags import TINY_DIGITS
+from helpers.tiny_model import differing
 from prompt import SELECTION_RULES, Prompt, selection_rule
 from vision_transformer import POOLINGS, Pooling
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
-def train(folder, *flags, code=0):
-    assert main.main([*TINY_DIGITS, *flags, "--output_dir", str(folder)]) == code
+def train(folder, flags, code=0):
+    assert main.main([*TINY_DIGITS, *flags.split(), "--output_dir", str(folder)]) == code
     return Run(folder) if code == 0 else None
 
 
-def evaluate(folder):
+def assert_reproduces(folder, caplog):
     here = ["--eval", "--device", "cpu", "--num_workers", "0", "--output_dir", str(folder)]
     assert main.main(here) == 0
+    assert caplog.text.count("Reproduces the stored accuracies") == 4
 
 
 @pytest.fixture
@@ -43,8 +45,7 @@ def in_turn(monkeypatch):
         def select(self, similarity):
             if not self.training:
                 return super().select(similarity)
-            first = self.tasks % self.size
-            ids = (first + torch.arange(self.top_k, device=similarity.device)) % self.size
+            ids = (self.tasks + torch.arange(self.top_k)) % self.size
             return ids.expand(len(similarity), -1)
 
         def begin_task(self):
@@ -55,21 +56,15 @@ def in_turn(monkeypatch):
 
 
 @pytest.mark.usefixtures("in_turn")
-def test_selection_rule_trains_and_evaluates(tmp_path, caplog):
-    run = train(tmp_path / "out", "--diversify", "in_turn", "--size", "4")
+def test_selection_rule_trains_evaluates_and_resumes_with_its_memory(tmp_path, caplog, monkeypatch):
+    flags = "--diversify in_turn --size 4"
+    run, folder = train(tmp_path / "whole", flags), tmp_path / "out"
     assert run.results["config"]["diversify"] == "in_turn"
     assert run.model["prompt.tasks"] == 2
     none, first, both, second = run.model["prompt.served"].tolist()
     assert (none, both) == (0, first + second)  # prompts 1 and 2, then 2 and 3
     assert min(first, second) > 0
-    evaluate(run.folder)
-    assert caplog.text.count("Reproduces the stored accuracies") == 4
-
-
-@pytest.mark.usefixtures("in_turn")
-def test_selection_rule_resumes_with_its_memory(tmp_path, monkeypatch):
-    flags = ["--diversify", "in_turn", "--size", "4"]
-    whole, folder = train(tmp_path / "whole", *flags), tmp_path / "out"
+    assert_reproduces(run.folder, caplog)
     at_boundary = Checkpointer.at_boundary
 
     def stop_in_second_task(checkpointer, state, update, stop=False):
@@ -77,35 +72,29 @@ def test_selection_rule_resumes_with_its_memory(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointer, "at_boundary", stop_in_second_task)
-        train(folder, *flags, code=75)
-    resumed = train(folder, *flags, "--resume", "auto")
-    assert resumed.model.keys() == whole.model.keys()
-    for name, value in whole.model.items():
-        assert torch.equal(resumed.model[name], value), name
-
-
-@pytest.mark.usefixtures("in_turn")
-def test_selection_rule_reports_its_problems(tmp_path, capsys):
-    train(tmp_path / "out", "--diversify", "in_turn", "--size", "2", code=2)
-    assert "--size 2: needs more prompts than 2 tasks" in capsys.readouterr().err
-
-
-def test_unknown_selection_rule_is_rejected_with_all_names(tmp_path, capsys):
-    train(tmp_path / "out", "--diversify", "in_turn", code=2)
-    message = "--diversify in_turn is unknown: choose one of none, mask, frequency"
-    assert message in capsys.readouterr().err
+        train(folder, flags, code=75)
+    assert not differing(train(folder, f"{flags} --resume auto").model, run.model)
 
 
 def test_pooling_trains_and_evaluates(tmp_path, caplog, monkeypatch):
     pooling = Pooling(lambda num_prompts: slice(1 + num_prompts, None))
     monkeypatch.setitem(POOLINGS, "patches", pooling)
-    run = train(tmp_path / "out", "--head_type", "patches")
+    run = train(tmp_path / "out", "--head_type patches")
     assert run.results["config"]["head_type"] == "patches"
-    evaluate(run.folder)
-    assert caplog.text.count("Reproduces the stored accuracies") == 4
+    assert_reproduces(run.folder, caplog)
 
 
-def test_unknown_pooling_is_rejected_with_all_names(tmp_path, capsys):
-    train(tmp_path / "out", "--head_type", "patches", code=2)
-    message = "--head_type patches is unknown: choose one of token, prompt, token+prompt, gap"
-    assert message in capsys.readouterr().err
+@pytest.mark.usefixtures("in_turn")
+def test_selection_rule_reports_its_problems(tmp_path, capsys):
+    train(tmp_path / "out", "--diversify in_turn --size 2", code=2)
+    assert "--size 2: needs more prompts than 2 tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "choices"),
+    [("--diversify in_turn", "none, mask, frequency"),
+     ("--head_type patches", "token, prompt, token+prompt, gap")],
+)  # fmt: skip
+def test_unknown_name_is_rejected_with_all_names(tmp_path, capsys, flags, choices):
+    train(tmp_path / "out", flags, code=2)
+    assert f"{flags} is unknown: choose one of {choices}\n" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What only a GPU can show: that nothing waits for it, that CUDA graphs give the same numbers."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from engine import StepTarget
 from experiment import precision
 from helpers.engine_doubles import FIRST, OPTIONS, STREAM, Loader, data, make_run, run
 from helpers.finished_runs import Run
-from helpers.model_variants import VARIANTS, close, learn
+from helpers.model_variants import VARIANTS, learn
 from helpers.tiny_flags import TINY_DIGITS
-from helpers.tiny_model import make_model
+from helpers.tiny_model import close_by_name, make_model
 from reports.metrics import SELECTIONS
+from training.update import OptimizerStep
 
 pytestmark = [
     pytest.mark.usefixtures("restore_logging"),
@@ -47,24 +49,26 @@ def cuda_model(pool, changes, how=None, batch_sizes=(8,)):
     return model
 
 
-def learn_on_cuda(model, steps=1):
-    """Outputs and gradients of the last of some training steps, on the host."""
-    images, targets = (tensor.cuda() for tensor in data(FIRST, 8))
-    for _ in range(steps):
-        model.zero_grad()
-        out = model.train()(images, task_id=0, vote_group_size=4)
-        loss = torch.nn.functional.cross_entropy(out["logits"], targets)
-        (loss - out.get("reduce_sim", 0)).backward()
-    grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().cpu() for name, value in out.items()}, grads
+@pytest.mark.parametrize("opt", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_fused_optimizer_skips_a_step_on_the_device(opt):
+    weight, found = torch.nn.Parameter(torch.ones(2, device="cuda")), []
+    update = OptimizerStep([weight], lambda: opt([weight], lr=0.5, fused=True), weight.device)
+    for gradient in (1.0, float("nan"), 1.0):
+        weight.grad = torch.full_like(weight, gradient)
+        update.step(torch.ones((), device="cuda"))
+        found.append(weight.tolist())
+    assert found[0] != [1.0, 1.0]
+    assert found[1:] == 2 * found[:1]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_a_training_step_never_waits(how):
+def test_a_training_step_never_waits(how, fused):
     model = cuda_model({"diversify": "frequency"}, {"head_type": "prompt"}, how)
     options = replace(OPTIONS, device=torch.device("cuda"), clip_grad=1.0)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    made = make_run(model, options, make_optimizer=lambda: torch.optim.Adam(parameters))
+    make_optimizer = partial(torch.optim.Adam, parameters, fused=fused)
+    made = make_run(model, options, make_optimizer=make_optimizer)
     update = engine.make_update(model, made)
     images, targets = (tensor.cuda() for tensor in data(FIRST))
     allowed = torch.ones(model.num_classes, dtype=torch.bool, device="cuda")
@@ -90,9 +94,9 @@ def test_a_training_step_never_waits(how):
 def test_cuda_gives_the_numbers_of_the_cpu(pool, changes, compiled):
     wanted, wanted_grads = learn(make_model(pool, **changes))
     model = cuda_model(pool, changes, PrecisionSettings(compile=compiled))
-    found, grads = learn_on_cuda(model, steps=4 if compiled else 1)
-    close(found, wanted, rtol=1e-3, atol=1e-4)
-    close(grads, wanted_grads, rtol=1e-2, atol=1e-3)
+    found, grads = learn(model, steps=4 if compiled else 1)
+    close_by_name(found, wanted, rtol=1e-3, atol=1e-4)
+    close_by_name(grads, wanted_grads, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -108,26 +112,26 @@ def test_run_with_cuda_graphs_is_that_without(read_every):
         }
         matrices.append(run(model, options, tasks=STREAM, **loaders))
         states.append(model.trained_state())
-    close(states[1], states[0], rtol=1e-3, atol=1e-4)
+    close_by_name(states[1], states[0], rtol=1e-3, atol=1e-4)
     for name in SELECTIONS:
         assert matrices[0][name].shape == matrices[1][name].shape
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [[], ["--amp", "bf16"], ["--amp", "fp16"], ["--tf32"], ["--data_on_device", "false"]],
-    ids=" ".join,
-)
-def test_command_line_runs_on_cuda(tmp_path, flags):
+def train_on_cuda(folder, *flags):
     argv = [flag if flag != "cpu" else "cuda" for flag in TINY_DIGITS]
-    assert main.main([*argv, *flags, "--output_dir", str(tmp_path)]) == 0
-    results = Run(tmp_path).results
-    assert results["numerics"]["data_on_device"] is ("false" not in flags)
+    assert main.main([*argv, *flags, "--output_dir", str(folder)]) == 0
+    return Run(folder).results["numerics"]
+
+
+@pytest.mark.parametrize("flags", ["", "--amp bf16", "--amp fp16", "--tf32"])
+def test_command_line_runs_on_cuda(tmp_path, flags):
+    assert train_on_cuda(tmp_path, *flags.split())["data_on_device"] is True
+
+
+def test_command_line_runs_on_cuda_with_images_on_the_host(tmp_path):
+    assert train_on_cuda(tmp_path, "--data_on_device", "false")["data_on_device"] is False
 
 
 @pytest.mark.slow
 def test_command_line_compiles_on_cuda(tmp_path):
-    argv = [flag if flag != "cpu" else "cuda" for flag in TINY_DIGITS]
-    flags = ["--amp", "bf16", "--compile", "--epochs", "3"]
-    assert main.main([*argv, *flags, "--output_dir", str(tmp_path)]) == 0
-    assert Run(tmp_path).results["numerics"]["compile"] is True
+    assert train_on_cuda(tmp_path, *"--amp bf16 --compile --epochs 3".split())["compile"] is True

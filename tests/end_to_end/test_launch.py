@@ -27,17 +27,12 @@ def launch(launcher, count, *flags):
 
 @pytest.mark.slow
 def test_two_processes_of_a_launcher_equal_one(alone, pictures, tmp_path):
+    """Trained by one launcher, evaluated by the other."""
     done = launch(LAUNCH, 2, *shape(6, 3, pictures, tmp_path))
     assert done.returncode == 0, done.stderr
     assert_equal_runs(tmp_path, alone(12, 3))
     assert done.stdout.count("[Average accuracy till task2]") == 1  # one process speaks
-
-
-@pytest.mark.slow
-def test_two_processes_of_torchrun_evaluate(alone, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(alone(12, 3), folder)
-    done = launch(TORCHRUN, 2, "--eval", "--output_dir", folder, "--device", "cpu")
+    done = launch(TORCHRUN, 2, "--eval", "--output_dir", tmp_path, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Reproduces the stored accuracies") == 4
 
@@ -67,7 +62,8 @@ def test_two_tasks_of_slurm_equal_one(alone, pictures, tmp_path):
     assert_equal_runs(tmp_path, alone(12, 3))
 
 
-def test_refused_command_line_exits_with_two():
+@pytest.mark.slow
+def test_rejected_command_line_exits_with_two():
     done = command(sys.executable, ROOT / "main.py", "--top_k", "12", "--data-path", "/nowhere")
     assert done.returncode == 2
     assert "--top_k 12 exceeds --size 10" in done.stderr

@@ -1,54 +1,55 @@
 """Live logs of a training run, from the command line."""
 
 import importlib.util
-import json
 
 import pytest
 
 import engine
-import main
-from experiment import live_log
-from helpers.live_logs import events, scalars_of
-from helpers.tiny_flags import TINY
+from helpers.finished_runs import Run, rejected, typed
+from helpers.live_logs import events, scalars
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
-pytest.importorskip("tensorboard")
+SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
 #: Of two tasks with two epochs of four steps.
-STEPS = range(1, 17)
+STEPS = list(range(1, 17))
+
+
+@pytest.fixture(scope="module")
+def logged(tiny, tmp_path_factory):
+    """A run with a log."""
+    folder = tmp_path_factory.mktemp("logged")
+    assert typed(*tiny, "--tensorboard", "--output_dir", folder)[0] == 0
+    return Run(folder)
 
 
 @pytest.fixture
-def command(image_folder, tmp_path):
-    argv = [*TINY, "--dataset", "ImageFolder", "--data-path", str(image_folder)]
-    return [*argv, "--output_dir", str(tmp_path), "--tensorboard"]
+def command(tiny, tmp_path):
+    return [*tiny, "--tensorboard", "--output_dir", tmp_path]
 
 
-def test_every_step_is_logged_as_it_was(command, tmp_path):
-    assert main.main(command) == 0
-    losses = scalars_of(tmp_path / "tensorboard", "train/Loss")
-    assert [step for step, _ in losses] == list(STEPS)
-    curve = json.loads((tmp_path / "results.json").read_text())["training_curve"]
-    for number, epoch in enumerate(curve):
-        of_epoch = [value for _, value in losses[4 * number : 4 * number + 4]]
-        assert sum(of_epoch) / 4 == pytest.approx(epoch["Loss"], abs=1e-6)
+def losses(folder):
+    """Steps and losses."""
+    return map(list, zip(*scalars(folder)["train/Loss"], strict=True))
 
 
-def test_every_task_is_logged_behind_its_last_step(command, tmp_path):
-    assert main.main(command) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    folder = tmp_path / "tensorboard"
-    averages = scalars_of(folder, "metrics/average_accuracy/instance-wise")
+def test_every_step_and_every_task_is_logged(logged):
+    steps, values = losses(logged.folder)
+    assert steps == STEPS
+    for number, epoch in enumerate(logged.results["training_curve"]):
+        assert sum(values[4 * number : 4 * number + 4]) / 4 == pytest.approx(epoch["Loss"])
+    averages = scalars(logged.folder)["metrics/average_accuracy/instance-wise"]
     assert [step for step, _ in averages] == [8, 16]
-    assert averages[-1][1] == pytest.approx(results["instance"]["average_accuracy"])
-    assert {"prompts/task 1/batch-wise", "prompts/task 2/instance-wise"} <= set(
-        events(folder).Tags()["histograms"]
-    )
-    assert events(folder).Tags()["images"] == ["accuracy matrix"]
+    assert averages[-1][1] == pytest.approx(logged.results["instance"]["average_accuracy"])
+    tags = events(logged.folder).Tags()
+    assert {"prompts/task 1/batch-wise", "prompts/task 2/instance-wise"} <= set(tags["histograms"])
+    assert tags["images"] == ["accuracy matrix"]
 
 
-def test_run_that_goes_on_logs_every_step_once(command, tmp_path, monkeypatch):
+def test_a_resumed_run_logs_every_step_once_and_a_new_one_starts_a_new_log(
+    command, tmp_path, logged, monkeypatch
+):
     step, number = engine.train_step, []
 
     def breaking(*args):
@@ -57,68 +58,45 @@ def test_run_that_goes_on_logs_every_step_once(command, tmp_path, monkeypatch):
             raise OSError("power cut")
         return step(*args)
 
-    whole = tmp_path / "whole"
-    assert main.main([*command, "--output_dir", str(whole)]) == 0
     command = [*command, "--save_every", "0.0001"]
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_step", breaking)
-        assert main.main(command) == 1
-    assert main.main([*command, "--resume", "auto"]) == 0
-    losses = scalars_of(tmp_path / "tensorboard", "train/Loss")
-    assert [step for step, _ in losses] == list(STEPS)
-    expected = scalars_of(whole / "tensorboard", "train/Loss")
-    assert [v for _, v in losses] == pytest.approx([v for _, v in expected], abs=1e-6)
+        assert typed(*command)[0] == 1
+    assert typed(*command, "--resume", "auto")[0] == 0
+    steps, values = losses(tmp_path)
+    assert steps == STEPS
+    assert values == pytest.approx(list(losses(logged.folder))[1], abs=1e-6)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert typed(*command)[0] == 0
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "previous").glob("*/tensorboard/*"))) == 2
 
 
-def test_new_run_begins_a_new_log(command, tmp_path):
-    for _ in range(2):
-        assert main.main(command) == 0
-    losses = scalars_of(tmp_path / "tensorboard", "train/Loss")
-    assert [step for step, _ in losses] == list(STEPS)
-    assert len(list((tmp_path / "previous").glob("*/tensorboard/*"))) == 1
-
-
-def test_log_that_crashes_does_not_stop_training(command, tmp_path, monkeypatch, capsys):
+def test_a_log_that_crashes_does_not_stop_training(command, tmp_path, logged, monkeypatch):
     def crash(*_):
         raise RuntimeError("no space left on device")
 
-    monkeypatch.setattr(live_log.TensorBoardWriter, "scalars", crash)
-    assert main.main(command) == 0
-    text = capsys.readouterr().out
-    assert text.count("TensorBoard failed at step 1 (RuntimeError: no space left on device)") == 1
-    assert (tmp_path / "results.json").exists()
+    monkeypatch.setattr(SummaryWriter, "add_scalar", crash)
+    code, out, _ = typed(*command)
+    assert code == 0
+    assert out.count("TensorBoard failed at step 1 (RuntimeError: no space left on device)") == 1
+    assert Run(tmp_path).results["instance"] == logged.results["instance"]
 
 
-def test_log_changes_no_number(command, tmp_path, monkeypatch):
-    assert main.main(command) == 0
-    logged = json.loads((tmp_path / "results.json").read_text())
-    plain = tmp_path / "plain"
-    assert main.main([*command[:-1], "--output_dir", str(plain)]) == 0
-    assert not (plain / "tensorboard").exists()
-    found = json.loads((plain / "results.json").read_text())
+def test_a_log_changes_no_number(trained, logged):
+    assert not (trained.folder / "tensorboard").exists()
     for name in ("batch", "instance", "training_curve", "prompt_usage"):
-        assert found[name] == logged[name]
+        assert logged.results[name] == trained.results[name]
 
 
-def test_missing_package_is_told_before_anything_begins(command, tmp_path, monkeypatch, capsys):
+def test_a_log_that_cannot_be_is_rejected_before_the_run(tiny, command, logged, monkeypatch):
+    for log in ("--tensorboard", "--wandb"):
+        problem = f"{log} writes into --output_dir, which is empty: give it"
+        assert problem in rejected(*tiny, log, "--output_dir", "")
+        problem = f"{log} logs training: leave it out with --eval"
+        assert problem in rejected("--eval", "--output_dir", logged.folder, log)
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
     )
-    assert main.main([*command, "--wandb"]) == 2
-    assert "--wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        (["--output_dir", ""], "--tensorboard writes into --output_dir, which is empty: give it"),
-        (["--eval"], "--tensorboard logs training: leave it out with --eval"),
-    ],
-)
-def test_log_that_cannot_be_is_refused(command, tmp_path, flags, problem, capsys):
-    assert main.main(command) == 0
-    capsys.readouterr()
-    argv = ["--eval", "--output_dir", str(tmp_path), "--tensorboard"] if "--eval" in flags else None
-    assert main.main(argv or [*command, *flags]) == 2
-    assert problem in capsys.readouterr().err
+    assert "--wandb needs the package wandb: pip install wandb" in rejected(*command, "--wandb")

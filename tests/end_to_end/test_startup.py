@@ -1,22 +1,16 @@
 """What a command imports, in a process of its own: it shall not wait for what it does not need."""
 
 import json
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import main
+from cli.paths import ROOT
 from helpers.tiny_flags import TINY
 
-ROOT = Path(main.__file__).resolve().parent
-
-#: What takes long to import.
+#: What takes long to import, and what every run needs of it.
 HEAVY = {"torch", "torchvision", "timm", "matplotlib", "sklearn", "torchprofile", "submitit"}
-
-#: What every run needs of them.
 NEEDED = {"torch", "torchvision", "timm"}
 
 #: Runs main.py; the last line it prints is what became of it. A first argument names a signal that
@@ -45,46 +39,33 @@ print(json.dumps({"code": code, "modules": tops, "collects": [Finder.collects, g
 """
 
 
-def start(*argv, number=None):
-    """Runs one command line; gives its end, its output and its errors."""
-    name = "" if number is None else number.name
-    command = [sys.executable, "-c", SCRIPT, name, *map(str, argv)]
+def start(*argv, signal_name=""):
+    """Runs one command line; gives its end, its output, its errors and what it imported."""
+    command = [sys.executable, "-c", SCRIPT, signal_name, *map(str, argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     *output, end = done.stdout.splitlines()
-    return json.loads(end), "\n".join(output), done.stderr
+    end = json.loads(end)
+    return end, "\n".join(output), done.stderr, HEAVY & set(end["modules"])
 
 
-def heavy(end):
-    return HEAVY & set(end["modules"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "answer"),
-    [
-        (["--help"], "usage: main.py [CONFIG ...] [--flags]"),
-        (["digits_l2p", "--size", "0", "--help"], "usage: main.py [CONFIG ...] [--flags]"),
-        (["--list"], "Configurations (python main.py CONFIG):"),
-        (["--list", "--size", "ten"], "Configurations (python main.py CONFIG):"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_answer_about_the_program_imports_nothing_heavy(flags, answer):
-    end, output, error = start(*flags)
-    assert (end["code"], error) == (0, "")
-    assert output.startswith(answer)
-    assert heavy(end) == set()
+@pytest.mark.parametrize("line", ["digits_l2p --size 0 --help", "--list --size ten"])
+def test_answer_about_the_program_imports_nothing_heavy(line):
+    end, output, error, heavy = start(*line.split())
+    assert (end["code"], error, heavy) == (0, "", set())
+    answers = ("usage: main.py [CONFIG ...] [--flags]", "Configurations (python main.py CONFIG):")
+    assert output.startswith(answers["--list" in line])
 
 
 @pytest.mark.slow
 def test_refusal_imports_what_every_run_needs_and_tells_nothing_else(tmp_path):
-    end, output, error = start("--epochs", "0", "--top_k", "12", "--data-path", tmp_path)
-    assert (end["code"], output) == (2, "")
+    line = ("--epochs", "0", "--top_k", "12", "--data-path", tmp_path)
+    end, output, error, heavy = start(*line)
+    assert (end["code"], output, heavy) == (2, "", NEEDED)
     assert error.splitlines() == [
         "main.py: this command line cannot run:",
         "  - --epochs 0: must be at least 1",
         "  - --top_k 12 exceeds --size 10: lower --top_k or enlarge the pool",
     ]
-    assert heavy(end) == NEEDED
     assert end["collects"] == [False, True]  # while it imports, afterwards
 
 
@@ -95,19 +76,20 @@ def test_refusal_imports_what_every_run_needs_and_tells_nothing_else(tmp_path):
 def test_run_imports_what_it_needs(image_folder, flags, more):
     """Without a folder, and so without a picture."""
     data = ["--dataset", "ImageFolder", "--data-path", image_folder, "--output_dir", ""]
-    end, _, error = start(*TINY, *data, "--epochs", "1", *flags)
-    assert (end["code"], error) == (0, "")
-    assert heavy(end) == NEEDED | more
+    end, _, error, heavy = start(*TINY, *data, "--epochs", "1", *flags)
+    assert (end["code"], error, heavy) == (0, "", NEEDED | more)
 
 
-@pytest.mark.slow
-def test_signal_during_the_imports_leaves_behind_them():
-    end, output, error = start("--size", "0", number=signal.SIGUSR1)
-    assert (end["code"], error) == (75, "")
-    assert output == "SIGUSR1 stopped the program outside of training"
-
-
-def test_interrupt_during_the_imports_is_told():
-    end, output, error = start("--size", "0", number=signal.SIGINT)
-    assert (end["code"], output) == (130, "")
-    assert error == "interrupted before anything ran\n"
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("SIGINT", 130, "interrupted before anything ran"),
+        pytest.param("SIGUSR1", 75, "SIGUSR1 stopped the program outside of training",
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_signal_during_the_imports_ends_the_program(name, code, text):
+    """An interrupt at once and on the error output, another signal behind the imports."""
+    end, output, error, _ = start("--size", "0", signal_name=name)
+    assert end["code"] == code
+    assert (output, error) == (("", f"{text}\n") if name == "SIGINT" else (text, ""))

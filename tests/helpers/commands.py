@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import main
@@ -35,3 +36,11 @@ def end(process, timeout=300):
 def command(*words, **environment):
     """Runs a command from another folder and returns it, with its output."""
     return end(start(*words, **environment))
+
+
+def wait_until(is_true, seconds=60):
+    """Waits until a function gives true."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
