@@ -3,15 +3,12 @@
 import argparse
 import difflib
 import math
-import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from cli.flags import Flag, flags_of
-from cli.parser import shown
-
-_FLAG = re.compile(r"--?[A-Za-z]")
+from cli.parser import FLAG, shown
 
 
 class Checked(Protocol):
@@ -59,7 +56,7 @@ def take(
             continue
         words = [value] if has_value else ["true"] if one.is_switch else []
         while not words or (len(words) < one.most_values and one.name not in once):
-            if has_value or one.is_switch or not rest or _FLAG.match(rest[0]):
+            if has_value or one.is_switch or not rest or FLAG.match(rest[0]):
                 break
             words.append(rest.pop(0))
         _read(one, words, values, problems)
@@ -74,7 +71,7 @@ def take_all(
     options, others, problems = take(kind, argv, once, **about)
     group: type = kind
     known = ["--help", *(one.spelling for one in flags_of(group))]
-    unknown = [word for word in others if _FLAG.match(word)]
+    unknown = [word for word in others if FLAG.match(word)]
     hints = [near(word.partition("=")[0], known) or ": see --help" for word in unknown]
     problems += [f"{word} is no option{hint}" for word, hint in zip(unknown, hints, strict=True)]
     return options, [word for word in others if word not in unknown], problems

@@ -34,7 +34,8 @@ from cli.settings import (
     names_of,
 )
 
-_FLAG = re.compile(r"--?[A-Za-z]")
+#: What the first characters of a flag look like; a negative number is a value.
+FLAG = re.compile(r"--?[A-Za-z]")
 
 #: Other words for settings, for "did you mean".
 SYNONYMS = Path(__file__).with_name("synonyms.yaml")
@@ -124,7 +125,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_O
     rest = list(argv)
     while rest:
         token = rest.pop(0)
-        if not _FLAG.match(token):
+        if not FLAG.match(token):
             names.append(token)
             continue
         spelling, has_value, value = token.partition("=")
@@ -142,7 +143,7 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_O
             occurrences.append(_Occurrence(name[3:], f"--{spelling[5:]}", ["false"]))
         else:
             problems.append(_unknown(spelling))
-            while rest and not _FLAG.match(rest[0]) and not _is_configuration(rest[0]):
+            while rest and not FLAG.match(rest[0]) and not _is_configuration(rest[0]):
                 rest.pop(0)
     return names, occurrences
 
@@ -155,7 +156,7 @@ def _take_words(name: str, rest: list[str]) -> list[str]:
     one = find_flag(LEGACY_FLAGS.get(name, (name,))[0])
     most = 0 if _is_switch(name) else one.most_values
     words: list[str] = []
-    while rest and not _FLAG.match(rest[0]):
+    while rest and not FLAG.match(rest[0]):
         complete = len(words) >= most or words == ["none"]
         if _is_configuration(rest[0]) and (complete or not one.takes_text):
             break

@@ -615,7 +615,7 @@ def test_forgetting_is_named_only_where_all_tasks_before_were_evaluated(caplog):
 
 
 class Seconds:
-    """A clock that goes on by a second where a loader begins, and does not otherwise."""
+    """A clock that advances by a second where a loader begins, and does not otherwise."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0

@@ -48,7 +48,7 @@ def test_flags_of_a_group_are_its_fields_in_order():
 
 
 def test_kind_of_a_flag_follows_from_name_and_annotation():
-    """Dashes where the original has them; numbers and mappings are told from configurations."""
+    """Dashes where the original has them; numbers and mappings are no configurations."""
     assert FLAGS["opt_eps"].spelling == "--opt-eps"
     assert FLAGS["empty_word"].spelling == "--empty_word"
     assert {name for name, one in FLAGS.items() if one.is_switch} == {"switch"}
