@@ -1,9 +1,9 @@
 """The method's loop: one epoch, one evaluation, and all tasks with an evaluation after each.
 
-The engine is given a model, a stream of tasks and loaders; it imports neither data sets nor
-launchers and knows no scenario. Every evaluation gives two accuracies: batch-wise, where the images
-of a vote group share the prompts that most of them select (as published), and instance-wise, each
-image on its own (`training/evaluation.py`).
+The engine is given a run, with its model, settings and loaders, and tasks; it imports neither data
+sets nor launchers and knows no scenario. Every evaluation gives two accuracies: batch-wise, where
+the images of a vote group share the prompts that most of them select (as published), and
+instance-wise, each image on its own (`training/evaluation.py`).
 
 Steps are asynchronous: losses and counts stay on the device and are copied to the host every
 `read_every` steps. A scaled loss (fp16) is the exception.
@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,55 +31,41 @@ from reports import metrics
 from reports.metrics import SELECTIONS
 from training.evaluation import average_stats, evaluate
 from training.losses import class_mask, count_correct, count_ids, masked_cross_entropy, restrict
-from training.state import (
-    EngineOptions,
-    Evaluation,
-    Loader,
-    NonFiniteLossError,
-    Run,
-    Scheduler,
-    TrainState,
-)
+from training.state import Evaluation, Loader, NonFiniteLossError, Run, TrainState
 from training.update import OptimizerStep
 from utils import is_alone, rank, sum_over_processes
 
 if TYPE_CHECKING:
+    from timm.scheduler.scheduler import Scheduler
+
     from continual_datasets.stream import Task
-    from vision_transformer import PromptedVisionTransformer
 
 logger = logging.getLogger(__name__)
 
 
-def train_and_evaluate(
-    model: PromptedVisionTransformer, tasks: Sequence[Task], state: TrainState, run: Run
-) -> None:
+def train_and_evaluate(run: Run, tasks: Sequence[Task], state: TrainState) -> None:
     """Learns the tasks one after the other, from where `state` is, and evaluates after each."""
-    update = make_update(model, run)
+    update = OptimizerStep(run)
     for task in tasks[state.task :]:
         if not state.inside_task:
             logger.info("%s (%d of %d)", title(task), task.index + 1, len(tasks))
-            _begin_task(model, task, state, update, run.options)
-        scheduler = _continue_schedule(update, state, run)
+            _begin_task(run, task, state, update)
+        scheduler = _continue_schedule(run, state, update)
         loader = run.train_loader(task)
-        while state.epoch < run.options.epochs:
-            stats = train_one_epoch(model, loader, update, task, state, run)
+        while state.epoch < run.settings.optimizer.epochs:
+            stats = train_one_epoch(run, loader, update, task, state)
             state.end_epoch(stats)
             if scheduler is not None:
                 scheduler.step(state.epoch, metric=stats["Acc@1"])
             run.monitor.at_boundary(state, update)
-        evaluate_till_now(model, task, state, update, run)
-        run.monitor.at_task_end(state.report())
+        evaluate_till_now(run, task, state, update)
+        run.monitor.at_task_end(state)
         state = TrainState(task.index + 1)
         run.monitor.at_boundary(state, update)
 
 
 def train_one_epoch(
-    model: PromptedVisionTransformer,
-    loader: Loader,
-    update: OptimizerStep,
-    task: Task,
-    state: TrainState,
-    run: Run,
+    run: Run, loader: Loader, update: OptimizerStep, task: Task, state: TrainState
 ) -> dict[str, float]:
     """Trains one epoch of one task, or what is left of it; keeps `state` up to date.
 
@@ -91,22 +77,22 @@ def train_one_epoch(
         NonFiniteLossError: Naming task, epoch, step and value; the model has the values before that
             step.
     """
-    model.train()
-    options, epoch = run.options, state.epoch
-    mask = class_mask(task.classes, model.num_classes, options.device)
-    allowed = mask if options.train_mask else None
-    header = f"Train: Epoch[{epoch + 1:{len(str(options.epochs))}d}/{options.epochs}]"
-    progress = utils.Progress(header, options.print_freq, state.meters)
+    settings, epoch, epochs = run.settings, state.epoch, run.settings.optimizer.epochs
+    run.model.train()
+    mask = class_mask(task.classes, run.model.num_classes, run.device)
+    allowed = mask if settings.tasks.train_mask else None
+    header = f"Train: Epoch[{epoch + 1:{len(str(epochs))}d}/{epochs}]"
+    progress = utils.Progress(header, settings.output.print_freq, state.meters)
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, state.step)
     unread: list[Tensor] = []
     since = time.monotonic()
     for step, batch in progress.over(loader, len(loader), state.step):
-        seed_model(options.device, options.seed, task.index, epoch, step, rank())
+        seed_model(run.device, settings.run.seed, task.index, epoch, step, rank())
         stop = run.monitor.wants_to_stop()
         target = StepTarget(task.index, allowed, sampler.global_batch_size(step), stop)
-        unread.append(train_step(model, update, batch, target, options))
-        due = step % options.read_every == 0 or step + 1 == len(loader)
+        unread.append(train_step(run, update, batch, target))
+        due = step % run.read_every == 0 or step + 1 == len(loader)
         if not due and not (stop and is_alone()):
             continue
         sizes = [sampler.global_batch_size(s) for s in range(state.step, step + 1)]
@@ -132,11 +118,7 @@ class StepTarget(NamedTuple):
 
 
 def train_step(
-    model: PromptedVisionTransformer,
-    update: OptimizerStep,
-    batch: Sequence[Tensor],
-    target: StepTarget,
-    options: EngineOptions,
+    run: Run, update: OptimizerStep, batch: Sequence[Tensor], target: StepTarget
 ) -> Tensor:
     """One step of all processes; asynchronous, unless the loss is scaled.
 
@@ -148,8 +130,9 @@ def train_step(
         Loss, correct@1 and correct@5 over all processes, how many of them were asked to stop, and
         the norm of the gradient before clipping, (5,), on the device.
     """
+    model = run.model
     update.begin()
-    values, served, features = _forward_backward(model, update, batch, target, options)
+    values, served, features = _forward_backward(run, update, batch, target)
     stopping = values.new_full((1,), float(target.stop))
     sums = sum_over_processes(torch.cat([values, stopping, served]))
     norm = update.step(sums[0])
@@ -160,49 +143,30 @@ def train_step(
 
 
 def evaluate_till_now(
-    model: PromptedVisionTransformer,
-    task: Task,
-    state: TrainState,
-    update: OptimizerStep | None,
-    run: Run,
-) -> list[Evaluation]:
+    run: Run, task: Task, state: TrainState, update: OptimizerStep | None = None
+) -> None:
     """Evaluates the test sets of the task learned last, and fills column `task.index` of matrices.
 
     Those that `state` has are left out; without `update` nothing is saved between two test sets.
-
-    Returns:
-        One evaluation for each test set, in order; none where the task has no test sets.
     """
-    evaluations = state.evaluations
-    for test_set in task.test_sets[len(evaluations) :]:
+    for test_set in task.test_sets[len(state.evaluations) :]:
         start = time.monotonic()
-        result = evaluate(model, run.test_loader(test_set), test_set, run)
+        result = evaluate(run, run.test_loader(test_set), test_set)
         for name in SELECTIONS:
             run.matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
         batch, alone = result.stats["batch"], result.stats["instance"]
         line = "* Acc@1 {Acc@1:.3f} Acc@5 {Acc@5:.3f} loss {Loss:.3f}".format(**batch)
         logger.info("%s  (instance-wise %.3f)  [%s]", line, alone["Acc@1"], title(test_set))
-        evaluations.append(result)
+        state.evaluations.append(result)
         state.eval_seconds += time.monotonic() - start
         if update is not None:
             run.monitor.at_boundary(state, update)
-    if evaluations:
-        _log_averages(task, evaluations, run.matrices)
-    return evaluations
-
-
-def make_update(model: PromptedVisionTransformer, run: Run) -> OptimizerStep:
-    """What updates the trainable parameters of a model, as the options say."""
-    o, parameters = run.options, model.parameters()
-    return OptimizerStep(parameters, run.make_optimizer, o.device, o.clip_grad, o.loss_scaling)
+    if state.evaluations:
+        _log_averages(run, task, state.evaluations)
 
 
 def _forward_backward(
-    model: PromptedVisionTransformer,
-    update: OptimizerStep,
-    batch: Sequence[Tensor],
-    target: StepTarget,
-    options: EngineOptions,
+    run: Run, update: OptimizerStep, batch: Sequence[Tensor], target: StepTarget
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of this process's part of a step.
 
@@ -210,17 +174,18 @@ def _forward_backward(
     pool; and the pooled features (B, D).
     """
     images, targets, *flags = batch
-    served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=options.device)
+    model, settings, pull_coeff = run.model, run.settings, run.settings.prompts.pull_coeff
+    served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=run.device)
     if len(images) == 0:
         return served.new_zeros(3), served, served.new_zeros(0, model.width)
-    group, allowed = options.vote_group_size, target.allowed
+    group, allowed = settings.vote_group_size, target.allowed
     if flags:
-        group += options.replayed_per_group
+        group += settings.replayed_per_group
         allowed = None if allowed is None else allowed | flags[0][:, None]  # (B, C)
     out = model(images, task_id=target.task_id, vote_group_size=group)
-    loss = masked_cross_entropy(out["logits"], targets, allowed, options.smoothing)
-    if options.pull_coeff and "reduce_sim" in out:
-        loss = loss - options.pull_coeff * out["reduce_sim"]
+    loss = masked_cross_entropy(out["logits"], targets, allowed, settings.optimizer.smoothing)
+    if pull_coeff and "reduce_sim" in out:
+        loss = loss - pull_coeff * out["reduce_sim"]
     loss = loss * (len(images) / target.global_size)
     update.backward(loss)
     with torch.no_grad():
@@ -252,28 +217,23 @@ def _read_steps(
     return any(stop > 0 for *_, stop, _ in rows)
 
 
-def _begin_task(
-    model: PromptedVisionTransformer,
-    task: Task,
-    state: TrainState,
-    update: OptimizerStep,
-    options: EngineOptions,
-) -> None:
+def _begin_task(run: Run, task: Task, state: TrainState, update: OptimizerStep) -> None:
     """Prepares prompts and optimizer for a task that has not begun."""
     before, number = task.index, task.index + 1
-    if model.prompt is not None:
-        model.prompt.begin_task()
-        wanted = {"prompts": options.shared_prompt_pool, "keys": options.shared_prompt_key}
-        if model.prompt.inherit(task.index, **wanted):
+    prompts, pool = run.settings.prompts, run.model.prompt
+    if pool is not None:
+        pool.begin_task()
+        wanted = {"prompts": prompts.shared_prompt_pool, "keys": prompts.shared_prompt_key}
+        if pool.inherit(task.index, **wanted):
             logger.info("Task %d starts from the prompts of task %d", number, before)
         elif before > 0 and any(wanted.values()):
             line = "Task %d shares no prompts with task %d: the pool of %d has no slots left for it"
-            logger.warning(line, number, before, model.prompt.size)
-    if before > 0 and options.reinit_optimizer:
+            logger.warning(line, number, before, pool.size)
+    if before > 0 and run.settings.optimizer.reinit_optimizer:
         update.renew(state.take_optimizer())
 
 
-def _continue_schedule(update: OptimizerStep, state: TrainState, run: Run) -> Scheduler | None:
+def _continue_schedule(run: Run, state: TrainState, update: OptimizerStep) -> Scheduler | None:
     """The schedule of a task after its finished epochs; loads the optimizer of a resumed run.
 
     The state dicts of timm's schedulers are incomplete, so the schedule is stepped through the
@@ -291,10 +251,10 @@ def _continue_schedule(update: OptimizerStep, state: TrainState, run: Run) -> Sc
     return scheduler
 
 
-def _log_averages(task: Task, evaluations: Sequence[Evaluation], matrices: dict[str, Any]) -> None:
+def _log_averages(run: Run, task: Task, evaluations: Sequence[Evaluation]) -> None:
     for name, label in (("batch", "Average accuracy"), ("instance", "Instance-wise accuracy")):
         means = average_stats(evaluations, name)
-        numbers = metrics.summarize(matrices[name], task.index)
+        numbers = metrics.summarize(run.matrices[name], task.index)
         if numbers.get("forgetting") is not None:
             means |= {"Forgetting": numbers["forgetting"], "Backward": numbers["backward_transfer"]}
         line = "".join(f"\t{key}: {value:.4f}" for key, value in means.items())

@@ -29,8 +29,8 @@ from experiment.signals import StopSignals
 
 if TYPE_CHECKING:
     from continual_datasets.scenarios import TaskClasses
-    from experiment.build import Experiment
     from experiment.session import Session
+    from training.state import Run
     from utils import Processes
 
 logger = logging.getLogger(__name__)
@@ -69,22 +69,22 @@ def train(settings: Settings, session: Session) -> None:
 
     start = time.monotonic()
     saved = resume.find(settings, session.processes)  # None: the run starts at its first task
-    batch = saved.global_batch(settings, session.processes.world_size) if saved else None
-    experiment = assemble(settings, session.processes, global_batch=batch)
-    state = resume.restore(experiment, saved)
-    if settings.run.seeds and saved and saved.is_complete(experiment.stream.num_tasks):
+    batch = saved.batch_of(settings, session.processes.world_size) if saved else None
+    run = assemble(settings, session.processes, global_batch=batch)
+    state = resume.restore(run, saved)
+    if settings.run.seeds and saved and saved.is_complete(run.stream.num_tasks):
         logger.info("This seed is complete already")
         return
     if settings.run.dry_run:
-        dry_run.try_out(experiment, saved)
+        dry_run.try_out(run, saved)
         return
     if settings.run.speed_test or settings.run.speed_test_only:
-        speed.speed_test(experiment)
+        speed.speed_test(run)
     if settings.run.speed_test_only:
         return
     seconds_to_load = time.monotonic() - start
-    with recorded(experiment, session.signals, saved, seconds_to_load) as run:
-        train_and_evaluate(experiment.model, experiment.stream.tasks, state, run)
+    with recorded(run, session.signals, saved, seconds_to_load):
+        train_and_evaluate(run, run.stream.tasks, state)
 
 
 def train_seeds(settings: Settings, session: Session) -> None:
@@ -104,7 +104,7 @@ def train_seeds(settings: Settings, session: Session) -> None:
     if session.processes.rank > 0:
         return
     groups, _ = stored_runs.group(stored_runs.read(Path(one.run.output_dir)) for one in each_seed)
-    logger.info("%s", seed_tables.text_table(groups))
+    logger.info("%s", seed_tables.seed_table(groups))
     if settings.output.plots and len(each_seed) > 1:
         folder = Path(settings.run.output_dir) / "comparison"
         draw.draw_comparison(groups, folder)
@@ -115,14 +115,14 @@ def evaluate(settings: Settings, session: Session) -> int:
     """Evaluates the checkpoints of a run; returns the exit code."""
     from experiment import evaluate_checkpoints
 
-    first = session.stored.first
-    experiment = assemble(
+    first = session.first
+    run = assemble(
         settings,
         session.processes,
         task_classes=first.class_order,
         weights_follow=evaluate_checkpoints.has_whole_model(settings, first),
     )
-    return evaluate_checkpoints.evaluate_and_report(experiment, session.stored.paths)
+    return evaluate_checkpoints.evaluate_and_report(run, session.checkpoints)
 
 
 def assemble(
@@ -132,7 +132,7 @@ def assemble(
     global_batch: int | None = None,
     task_classes: TaskClasses | None = None,
     weights_follow: bool = False,
-) -> Experiment:
+) -> Run:
     """Turns data into a stream of tasks, and puts prompts and head around a timm ViT.
 
     The global batch, the images of a step, is `--batch-size` of each process unless given; the
@@ -145,6 +145,7 @@ def assemble(
     """
     from timm.utils import random_seed
 
+    from continual_datasets.samplers import Batching
     from experiment import build, precision
     from model.backbone import identify
 
@@ -154,9 +155,9 @@ def assemble(
     vit = build.build_backbone(settings, pretrained=not weights_follow)
     identity = identify(vit, settings.model.model, settings.model.weight_source)
     model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
-    sizes = build.loader_options(settings, processes, batch).full_batches
+    sizes = Batching(settings, processes, batch).full_batches
     precision.apply(settings.precision, model, sizes, weights_follow)
-    return build.build_experiment(settings, processes, batch, stream, model, identity)
+    return build.build_run(settings, processes, batch, stream, model, identity)
 
 
 @functools.cache

@@ -10,7 +10,9 @@ import dataclasses
 import pickle
 import re
 import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +20,14 @@ import torch
 from torch import Tensor
 
 import utils
-from reports import files
+from cli.parser import shown
+from cli.settings import FLAGS, plain
+from continual_datasets.images import join_names
+from continual_datasets.readers import registry
+from experiment.run_record import resolved
+from model import backbone
+from reports import files, metrics
+from training.state import Run
 
 FORMAT = "l2p checkpoint 3"
 #: The earlier ones have no buffer.
@@ -46,6 +55,7 @@ class StoredModel:
     #: Accuracy matrix so far for each selection, percent, None where not evaluated.
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
     buffer: Tensor | None = None  # numbers of the training images to replay; None without replay
+    path: Path = Path()  # of the file that it was read from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,51 @@ class Checkpoint(StoredModel):
 
     task: int  # 1-based number of the last task that was learned
     original: bool = False  # whether l2p-pytorch wrote it
+
+
+def stored_model(run: Run) -> dict[str, Any]:
+    """The entries that the checkpoints and the states of a run share, see `StoredModel`."""
+    return {
+        "model": run.model.trained_state(),
+        "config": resolved(run.settings),
+        "class_order": run.stream.class_order,
+        "class_names": run.stream.train.classes,
+        "test_sets": [test_set.name for test_set in run.stream.test_sets],
+        "backbone": run.backbone,
+        "accuracy": {name: metrics.to_lists(matrix) for name, matrix in run.matrices.items()},
+        "buffer": None if run.buffer is None else torch.from_numpy(run.buffer.indices),
+    }
+
+
+def check_same_run(run: Run, stored: StoredModel) -> None:
+    """Makes sure that a file was written by a run on the same data and the same backbone.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    path, other_data = stored.path, f"{stored.path} was trained on other data:"
+    found = [test_set.name for test_set in run.stream.test_sets]
+    if stored.test_sets not in (None, found):
+        names = join_names(stored.test_sets or [])
+        raise CheckpointError(
+            f"{other_data} its test sets are {names}, those of this run {join_names(found)}"
+        )
+    if stored.class_order != run.stream.class_order:
+        raise CheckpointError(f"{path} has another class order than this run")
+    found, wanted = run.stream.train.classes, stored.class_names or []
+    if found != wanted:
+        one, other = next(pair for pair in zip_longest(wanted, found) if pair[0] != pair[1])
+        raise CheckpointError(
+            f"{other_data} it knows {len(wanted)} classes, --data-path has {len(found)}; expected "
+            f"the class {one!r}, found {other!r}"
+        )
+    old, own = stored.backbone, run.backbone
+    if old is not None and old["sha256"] != own["sha256"]:
+        raise CheckpointError(
+            f"{path} was trained on the backbone {old['name']} ({old['source']}, sha256 "
+            f"{old['sha256'][:12]}), found {own['name']} ({own['source']}, {own['sha256'][:12]}): "
+            "give the same weights with --pretrained"
+        )
 
 
 def task_path(output_dir: Path, task: int) -> Path:
@@ -68,13 +123,6 @@ def find(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint whole or not at all."""
-    content = {"format": FORMAT, **vars(checkpoint)}
-    del content["original"]
-    write(path, content)
-
-
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint of this program or of l2p-pytorch onto the CPU.
 
@@ -85,20 +133,18 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"there is no checkpoint {path}")
     with path.open("rb") as file:
         content = read(file, str(path))
-    mark = content.get("format")
+    mark, args = content.get("format"), content.get("args")
     if mark in _FORMATS:
         content = content if mark == FORMAT else upgraded(content)
-        entries = {**content, "original": False}
-        return Checkpoint(**check_entries(entries, Checkpoint, str(path)))
-    if isinstance(content.get("args"), argparse.Namespace) and "head.weight" in content["model"]:
-        match = _NAME.fullmatch(path.name)
-        if match is None:
+        return from_entries(Checkpoint, content, path, original=False, path=path)
+    if isinstance(args, argparse.Namespace) and "head.weight" in content["model"]:
+        if (match := _NAME.fullmatch(path.name)) is None:
             raise CheckpointError(
                 f"{path}: a checkpoint of the original does not say its task; its name must: "
                 "task1_checkpoint.pth, task2_checkpoint.pth, ..."
             )
-        config = vars(content["args"])
-        return Checkpoint(model=content["model"], task=int(match[1]), config=config, original=True)
+        model, number, config = content["model"], int(match[1]), vars(args)
+        return Checkpoint(model=model, task=number, config=config, original=True, path=path)
     if str(mark).startswith("l2p run state"):
         raise CheckpointError(
             f"{path} is the state of a run, for --resume: give a checkpoint of a task, such as "
@@ -160,11 +206,38 @@ def _check_checksums(file: IO[bytes]) -> None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
 
 
-def check_entries(content: dict[str, Any], kind: type, source: str) -> dict[str, Any]:
-    """The fields of a dataclass, out of what a file holds; none may be missing, or unknown."""
-    names = {field.name for field in dataclasses.fields(kind)}
+def from_entries(kind: type, content: Mapping[str, Any], source: Path, **known: Any) -> Any:
+    """An object of a dataclass out of what a file holds, and what is known beside it.
+
+    Raises:
+        CheckpointError: If an entry is missing, or unknown.
+    """
+    names = {field.name for field in dataclasses.fields(kind)} - known.keys()
     found = {name: value for name, value in content.items() if name != "format"}
     for name in sorted(found.keys() ^ names):
         state = "missing" if name in names else "not expected there"
         raise CheckpointError(f"{source}: the entry {name} is {state}")
-    return found
+    return kind(**found, **known)
+
+
+def other_settings(
+    given: Mapping[str, Any], stored: Mapping[str, Any], free: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Each setting that is not free and that a file has otherwise: as a flag, and the file's."""
+    for name in sorted((given.keys() & stored.keys()).difference(free)):
+        if not _same_value(name, given[name], stored[name]):
+            yield f"{FLAGS[name].spelling} {shown(given[name])}", shown(stored[name])
+
+
+def _same_value(name: str, one: object, other: object) -> bool:
+    """Whether two values of a setting mean the same."""
+    if name == "model":
+        return backbone.resolve_name(str(one)) == backbone.resolve_name(str(other))
+    if name == "dataset":
+        try:
+            return list(registry.find_sources(str(one))) == list(registry.find_sources(str(other)))
+        except ValueError:
+            return False
+    if name == "num_tasks":  # none leaves it to the data; what follows is compared by class order
+        return one is None or other is None or one == other
+    return plain(one) == plain(other)

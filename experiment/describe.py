@@ -9,11 +9,15 @@ from pathlib import Path
 
 from cli.parser import command_words, shown
 from continual_datasets.scenarios import find_scenario
-from experiment.build import Experiment
+from experiment import run_record
 from model import backbone
+from training.state import Run
 
 #: What the summary calls the parameters of the pool.
 _POOL = {"prompt_key": "keys", "prompt": "prompts"}
+
+#: Lines that describe an evaluation.
+_EVALUATED = ("Data", "Tasks", "Model", "Votes", "Precision", "Processes")
 
 #: What a folder of results holds, in the order in which people look at it.
 _CONTENT = {
@@ -30,20 +34,16 @@ _CONTENT = {
 logger = logging.getLogger(__name__)
 
 
-def describe(run: Experiment) -> None:
-    """Logs in a few lines what is about to happen."""
-    settings = run.settings
+def describe(run: Run) -> None:
+    """Logs in a few lines what is about to happen: training, or the evaluation of checkpoints."""
+    settings, lines = run.settings, _lines(run)
+    if settings.run.eval:
+        _log_lines("L2P: evaluation of checkpoints", {name: lines[name] for name in _EVALUATED})
+        return
     command = command_words(settings.command()) or "the defaults"
-    lines = _lines(run)
     del lines["Votes"]  # which are named in "Training"
     _log_lines(f"L2P: {command}, seed {settings.run.seed}", lines)
     _warn(run)
-
-
-def describe_evaluation(run: Experiment) -> None:
-    """Logs in a few lines what `--eval` is about to evaluate; see `describe`."""
-    lines, names = _lines(run), ("Data", "Tasks", "Model", "Votes", "Precision", "Processes")
-    _log_lines("L2P: evaluation of checkpoints", {name: lines[name] for name in names})
 
 
 def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> None:
@@ -72,23 +72,22 @@ def _log_lines(title: str, lines: Mapping[str, str]) -> None:
     logger.info("%s", "\n".join([title, *rows]))
 
 
-def _lines(run: Experiment) -> dict[str, str]:
+def _lines(run: Run) -> dict[str, str]:
     """The lines of a summary by name; empty where there is nothing to say."""
     settings, stream, pool = run.settings, run.stream, run.model.prompt
-    vit = run.record.backbone
+    optimizer, vit = settings.optimizer, run.backbone
     num_train, num_test = (
         sum(len(part.data) for part in parts) for parts in (stream.tasks, stream.test_sets)
     )
-    prompts, votes = ", no prompts", ""
+    prompts, votes, state = ", no prompts", "", "frozen"
     if pool is not None:
         counts = f"{_count(pool.size, 'prompt')} of {_count(pool.length, 'token')}"
         prompts = f"; {counts}, {pool.top_k} for an image"
         if pool.batchwise and pool.size != pool.top_k:  # else a vote changes nothing
             votes = f"vote group of {settings.vote_group_size}"
-    state = "frozen"
     if run.model.backbone_trains:
         state = "trains" + (", the query comes from an untouched copy" if pool is not None else "")
-    numerics = dict(run.record.numerics)
+    numerics = run_record.numerics(run)
     amp = numerics.pop("amp", None) or "fp32"
     others = ", ".join(f"{name} {shown(value)}" for name, value in numerics.items() if value)
     return {
@@ -101,14 +100,17 @@ def _lines(run: Experiment) -> dict[str, str]:
         "Votes": votes,
         "Backbone": f"weights {vit['source']}, sha256 {vit['sha256'][:12]}; {state}",
         "Trains": _trained(run),
-        "Training": _training(run) + (f", {votes}" if votes else ""),
+        "Training": f"{optimizer.opt}, learning rate {optimizer.learning_rate(run.global_batch):g} "
+        f"(--lr {optimizer.lr:g}, scaled {optimizer.lr_scale}), {optimizer.sched}; "
+        f"{_count(optimizer.epochs, 'epoch')} a task, {run.global_batch} images a step"
+        + (f", {votes}" if votes else ""),
         "Precision": f"{amp}; {others}",
         "Processes": f"{run.processes.world_size} on {run.processes.device}",
         "Output": settings.run.output_dir or "none: nothing is written",
     }
 
 
-def _tasks(run: Experiment) -> str:
+def _tasks(run: Run) -> str:
     sizes = [len(task.classes) for task in run.stream.tasks]
     classes = " to ".join(str(size) for size in sorted({min(sizes), max(sizes)}))
     scenario = find_scenario(run.settings)
@@ -116,7 +118,7 @@ def _tasks(run: Experiment) -> str:
     return f"{len(sizes)} of {classes} class{'' if max(sizes) == 1 else 'es'}, {name}"
 
 
-def _order(run: Experiment) -> str:
+def _order(run: Run) -> str:
     """The order of the classes, task by task, or that of the tasks if all have the same classes."""
     order = run.stream.class_order
     what, words = "classes", " | ".join(" ".join(map(str, classes)) for classes in order)
@@ -125,17 +127,16 @@ def _order(run: Experiment) -> str:
     return f"{what} {textwrap.shorten(words, 60, placeholder=' ...')}"
 
 
-def _replay(run: Experiment) -> str:
+def _replay(run: Run) -> str:
     if run.buffer is None:
         return ""
     replay, replayed = run.settings.replay, run.settings.replayed_per_group
     size = f"{replay.buffer_size or replay.buffer_per_class} images"
-    if not replay.buffer_size:
-        size += " of each class"
-    return f"{size}, {replayed} replayed images with each vote group from the second task on"
+    each = "" if replay.buffer_size else " of each class"
+    return f"{size}{each}, {replayed} replayed images with each vote group from the second task on"
 
 
-def _trained(run: Experiment) -> str:
+def _trained(run: Run) -> str:
     """How many parameters of each part are trained."""
     sizes = Counter[str]()
     for name, parameter in run.model.named_parameters():
@@ -146,16 +147,7 @@ def _trained(run: Experiment) -> str:
     return f"number of params: {sizes.total()} ({parts})"
 
 
-def _training(run: Experiment) -> str:
-    optimizer = run.settings.optimizer
-    return (
-        f"{optimizer.opt}, learning rate {optimizer.learning_rate(run.global_batch):g} "
-        f"(--lr {optimizer.lr:g}, scaled {optimizer.lr_scale}), {optimizer.sched}; "
-        f"{_count(optimizer.epochs, 'epoch')} a task, {run.global_batch} images a step"
-    )
-
-
-def _warn(run: Experiment) -> None:
+def _warn(run: Run) -> None:
     """Logs what people may not expect of these settings."""
     settings, stream, world_size = run.settings, run.stream, run.processes.world_size
     name = settings.model.model

@@ -5,25 +5,20 @@ where the data are now and how to compute. Checkpoints of l2p-pytorch evaluate t
 """
 
 import logging
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import engine
-from cli.parser import UsageError, read_mapping, shown
-from cli.settings import Settings, find_flag, is_setting, names_of
+from cli.parser import UsageError, read_mapping
+from cli.settings import FLAGS, Settings, names_of
 from continual_datasets import task_splits
-from experiment import build, checkpoints, describe
-from experiment.build import Experiment
+from experiment import build, checkpoints, describe, run_record
 from experiment.checkpoints import Checkpoint, CheckpointError
-from experiment.resume import check_same_run, same_value
 from model import backbone
 from reports import files, metrics
-from training.state import TaskReport, TrainState
-from utils import is_main_process
+from training.state import Run, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +40,8 @@ _FROM_ORIGINAL = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StoredRun:
-    """What `--eval` evaluates."""
-
-    paths: dict[int, Path]  # checkpoints by task number (1-based), ascending
-    first: Checkpoint
-
-
-def find(settings: Settings) -> StoredRun:
-    """The checkpoints that `--eval` evaluates.
+def find(settings: Settings) -> tuple[dict[int, Path], Checkpoint]:
+    """What `--eval` evaluates: checkpoints by task number (1-based), ascending; and the first.
 
     Raises:
         UsageError: If there is none.
@@ -64,11 +51,11 @@ def find(settings: Settings) -> StoredRun:
     if settings.run.checkpoint is not None:
         path = Path(settings.run.checkpoint)
         first = checkpoints.load(path)
-        return StoredRun({first.task: path}, first)
+        return {first.task: path}, first
     if folder is None:
         raise UsageError(["--eval needs --output_dir, the folder of the run, or --checkpoint"])
     if paths := checkpoints.find(folder):
-        return StoredRun(paths, checkpoints.load(next(iter(paths.values()))))
+        return paths, checkpoints.load(next(iter(paths.values())))
     problem = (
         f"--eval finds no checkpoint in {folder / 'checkpoint'}: expected task1_checkpoint.pth, "
         "task2_checkpoint.pth, ...; name the run's --output_dir"
@@ -85,21 +72,16 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
         UsageError: If the command line contradicts the checkpoint, with every contradiction.
         CheckpointError: If the settings in the checkpoint are no settings.
     """
-    stored = {k: v for k, v in checkpoint.config.items() if is_setting(k)}
+    stored = {k: v for k, v in checkpoint.config.items() if k in FLAGS}
     if checkpoint.original:
         stored = _adopt_original(settings, stored)
     stored, problems = read_mapping(stored)
     if problems:
         raise CheckpointError(f"the settings in the checkpoint are damaged: {'; '.join(problems)}")
     given = {name: settings[name] for name in settings.given.explicit}
-    clashes = [
-        f"{find_flag(name).spelling} {shown(given[name])} contradicts the checkpoint, which has "
-        f"{shown(stored[name])}"
-        for name in sorted((given.keys() & stored.keys()).difference(_CHANGEABLE))
-        if not same_value(name, given[name], stored[name])
-    ]
-    if clashes:
-        raise UsageError(clashes)
+    clashes = checkpoints.other_settings(given, stored, _CHANGEABLE)
+    if problems := [f"{flag} contradicts the checkpoint, which has {old}" for flag, old in clashes]:
+        raise UsageError(problems)
     stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
     if checkpoint.class_order is not None:
         stored["class_order"] = given["class_order"] = None  # the file may be gone
@@ -112,7 +94,7 @@ def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     return checkpoint.original and not (has_pool and build.backbone_trains(settings))
 
 
-def evaluate_and_report(run: Experiment, paths: dict[int, Path]) -> int:
+def evaluate_and_report(run: Run, paths: dict[int, Path]) -> int:
     """Evaluates the checkpoints, by task number, prints and writes the results.
 
     Returns:
@@ -122,15 +104,14 @@ def evaluate_and_report(run: Experiment, paths: dict[int, Path]) -> int:
         CheckpointError: If a checkpoint does not belong to the others.
         WeightsError: If it does not fit the model.
     """
-    describe.describe_evaluation(run)
+    describe.describe(run)
     for number, path in paths.items():
         _evaluate(run, number, path)
-    logger.info("%s", run.record.table())
-    folder = run.settings.output_folder
-    if folder is not None and is_main_process():
-        file = _result_file(folder, run.settings)
+    logger.info("%s", run_record.table(run))
+    if run.output_dir is not None:
+        file = _result_file(run.output_dir, run.settings)
         earlier = file.with_name(f"{file.stem}_before.json")
-        files.write_json(file, run.record.as_dict(), keep=earlier)
+        files.write_json(file, run_record.results(run), keep=earlier)
         logger.info("Wrote %s", file)
     every = run.settings.tasks.eval_every
     evaluated = task_splits.evaluated_tasks(run.stream.num_tasks, every)
@@ -158,7 +139,7 @@ def _adopt_original(settings: Settings, stored: dict[str, Any]) -> dict[str, Any
     return {**stored, "vote_ties": "topk", "vote_group_size": stored.get("batch_size")}
 
 
-def _evaluate(run: Experiment, number: int, path: Path) -> None:
+def _evaluate(run: Run, number: int, path: Path) -> None:
     """Evaluates the checkpoint of a task, and compares with the accuracies that it stores."""
     checkpoint = checkpoints.load(path)
     if not 1 <= checkpoint.task <= run.stream.num_tasks:
@@ -172,25 +153,22 @@ def _evaluate(run: Experiment, number: int, path: Path) -> None:
         if run.model.prompt is None or not run.model.backbone_trains:
             # Else the query comes from the weights that the settings name.
             vit = run.model.query_backbone or run.model.backbone
-            identity = backbone.identify(vit, run.record.backbone["name"], path.name)
-            run.record.backbone.update(identity.as_dict())
+            run.backbone = backbone.identify(vit, run.backbone["name"], path.name)
     else:
-        check_same_run(run, checkpoint, path)
+        checkpoints.check_same_run(run, checkpoint)
         run.model.load_trained_state(checkpoint.model, str(path))
     logger.info("Evaluating %s", path)
-    start, task = time.monotonic(), run.stream.tasks[number - 1]
-    state = TrainState(task.index)
-    evaluations = engine.evaluate_till_now(run.model, task, state, None, run.loop)
-    seconds = time.monotonic() - start
-    run.record.reports.append(TaskReport(task.index, {}, evaluations, 0.0, seconds))
+    task, state = run.stream.tasks[number - 1], TrainState(number - 1)
+    engine.evaluate_till_now(run, task, state)
+    run.reports.append(state)
     _compare(run, checkpoint, task.index)
 
 
-def _compare(run: Experiment, checkpoint: Checkpoint, task: int) -> None:
+def _compare(run: Run, checkpoint: Checkpoint, task: int) -> None:
     """Logs whether the accuracies after a task are those that the run stored."""
     for name, rows in checkpoint.accuracy.items():
         stored = metrics.from_lists(rows)[:, task]
-        found = run.record.matrices[name][:, task]
+        found = run.matrices[name][:, task]
         if np.array_equal(stored, found, equal_nan=True):
             logger.info("Reproduces the stored accuracies (%s-wise)", name)
         else:

@@ -23,18 +23,20 @@ import numpy as np
 
 import utils
 from continual_datasets.stream import display_names
+from experiment import run_record
 from reports import metrics
 from reports.metrics import SELECTIONS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from experiment.run_record import RunRecord
-    from training.state import TaskReport
+    from cli.settings import OutputSettings
+    from training.state import Run, TrainState
 
 logger = logging.getLogger(__name__)
 
-_TENSORBOARD, _WANDB = "TensorBoard", "Weights & Biases"
+#: What the logs need, by the name of their setting.
+_PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb", "tensorboard")}
 
 
 @dataclass
@@ -49,62 +51,62 @@ class LiveLog:
         named = {f"train/{name}": value for name, value in values.items()}
         self._write(f"at step {step}", lambda writer: _add_scalars(writer, named, step))
 
-    def log_task(self, step: int, record: RunRecord, report: TaskReport) -> None:
-        """Adds the results of a task that was evaluated; the record includes them."""
+    def log_task(self, step: int, run: Run, report: TrainState) -> None:
+        """Adds the results of a task that was evaluated; the run includes them."""
         place = f"at step {step}, after task {report.task + 1}"
-        self._write(place, lambda writer: _add_task(writer, step, record, report))
+        self._write(place, lambda writer: _add_task(writer, step, run, report))
 
     def close(self) -> None:
         """Closes the logs; Weights & Biases may take a minute to send the rest."""
         self._write("at its end", lambda writer: writer.close())
         wandb_run, self.writer, self.wandb_run = self.wandb_run, None, None
         if wandb_run is not None:
-            with _reported(_WANDB, "at its end"):
+            with _reported("Weights & Biases", "at its end"):
                 wandb_run.finish()
 
     def _write(self, place: str, write: Callable[[SummaryWriter], None]) -> None:
         """Writes to the disk at once; without the log from then on if that fails."""
         writer, self.writer = self.writer, None
         if writer is not None:
-            with _reported(_TENSORBOARD, place):
+            with _reported("TensorBoard", place):
                 write(writer)
                 writer.flush()
                 self.writer = writer
 
 
-def open_live_log(
-    *, tensorboard: bool, wandb: bool, output_dir: Path, record: RunRecord, first_step: int
-) -> LiveLog:
-    """Opens the logs that are wanted, in the main process alone.
+def open_live_log(run: Run, first_step: int) -> LiveLog:
+    """Opens the logs that the settings of a run ask for, where it writes anything.
+
+    They are TensorBoard's, in the folder `tensorboard` of the run, and Weights & Biases, as project
+    `WANDB_PROJECT`, or else `l2p`.
 
     Args:
-        tensorboard: Whether to log to TensorBoard, in the folder `tensorboard` of the run.
-        wandb: Whether to log to Weights & Biases, as project `WANDB_PROJECT`, or else `l2p`.
-        output_dir: The run's folder.
-        record: The run.
+        run: The run.
         first_step: Finished steps of the run; what was logged for later ones is replaced.
     """
-    writer = wandb_run = None
-    if wandb:
-        with _reported(_WANDB, "at its start"):
-            wandb_run = _start_wandb(output_dir, record.config)
-    if tensorboard or wandb_run is not None:
-        with _reported(_TENSORBOARD, "at its start"):
+    log, wanted, folder = LiveLog(), run.settings.output, run.output_dir
+    if folder is None:
+        return log
+    if wanted.wandb:
+        with _reported("Weights & Biases", "at its start"):
+            log.wandb_run = _start_wandb(folder, run_record.resolved(run.settings))
+    if wanted.tensorboard or log.wandb_run is not None:
+        with _reported("TensorBoard", "at its start"):
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1)
-    return LiveLog(writer, wandb_run)
+            log.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    return log
 
 
-def missing_packages(tensorboard: bool, wandb: bool) -> list[str]:
+def missing_packages(wanted: OutputSettings) -> list[str]:
     """One line for each package that a wanted log needs and that is not installed."""
-    packages = {"tensorboard": ["tensorboard"], "wandb": ["wandb", "tensorboard"]}
     return [
         f"--{log} needs the package {package}: pip install {package}"
-        for log, is_wanted in (("tensorboard", tensorboard), ("wandb", wandb))
-        for package in packages[log]
+        for log, packages in _PACKAGES.items()
+        for package in packages
         # A folder of that name in the way is found too, but has no origin.
-        if is_wanted and getattr(importlib.util.find_spec(package), "origin", None) is None
+        if getattr(wanted, log)
+        and getattr(importlib.util.find_spec(package), "origin", None) is None
     ]
 
 
@@ -146,13 +148,14 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step
             writer.add_scalar(tag, value, step)
 
 
-def _add_task(writer: SummaryWriter, step: int, record: RunRecord, report: TaskReport) -> None:
+def _add_task(writer: SummaryWriter, step: int, run: Run, report: TrainState) -> None:
     from reports import figures
     from reports.figure_style import NothingToDrawError
 
-    names = display_names(record.test_sets, len(record.matrices["batch"]), "task {}")
+    sets = [test_set.name for test_set in run.stream.test_sets]
+    names = display_names(sets, len(sets), "task {}")
     for selection in SELECTIONS:
-        averages = metrics.summarize(record.matrices[selection], report.task)
+        averages = metrics.summarize(run.matrices[selection], report.task)
         averages.pop("accuracy_curve", None)  # it is the average accuracy, task by task
         values = {f"metrics/{name}/{selection}-wise": value for name, value in averages.items()}
         for evaluation in report.evaluations:
@@ -164,4 +167,4 @@ def _add_task(writer: SummaryWriter, step: int, record: RunRecord, report: TaskR
                 writer.add_histogram(f"prompts/{test_set}", selected, step, bins=ids - 0.5)
         _add_scalars(writer, values, step)
     with suppress(NothingToDrawError):
-        writer.add_figure("accuracy matrix", figures.accuracy_matrix(record.as_dict()), step)
+        writer.add_figure("accuracy matrix", figures.accuracy_matrix(run_record.results(run)), step)

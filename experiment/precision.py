@@ -46,8 +46,8 @@ def apply(
                     module.fused_attn = False  # type: ignore[assignment]
     if settings.compile:
         mode = "reduce-overhead" if on_cuda else None
-        model.run_query = _Compiled(model.run_query, batch_sizes, mode)
-        model.run_prompted = _Compiled(model.run_prompted, batch_sizes, mode)
+        for name in ("encode_query", "encode_prompted"):
+            setattr(model, name, _Compiled(getattr(model, name), batch_sizes, mode))
 
 
 def _round_frozen_weights(model: PromptedVisionTransformer, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ Whatever takes long to import is imported here or below, so that main.py can put
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 from torch.distributed import DistNetworkError, DistStoreError
 
@@ -15,11 +16,10 @@ from cli.settings import Settings
 from continual_dataloader import LostWorkerError
 from continual_datasets.images import DataError
 from experiment import evaluate_checkpoints, signals
-from experiment.checkpoints import CheckpointError
-from experiment.evaluate_checkpoints import StoredRun
+from experiment.checkpoints import Checkpoint, CheckpointError
 from experiment.signals import Preempted, StopSignals
 from experiment.validate import validate
-from model.weights import WeightsError
+from model.backbone import WeightsError
 from training.state import NonFiniteLossError
 from utils import LostProcessError, Processes
 
@@ -41,11 +41,13 @@ class Session:
     Attributes:
         code: Exit code, after the context.
         processes: This process among all, after `begin`.
-        stored: With `--eval`, the checkpoints to evaluate, after `begin`.
+        checkpoints, first: With `--eval` what is evaluated, after `begin`; see
+            `evaluate_checkpoints.find`.
     """
 
     processes: Processes
-    stored: StoredRun
+    checkpoints: dict[int, Path]
+    first: Checkpoint
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
@@ -63,8 +65,8 @@ class Session:
         self.signals.idle = True
         self.signals.check()
         if settings.run.eval and not problems:
-            self.stored = evaluate_checkpoints.find(settings)
-            settings = evaluate_checkpoints.adopt(settings, self.stored.first)
+            self.checkpoints, self.first = evaluate_checkpoints.find(settings)
+            settings = evaluate_checkpoints.adopt(settings, self.first)
         validate(settings, problems)
         with self.signals.suspended():
             self.processes = utils.init_processes(settings.run.device, settings.run.dist_url)

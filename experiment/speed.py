@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine import StepTarget, make_update, train_step
+from engine import StepTarget, train_step
 from experiment import build
-from experiment.build import Experiment
+from training.state import Run
+from training.update import OptimizerStep
 from utils import is_main_process, sum_over_processes
 from vision_transformer import PromptedVisionTransformer
 
@@ -34,7 +35,7 @@ _WARM_UP, _FEWEST, _MOST, _SECONDS = 3, 3, 10, 20.0
 _BACKWARD = {"aten::_convolution": 0, "aten::matmul": 2, "aten::bmm": 2}
 
 
-def speed_test(run: Experiment) -> None:
+def speed_test(run: Run) -> None:
     """Measures throughput of training steps and of inference, counts multiply-accumulates.
 
     Logs the lines, and appends them to `speed_macs.txt` in the run's folder. Weights and random
@@ -43,14 +44,14 @@ def speed_test(run: Experiment) -> None:
     model, settings, device = run.model, run.settings, run.processes.device
     batch_size, size = settings.optimizer.batch_size, settings.transforms.input_size
     make_optimizer = partial(build.make_optimizer, settings.optimizer, model, lr=0.0)
-    update = make_update(model, dataclasses.replace(run.loop, make_optimizer=make_optimizer))
+    update = OptimizerStep(dataclasses.replace(run, make_optimizer=make_optimizer))
     target = StepTarget(task_id=0, allowed=None, global_size=batch_size)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
         images = torch.rand(batch_size, 3, size, size, device=device)
         targets = torch.randint(model.num_classes, (batch_size,), device=device)
         model.train()
-        step = partial(train_step, model, update, (images, targets), target, run.loop.options)
+        step = partial(train_step, run, update, (images, targets), target)
         training = batch_size / _seconds(step, device)
         for buffer, before in buffers:
             buffer.copy_(before)  # what steps count beside the weights
@@ -80,16 +81,28 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
     `backward` are those of the gradient of the prompted pass through a frozen backbone.
     """
     model = copy.deepcopy(model).eval()
-    model.run_query, model.run_prompted = model.encode_query, model.encode_prompted  # not compiled
+    for name in ("encode_query", "encode_prompted"):
+        vars(model).pop(name, None)  # compiled
     for attention in model.modules():
         if hasattr(attention, "fused_attn"):  # older torchprofile does not count it
             attention.fused_attn = False  # type: ignore[assignment]
-    query = torch.zeros(len(images), model.width, device=images.device)
+    query, classify = torch.zeros(len(images), model.width, device=images.device), model.forward
     asked = Counter[str]() if model.prompt is None else _macs(model, model.query, images)
-    prompted = _macs(model, lambda *inputs: model(*inputs)["logits"], images, query)
+    prompted = _macs(model, lambda *inputs: classify(*inputs)["logits"], images, query)
     backward = sum(_BACKWARD.get(operator, 1) * macs for operator, macs in prompted.items())
     gmacs = {"query": asked.total() / 1e9, "prompted": prompted.total() / 1e9}
     return {**gmacs, "total": sum(gmacs.values()), "backward": backward / 1e9}
+
+
+def _macs(model: Any, forward: Callable[..., Tensor], *inputs: Tensor) -> Counter[str]:
+    """Multiply-accumulates by operator of a model with this pass in the place of its own."""
+    from torchprofile import profile_macs
+
+    model.forward = forward
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # operators without multiplications, tracing
+        counts: Any = profile_macs(model, inputs, reduction=None)
+    return sum((Counter({node.operator: n}) for node, n in counts.items()), Counter())
 
 
 def peak_megabytes(device: torch.device) -> float:
@@ -115,21 +128,3 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     repeat = partial(timeit.repeat, work, timer=now, number=1)
     once = sum_over_processes(torch.tensor(repeat(repeat=_WARM_UP)[-1], device=device)).item()
     return statistics.median(repeat(repeat=min(max(_FEWEST, int(_SECONDS / once)), _MOST)))
-
-
-class _Pass(nn.Module):
-    """A pass of a model as the module that torchprofile takes."""
-
-    def __init__(self, model: nn.Module, run: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model, self.forward = model, run
-
-
-def _macs(model: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> Counter[str]:
-    """Multiply-accumulates of a pass by operator."""
-    from torchprofile import profile_macs
-
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # operators without multiplications, tracing
-        counts: Any = profile_macs(_Pass(model, run), inputs, reduction=None)
-    return sum((Counter({node.operator: n}) for node, n in counts.items()), Counter())

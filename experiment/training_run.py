@@ -1,6 +1,5 @@
 """A training run: its folder, what it saves and when, what it reports at its end."""
 
-import dataclasses
 import logging
 import shlex
 import time
@@ -14,29 +13,25 @@ import utils
 from cli import configurations
 from continual_datasets.samplers import steps_per_epoch
 from experiment import checkpoints, describe, live_log, resume, run_record
-from experiment.build import Experiment
-from experiment.checkpoints import Checkpoint
 from experiment.live_log import LiveLog
-from experiment.resume import SavedRun
+from experiment.resume import RunState
 from experiment.signals import Preempted, StopSignals
 from reports import draw, files
-from training.state import Monitor, NonFiniteLossError, Run, TaskReport, TrainState
+from training.state import Monitor, NonFiniteLossError, Run, TrainState
 from training.update import OptimizerStep
-from utils import is_main_process, wait_for_all
+from utils import wait_for_all
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def recorded(
-    experiment: Experiment, signals: StopSignals, saved: SavedRun | None, seconds_to_load: float = 0
-) -> Iterator[Run]:
-    """Saves and logs the training in its body, which gets what `engine.train_and_evaluate` needs.
-
-    It reports the results after it.
+    run: Run, signals: StopSignals, saved: RunState | None, seconds_to_load: float = 0
+) -> Iterator[None]:
+    """Saves and logs the training of the run in its body; reports the results after it.
 
     Args:
-        experiment: The run.
+        run: The run.
         signals: Stop requests, which take effect at step boundaries meanwhile.
         saved: The state that it resumes from, if any.
         seconds_to_load: Wall time that it took to prepare the run.
@@ -44,41 +39,38 @@ def recorded(
     Raises:
         Preempted: When the run was asked to stop; what it has learned is saved.
     """
-    output_dir = experiment.settings.output_folder if is_main_process() else None
-    if output_dir is not None:
-        _start_output(experiment, saved, output_dir)
-    describe.describe(experiment)
-    start = time.monotonic()
-    with closing(_open_live_log(experiment, saved, output_dir)) as live:
-        checkpointer = Checkpointer(experiment, signals, saved, live)
+    if run.output_dir is not None:
+        _start_output(run, saved, run.output_dir)
+    describe.describe(run)
+    start, position = time.monotonic(), saved.position if saved else TrainState()
+    first_step = steps_before(run, position.task, position.epoch) + position.step
+    with closing(live_log.open_live_log(run, first_step)) as live:
+        run.monitor = checkpointer = Checkpointer(run, signals, saved, live)
         signals.idle = False
         try:
-            yield dataclasses.replace(experiment.loop, monitor=checkpointer)
+            yield
         except NonFiniteLossError:
             checkpointer.save_last_finite()
             raise
         finally:
             signals.idle = True
+            run.monitor = Monitor()  # a cycle would keep the DataLoader's workers alive
     seconds = time.monotonic() - start
     logger.info("Total training time: %s", timedelta(seconds=int(seconds)))
-    _report(experiment, checkpointer, seconds_to_load, seconds)
+    _report(run, checkpointer, seconds_to_load, seconds)
 
 
 class Checkpointer(Monitor):
     """Saves a run as it proceeds, logs it, and stops it on request; arguments as of `recorded`."""
 
     def __init__(
-        self, experiment: Experiment, signals: StopSignals, saved: SavedRun | None, live: LiveLog
+        self, run: Run, signals: StopSignals, saved: RunState | None, live: LiveLog
     ) -> None:
-        self.experiment, self.signals, self.live = experiment, signals, live
-        self.output_dir = experiment.settings.output_folder if is_main_process() else None
+        self.run, self.signals, self.live, self.output_dir = run, signals, live, run.output_dir
         self.seconds_saving, self.saved_at = 0.0, time.monotonic()
-        self.logged: dict[str, list[float]] = {}
-        self.newest_is_intact = True
-        if saved is not None:
-            self.logged = saved.state.position.meters
-            newest = resume.newest_path(self.output_dir or Path())
-            self.newest_is_intact = saved.path.resolve() == newest.resolve()
+        self.logged = saved.position.meters if saved else {}
+        newest = resume.newest_path(run.output_dir or Path()).resolve()
+        self.newest_is_intact = saved is None or saved.path.resolve() == newest
 
     def wants_to_stop(self) -> bool:
         """Whether this process received a signal."""
@@ -96,9 +88,9 @@ class Checkpointer(Monitor):
         """
         self._log_steps(state)
         start = time.monotonic()
-        is_due = start - self.saved_at >= self.experiment.settings.run.save_every
+        is_due = start - self.saved_at >= self.run.settings.run.save_every
         if self.output_dir is not None and (is_due or stop or self._is_milestone(state)):
-            taken = resume.take(self.experiment, state, update)
+            taken = resume.take(self.run, state, update)
             resume.save(self.output_dir, taken, self.newest_is_intact)
             self.saved_at, self.newest_is_intact = time.monotonic(), True
             self.seconds_saving += self.saved_at - start
@@ -107,24 +99,24 @@ class Checkpointer(Monitor):
             place = f"task {state.task + 1}, epoch {state.epoch + 1}, step {state.step}"
             raise Preempted(self._stop_message(f"after {place}"))
 
-    def at_task_end(self, report: TaskReport) -> None:
+    def at_task_end(self, state: TrainState) -> None:
         """Stores images of a task for replay; writes its checkpoint, if evaluated, and results."""
-        run, number = self.experiment, report.task + 1
-        run.record.reports.append(report)
+        run, number = self.run, state.task + 1
+        run.reports.append(state)
         if run.buffer is not None:
-            run.buffer.add(run.stream.tasks[report.task].data.indices)
-        if not report.evaluations:
+            run.buffer.add(run.stream.tasks[state.task].data.indices)
+        if not state.evaluations:
             return
         if self.output_dir is not None:
             save_checkpoint(run, checkpoints.task_path(self.output_dir, number), number)
-            run.record.write(self.output_dir)
-        self.live.log_task(steps_before(run, number), run.record, report)
+            run_record.write(run, self.output_dir)
+        self.live.log_task(steps_before(run, number), run, state)
 
     def save_last_finite(self) -> None:
         """Saves the model before the step whose loss is not finite."""
         if self.output_dir is not None:
             path = self.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
-            save_checkpoint(self.experiment, path, len(self.experiment.record.reports))
+            save_checkpoint(self.run, path, len(self.run.reports))
             logger.error("Saved the state before that step to %s", path)
         wait_for_all()
 
@@ -137,7 +129,7 @@ class Checkpointer(Monitor):
             if count > old_count:
                 means[name] = (total - old_total) / (count - old_count)
         if means and self.live.writer is not None:
-            step = steps_before(self.experiment, state.task, state.epoch) + state.step
+            step = steps_before(self.run, state.task, state.epoch) + state.step
             self.live.log_training(step, means)
 
     def _is_milestone(self, state: TrainState) -> bool:
@@ -145,21 +137,22 @@ class Checkpointer(Monitor):
         if state.step > 0 or state.evaluations:
             return False
         task = state.task if state.inside_task else state.task - 1
-        return bool(self.experiment.stream.tasks[task].test_sets)
+        return bool(self.run.stream.tasks[task].test_sets)
 
     def _stop_message(self, place: str) -> str:
         by = self.signals.received[0].name if self.signals.received else "another process"
         how = "resume it by the same command with --resume auto"
-        saves = self.experiment.settings.output_folder is not None
+        saves = self.run.settings.output_folder is not None
         return f"{by} stopped the run {place}: {how if saves else 'nothing is saved'}"
 
 
-def save_checkpoint(experiment: Experiment, path: Path, task: int) -> None:
+def save_checkpoint(run: Run, path: Path, task: int) -> None:
     """Writes a checkpoint of the model as it is, after a task (1-based; 0: none is finished)."""
-    checkpoints.save(path, Checkpoint(**resume.stored_model(experiment), task=task))
+    entries = checkpoints.stored_model(run)
+    checkpoints.write(path, {"format": checkpoints.FORMAT, **entries, "task": task})
 
 
-def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
+def steps_before(run: Run, task: int, epoch: int = 0) -> int:
     """Steps of the run before an epoch of a task, both counted from 0."""
     sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
     drop_last = run.settings.optimizer.drop_last
@@ -167,23 +160,10 @@ def steps_before(run: Experiment, task: int, epoch: int = 0) -> int:
     return sum(steps[:task]) * run.settings.optimizer.epochs + sum(steps[task:]) * epoch
 
 
-def _open_live_log(run: Experiment, saved: SavedRun | None, output_dir: Path | None) -> LiveLog:
-    """The live logs that the settings ask for; without a folder one without any."""
-    if output_dir is None:
-        return LiveLog()
-    position = TrainState() if saved is None else saved.state.position
-    return live_log.open_live_log(
-        tensorboard=run.settings.output.tensorboard,
-        wandb=run.settings.output.wandb,
-        output_dir=output_dir,
-        record=run.record,
-        first_step=steps_before(run, position.task, position.epoch) + position.step,
-    )
-
-
-def _start_output(run: Experiment, saved: SavedRun | None, output_dir: Path) -> None:
+def _start_output(run: Run, saved: RunState | None, output_dir: Path) -> None:
     """Moves earlier results aside and writes the settings of this run."""
-    resumes_here = saved is not None and saved.belongs_to(output_dir)
+    own = resume.newest_path(output_dir).resolve().parent
+    resumes_here = saved is not None and saved.path.resolve().parent == own
     earlier = None if resumes_here else run_record.set_aside(output_dir)
     utils.log_to_file(output_dir / "log.txt")
     if earlier is not None:
@@ -199,28 +179,27 @@ def _start_output(run: Experiment, saved: SavedRun | None, output_dir: Path) -> 
     files.write_text(output_dir / "config.yaml", configurations.to_yaml(run.settings.stored()))
 
 
-def _log_resumed(saved: SavedRun) -> None:
-    at, epochs = saved.state.position, saved.state.config["epochs"]
-    if at.task >= len(saved.state.class_order or ()):
+def _log_resumed(saved: RunState) -> None:
+    at, epochs = saved.position, saved.config["epochs"]
+    if at.task >= len(saved.class_order or ()):
         logger.info("The run is complete already (%s)", saved.path)
         return
     done = f"task {at.task + 1}, {at.epoch} of {epochs} epochs and {at.step} steps done"
     logger.info("Resuming from %s: %s", saved.path, done)
 
 
-def _report(run: Experiment, checkpointer: Checkpointer, to_load: float, of_run: float) -> None:
+def _report(run: Run, checkpointer: Checkpointer, to_load: float, of_run: float) -> None:
     """Prints the results, writes them, draws them, and says where everything is."""
-    record, output_dir = run.record, checkpointer.output_dir
-    logger.info("%s", record.table())
-    if output_dir is None:
+    logger.info("%s", run_record.table(run))
+    if (output_dir := run.output_dir) is None:
         return
-    record.write(output_dir)
+    run_record.write(run, output_dir)
     start = time.monotonic()
     if run.settings.output.plots:
-        _draw(record.as_dict(), output_dir)
+        _draw(run_record.results(run), output_dir)
     seconds = {
-        "training": sum(report.train_seconds for report in record.reports),
-        "evaluation": sum(report.eval_seconds for report in record.reports),
+        "training": sum(report.train_seconds for report in run.reports),
+        "evaluation": sum(report.eval_seconds for report in run.reports),
         "loading": to_load,
         "saving": checkpointer.seconds_saving,
         "figures": time.monotonic() - start,

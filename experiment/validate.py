@@ -1,28 +1,46 @@
-"""Rejects contradictory settings, all at once and before anything is loaded."""
+"""Rejects contradictory settings, all at once and before anything is loaded.
 
-import difflib
+A check yields a line for each problem; a ValueError ends it, and its text is one of them.
+"""
+
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import timm.optim
 
 import utils
 from cli import configurations
+from cli.options import near
 from cli.parser import UsageError, shown
-from cli.settings import OptimizerSettings, Settings, find_flag
+from cli.settings import FLAGS, OptimizerSettings, Settings
 from continual_datasets import pipeline, transforms
 from continual_datasets.images import DataError
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import Scenario, find_scenario
 from experiment import build, live_log
-from model.backbone import without_memory
-from model.weights import WEIGHT_SUFFIXES
-from prompt import find_selection_rule
+from model.backbone import WEIGHT_SUFFIXES, without_memory
+from prompt import SELECTION_RULES, Prompt, find_selection_rule
 from vision_transformer import PromptedVisionTransformer, find_pooling
+
+#: Settings that have no effect without another (or one of two), and what to do.
+_NEED = (
+    ("diversify shared_prompt_pool shared_prompt_key", "prompt_pool", "leave it on"),
+    ("shared_prompt_key", "prompt_key", "leave it on"),
+    ("replay_batch", "buffer_size buffer_per_class", "give one of them"),
+    ("checkpoint", "eval", "give it too, to evaluate the checkpoint"),
+    ("tensorboard wandb seeds", "output_dir", "give the folder to write into"),
+)
+
+#: Settings that exclude others, and why.
+_EXCLUDE = (
+    ("eval", "resume speed_test speed_test_only dry_run", "are two commands"),
+    ("eval", "seeds", "are two commands, and --eval evaluates the one run of --output_dir"),
+    ("eval", "tensorboard wandb", "exclude each other, since only training is logged"),
+    ("dry_run", "speed_test speed_test_only", "are two commands"),
+    ("buffer_size", "buffer_per_class", "are two ways to say one thing"),
+)
 
 #: What torch compiles with, on the CPU or around a GPU's kernels.
 _COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
@@ -40,62 +58,66 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
     Raises:
         UsageError: With everything that is wrong, one problem a line.
     """
-    problems = list(problems)
-    of_the_model = [*_prompts(settings), *_optimizer(settings.optimizer)]
-    problems = [
-        *problems,
-        *of_the_model,
-        *_schedule(settings.optimizer),
-        *_transforms(settings),
-        *_replay(settings),
-        *_votes(settings),
-        *_scenario(settings, elsewhere),
-        *_model(settings, sound=not of_the_model and not problems),
-        *(() if elsewhere else _processes(settings)),
-        *_commands(settings),
-        *_seeds(settings),
-        *_output(settings),
+    of_the_model = [_pooling(settings), _prompts(settings), _optimizer(settings.optimizer)]
+    found = [*problems, *_found_by(of_the_model)]
+    others = [
+        _combinations(settings),
+        _schedule(settings.optimizer),
+        _transforms(settings),
+        _votes(settings),
+        _scenario(settings, elsewhere),
+        _model(settings, is_sound=not found),
+        _commands(settings),
+        _output(settings),
     ]
-    if problems:
-        raise UsageError(problems)
+    if not elsewhere:
+        others.append(_processes(settings))
+    found += _found_by(others)
+    if found:
+        raise UsageError(dict.fromkeys(found))
 
 
-def _rejection(find: Callable[..., Any], *args: Any) -> list[str]:
-    """What a registry says of a name that it rejects."""
-    try:
-        find(*args)
-    except ValueError as error:
-        return [str(error)]
-    return []
+def _found_by(checks: Iterable[Iterator[str]]) -> Iterator[str]:
+    for check in checks:
+        try:
+            yield from check
+        except ValueError as error:
+            yield str(error)
+
+
+def _combinations(settings: Settings) -> Iterator[str]:
+    """Settings that need each other, or exclude each other."""
+
+    def given(names: str) -> list[str]:
+        return [name for name in names.split() if settings[name] != FLAGS[name].default]
+
+    for names, needed, advice in _NEED:
+        if not any(settings[name] for name in needed.split()):
+            flags = " or ".join(f"--{name}" for name in needed.split())
+            yield from (f"--{name} needs {flags}: {advice}" for name in given(names))
+    for one, others, reason in _EXCLUDE:
+        if given(one):
+            yield from (f"--{name} and --{one} {reason}: give one" for name in given(others))
+
+
+def _pooling(settings: Settings) -> Iterator[str]:
+    find_pooling(settings.model.head_type, settings.prompts.prompt_pool)
+    yield from ()
 
 
 def _prompts(settings: Settings) -> Iterator[str]:
-    prompts = settings.prompts
-    yield from _rejection(find_pooling, settings.model.head_type, prompts.prompt_pool)
-    yield from _rejection(find_selection_rule, prompts.diversify)
-    if not prompts.prompt_pool:
-        for name in ("diversify", "shared_prompt_pool", "shared_prompt_key"):
-            flag = find_flag(name)
-            if settings[name] != flag.default:
-                value = "" if flag.is_switch else f" {settings[name]}"
-                yield f"{flag.spelling}{value} needs the prompt pool: leave --prompt_pool on"
-        return
-    if prompts.top_k > prompts.size:
-        yield (
-            f"--top_k {prompts.top_k} exceeds --size {prompts.size}: lower --top_k or enlarge the "
-            "pool"
-        )
-    if prompts.shared_prompt_key and not prompts.prompt_key:
-        yield "--shared_prompt_key needs keys of their own: leave --prompt_key on"
+    size, top_k = settings.prompts.size, settings.prompts.top_k
+    if settings.prompts.prompt_pool and top_k > size:
+        yield f"--top_k {top_k} exceeds --size {size}: lower --top_k or enlarge the pool"
+    find_selection_rule(settings.prompts.diversify)
 
 
 def _optimizer(settings: OptimizerSettings) -> Iterator[str]:
     name = settings.opt.lower().removeprefix("lookahead_")
     known = [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=5) or ["adam", "adamw", "sgd", "lion"]
-        yield f"--opt {settings.opt} is unknown to timm: did you mean {', '.join(near)}?"
-        return
+        hint = near(name, known) or ": timm.optim.list_optimizers() names all"
+        raise ValueError(f"--opt {settings.opt} is unknown to timm{hint}")
     info = timm.optim.get_optimizer_info(name)
     if getattr(info, "second_order", False):
         yield f"--opt {settings.opt} needs second derivatives, which the loop does not compute"
@@ -124,21 +146,12 @@ def _transforms(settings: Settings) -> Iterator[str]:
         return
     if reason := pipeline.why_not_on_device(options):
         yield f"--data_on_device true: {reason}"
-    with suppress(ValueError):  # which `_scenario` reports
-        for name, spec in registry.find_sources(settings.data.dataset).items():
-            if spec.in_files:
-                yield (
-                    f"--data_on_device true: the images of {name} are files, opened when they are "
-                    "needed; leave it out"
-                )
-
-
-def _replay(settings: Settings) -> Iterator[str]:
-    replay = settings.replay
-    if not replay.has_buffer and replay.replay_batch is not None:
-        yield "--replay_batch needs a buffer: give --buffer_size or --buffer_per_class"
-    if replay.buffer_size is not None and replay.buffer_per_class is not None:
-        yield "--buffer_size and --buffer_per_class are two ways to say one thing: give one"
+    for name, spec in registry.find_sources(settings.data.dataset).items():
+        if spec.in_files:
+            yield (
+                f"--data_on_device true: the images of {name} are files, opened when they are "
+                "needed; leave it out"
+            )
 
 
 def _votes(settings: Settings) -> Iterator[str]:
@@ -167,50 +180,47 @@ def _votes(settings: Settings) -> Iterator[str]:
 
 def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
     """Problems of scenario and data, as far as can be seen without reading any image."""
-    tasks = settings.tasks
-    if not elsewhere and tasks.class_order is not None and not Path(tasks.class_order).is_file():
-        yield f"--class_order {tasks.class_order}: there is no such file"
-    try:
-        scenario = find_scenario(settings)
-    except ValueError as error:
-        yield str(error)
-        return
+    order = settings.tasks.class_order
+    if order is not None and not elsewhere and not Path(order).is_file():
+        yield f"--class_order {order}: there is no such file"
+    scenario = find_scenario(settings)
     yield from scenario.problems()
     if not all(map(configurations.exists, settings.given.configurations)):
         return  # the missing configuration may name other data
     if elsewhere:
-        with suppress(ValueError):
-            yield from () if scenario.tasks_are_folders else _tasks(scenario)
+        yield from () if scenario.tasks_are_folders else _tasks(scenario)
         return
-    missing = list(_missing_data(scenario))
+    missing, size = list(_missing_data(scenario)), settings.replay.buffer_size
     yield from missing
     try:
         yield from _tasks(scenario)
-        yield from _buffer(scenario)
+        if size is not None and size < (num_classes := scenario.num_classes()):
+            yield (
+                f"--buffer_size {size} is smaller than the number of classes: give at least "
+                f"{num_classes}, an image for each"
+            )
         scenario.check_classes()
-    except ValueError as error:
-        if not (missing and isinstance(error, DataError)):
-            yield str(error)
+    except DataError:
+        if not missing:
+            raise
 
 
 def _missing_data(scenario: Scenario) -> Iterator[str]:
     """A data folder that does not exist, or that would get the results as one more task."""
-    settings = scenario.settings
-    data = settings.data
+    settings, data = scenario.settings, scenario.settings.data
     path = Path(data.data_path).expanduser()
-    specs = registry.find_sources(data.dataset)
-    if not path.is_dir() and any(spec.needs_data_path for spec in specs.values()):
-        downloadable = all(spec.downloadable for spec in specs.values())
+    specs = registry.find_sources(data.dataset).values()
+    if not path.is_dir() and any(spec.needs_data_path for spec in specs):
+        downloadable = all(spec.downloadable for spec in specs)
         hint = ", or an empty one to download it into" if downloadable else ""
         given = "" if "data_path" in settings.given.explicit else " (the default)"
         yield (
             f"--data-path {path}{given} does not exist: name the folder that holds "
             f"{data.dataset}{hint}"
         )
-    any_folder = any(spec.any_data for spec in specs.values())
     output_dir = settings.run.output_dir
-    is_a_task = scenario.tasks_are_folders and any_folder
-    if is_a_task and Path(output_dir).absolute().parent == path.absolute():
+    is_inside = Path(output_dir).absolute().parent == path.absolute()
+    if is_inside and scenario.tasks_are_folders and any(spec.any_data for spec in specs):
         yield f"--output_dir {output_dir} would count as a domain of --data-path {path}"
 
 
@@ -226,22 +236,12 @@ def _tasks(scenario: Scenario) -> Iterator[str]:
         )
     if num_parts == 1 and settings.replay.has_buffer:
         yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"
-    if prompts.prompt_pool and not _rejection(find_selection_rule, prompts.diversify):
-        rule = find_selection_rule(prompts.diversify)
+    if prompts.prompt_pool:
+        rule = SELECTION_RULES.get(prompts.diversify, Prompt)
         yield from rule.problems(prompts, 1 if scenario.is_joint else num_parts)
 
 
-def _buffer(scenario: Scenario) -> Iterator[str]:
-    """Whether it has room for every class."""
-    size = scenario.settings.replay.buffer_size
-    if size is not None and size < (num_classes := scenario.num_classes()):
-        yield (
-            f"--buffer_size {size} is smaller than the number of classes: give at least "
-            f"{num_classes}, an image for each"
-        )
-
-
-def _model(settings: Settings, sound: bool) -> Iterator[str]:
+def _model(settings: Settings, is_sound: bool) -> Iterator[str]:
     """Problems of weights and backbone; of the whole model where its settings are sound."""
     file = settings.model.weight_file
     if file is not None and not file.is_file():
@@ -249,13 +249,10 @@ def _model(settings: Settings, sound: bool) -> Iterator[str]:
         yield f"--pretrained {given}: neither true, false, nor a file that exists"
     elif file is not None and file.suffix not in WEIGHT_SUFFIXES:
         yield f"--pretrained {file}: must end in {', '.join(WEIGHT_SUFFIXES)}"
-    try:
-        with without_memory():
-            vit = build.build_backbone(settings)
-            if sound:
-                yield from _trained(settings, build.build_model(settings, vit, num_classes=2))
-    except ValueError as error:
-        yield str(error)
+    with without_memory():
+        vit = build.build_backbone(settings)
+        if is_sound:
+            yield from _trained(settings, build.build_model(settings, vit, num_classes=2))
 
 
 def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[str]:
@@ -276,62 +273,37 @@ def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[s
 
 
 def _processes(settings: Settings) -> Iterator[str]:
-    try:
-        device = utils.choose_device(settings.run.device, utils.find_launch())
-        if settings.precision.tf32 and device.type == "cpu":
-            yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
-        if settings.precision.compile and not any(map(shutil.which, _COMPILERS)):
-            yield f"--compile needs a C++ compiler: install one of {', '.join(_COMPILERS)}"
-    except ValueError as error:
-        yield str(error)
+    device = utils.choose_device(settings.run.device, utils.find_launch())
+    if settings.precision.tf32 and device.type == "cpu":
+        yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
+    if settings.precision.compile and not any(map(shutil.which, _COMPILERS)):
+        yield f"--compile needs a C++ compiler: install one of {', '.join(_COMPILERS)}"
 
 
 def _commands(settings: Settings) -> Iterator[str]:
-    """What excludes each other, and what needs something else, of resuming, evaluating, logging."""
-    run, output = settings.run, settings.output
-    for name in ("resume", "speed_test", "speed_test_only"):
-        if run.eval and settings[name]:
-            yield f"--{name} and --eval are two commands: give one of them"
-    if run.checkpoint is not None and not run.eval:
-        yield "--checkpoint names what --eval evaluates: give --eval too"
+    """What a run resumes from, its logs, and its seeds."""
+    run = settings.run
     if run.resume == "auto" and not run.output_dir:
         yield "--resume auto looks for the state in --output_dir, which is empty: give it"
     elif run.resume not in (None, "auto") and not Path(run.resume).exists():
         yield f"--resume {run.resume}: neither auto nor a state of a run that exists"
-    yield from live_log.missing_packages(tensorboard=output.tensorboard, wandb=output.wandb)
-    for name in ("tensorboard", "wandb"):
-        if settings[name] and run.eval:
-            yield f"--{name} logs training: leave it out with --eval"
-        elif settings[name] and not run.output_dir:
-            yield f"--{name} writes into --output_dir, which is empty: give it"
-    for name in ("eval", "speed_test", "speed_test_only"):
-        if run.dry_run and settings[name]:
-            yield f"--dry_run tries out training: leave --{name} out"
-
-
-def _seeds(settings: Settings) -> Iterator[str]:
-    """What a command for several seeds excludes."""
-    seeds, resume = settings.run.seeds, settings.run.resume
-    if seeds is None:
+    yield from live_log.missing_packages(settings.output)
+    if run.seeds is None:
         return
-    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        yield f"--seeds {shown(seeds)}: seed {shown(twice)} is given twice, give each once"
+    if twice := sorted({seed for seed in run.seeds if run.seeds.count(seed) > 1}):
+        yield f"--seeds {shown(run.seeds)}: seed {shown(twice)} is given twice, give each once"
     if "seed" in settings.given.flags:
         yield "--seed and --seeds are two ways to say one thing: give one"
-    if settings.run.eval:
-        yield "--seeds trains; --eval evaluates one run: name its folder with --output_dir"
-    if not settings.run.output_dir:
-        yield "--seeds needs --output_dir, in which each seed gets a folder: give it"
-    if resume not in (None, "auto"):
-        yield f"--resume {resume} is one run's state: --seeds takes --resume auto"
+    if run.resume not in (None, "auto"):
+        yield f"--resume {run.resume} is one run's state: --seeds takes --resume auto"
 
 
 def _output(settings: Settings) -> Iterator[str]:
-    if not settings.run.output_dir:
-        return
-    folder = Path(settings.run.output_dir).absolute()
+    """Whether results can be written."""
+    output_dir = settings.run.output_dir
+    folder = Path(output_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
-        yield f"--output_dir {settings.run.output_dir}: {nearest} is a file, not a folder"
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        yield f"--output_dir {settings.run.output_dir}: {nearest} cannot be written to"
+    if output_dir and not nearest.is_dir():
+        yield f"--output_dir {output_dir}: {nearest} is a file, not a folder"
+    elif output_dir and not os.access(nearest, os.W_OK | os.X_OK):
+        yield f"--output_dir {output_dir}: {nearest} cannot be written to"

@@ -1,64 +1,40 @@
-"""What the training loop works on: its options, its state, what it reports.
+"""What the training loop works on: a run, where it is in a task, and what it has found.
 
-Shapes: B images, C classes, M pool size.
+Shapes: n images, D width, M pool size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from utils import is_main_process
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from timm.scheduler.scheduler import Scheduler
     from torch import Tensor
 
-    from continual_datasets.stream import Task, TestSet
+    from cli.settings import Settings
+    from continual_datasets.replay import ReplayBuffer
+    from continual_datasets.stream import Task, TaskStream, TestSet
     from reports.metrics import Matrix
     from training.update import OptimizerStep
-
-
-class Scheduler(Protocol):
-    """A timm learning rate scheduler."""
-
-    def step(self, epoch: int, metric: float | None = None) -> None:
-        """Sets the learning rate of an epoch (0-based)."""
-
+    from utils import Processes
+    from vision_transformer import PromptedVisionTransformer
 
 #: Batches of (images, targets) on the device; its length is their number. For training its
 #: `batch_sampler` has `set_epoch(epoch, first_step)` and `global_batch_size(step)`; a batch with
 #: replayed images marks them in a third tensor, bool (B,).
 Loader = Any
-MakeOptimizer = Callable[[], torch.optim.Optimizer]
-MakeScheduler = Callable[[torch.optim.Optimizer], Scheduler | None]
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is not finite; the model has the values before that step."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What stays the same for the whole run."""
-
-    device: torch.device
-    epochs: int  # of each task
-    vote_group_size: int  # images that vote for prompts together
-    all_classes: tuple[int, ...]  # of the whole stream; test images may be given any of them
-    train_mask: bool = True  # training may predict the task's own classes only
-    task_inc: bool = False  # evaluation may predict the test set's own classes only
-    pull_coeff: float = 0.1  # weight of the pull term; 0 leaves it out
-    smoothing: float = 0.0  # label smoothing, spread over the classes that may be predicted
-    clip_grad: float | None = 1.0  # largest norm of the gradient; None: no clipping
-    reinit_optimizer: bool = True  # each task starts with a fresh optimizer
-    shared_prompt_pool: bool = False  # a task's prompts start from those of the task before
-    shared_prompt_key: bool = False  # the same for the keys
-    print_freq: int = 10  # steps between two progress lines
-    seed: int = 42  # of the random numbers of the model in training (dropout)
-    replayed_per_group: int = 0  # replayed images that join each vote group, if a batch has any
-    read_every: int = 1  # steps between host synchronisations (loss, accuracy, stop request)
-    loss_scaling: bool = False  # scale the loss against underflow, see `OptimizerStep`
 
 
 @dataclass(frozen=True)
@@ -72,27 +48,16 @@ class Evaluation:
     key_similarity: list[float] = field(default_factory=list)  # mean cosine to every key, (M,)
 
 
-@dataclass(frozen=True)
-class TaskReport:
-    """Results of a finished task."""
-
-    task: int  # 0-based number
-    train_stats: dict[str, float]  # averages over the last epoch: Lr, Loss, Acc@1, Acc@5
-    evaluations: list[Evaluation]  # one for each test set
-    train_seconds: float  # wall time
-    eval_seconds: float
-    epoch_stats: list[dict[str, float]] = field(default_factory=list)  # averages over each epoch
-
-
 @dataclass
 class TrainState:
-    """Where a run is: what comes next, and the results of the task so far."""
+    """Where a run is in a task, and the results of the task so far; at its end, all of them."""
 
     task: int = 0  # 0-based number; T when the run is complete
     epoch: int = 0  # finished epochs of the task; all of them when it is being evaluated
     step: int = 0  # finished steps of the epoch
     meters: dict[str, list[float]] = field(default_factory=dict)  # sum and count of each, in epoch
-    epoch_stats: list[dict[str, float]] = field(default_factory=list)  # of each finished epoch
+    #: Averages over each finished epoch: Lr, Loss, Acc@1, Acc@5.
+    epoch_stats: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)  # of test sets that are done
     train_seconds: float = 0.0  # wall time
     eval_seconds: float = 0.0
@@ -104,6 +69,11 @@ class TrainState:
         """Whether the task has begun."""
         return self.epoch > 0 or self.step > 0
 
+    @property
+    def train_stats(self) -> dict[str, float]:
+        """Averages over the last finished epoch; empty where none was trained."""
+        return self.epoch_stats[-1] if self.epoch_stats else {}
+
     def end_epoch(self, stats: dict[str, float]) -> None:
         """Moves to the first step of the next epoch."""
         self.epoch_stats.append(stats)
@@ -113,11 +83,6 @@ class TrainState:
         """The state dict that the optimizer has yet to load, once."""
         found, self.optimizer = self.optimizer, None
         return found
-
-    def report(self) -> TaskReport:
-        """Results of the task, at its end."""
-        curve, seconds = self.epoch_stats, (self.train_seconds, self.eval_seconds)
-        return TaskReport(self.task, curve[-1], self.evaluations, *seconds, curve)
 
 
 class Monitor:
@@ -136,42 +101,39 @@ class Monitor:
     def in_evaluation(self) -> None:
         """Called before every batch of an evaluation; may end the run by an exception."""
 
-    def at_task_end(self, report: TaskReport) -> None:
-        """Called after the evaluation of a task."""
+    def at_task_end(self, state: TrainState) -> None:
+        """Called after the evaluation of a task, with its results."""
 
 
-class QueryCache:
-    """Queries of this process's test images, by row of the test set; (n, D) each."""
-
-    def __init__(self) -> None:
-        self._queries: dict[int, Tensor] = {}
-        self._version: Any = None
-
-    def of(self, test_set: TestSet, version: Any) -> Tensor | None:
-        """Queries of a test set in the order of its images; None: not cached.
-
-        Another `version`, the model's `query_version()`, than before empties the cache.
-        """
-        if version != self._version:
-            self._queries.clear()
-            self._version = version
-        return self._queries.get(test_set.index)
-
-    def store(self, test_set: TestSet, queries: list[Tensor]) -> None:
-        """Stores the queries of all batches of a test set."""
-        if queries:
-            self._queries[test_set.index] = torch.cat(queries)
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """What the loop needs beside the model, the tasks, and its state."""
+    """What training and evaluation need beside their state, and the results."""
 
-    options: EngineOptions
+    settings: Settings
+    processes: Processes  # this process among all
+    stream: TaskStream
+    model: PromptedVisionTransformer  # on the device
+    backbone: dict[str, str]  # `name`, `source`, `sha256` of the network before anything trained
+    global_batch: int  # images of all processes in a training step, without replayed ones
+    buffer: ReplayBuffer | None  # images of earlier tasks that are replayed; None: none are
     train_loader: Callable[[Task], Loader]
     test_loader: Callable[[TestSet], Loader]
-    make_optimizer: MakeOptimizer  # over the model's trainable parameters
-    make_scheduler: MakeScheduler  # the learning rates of one task, or None
+    make_optimizer: Callable[[], torch.optim.Optimizer]  # over the model's trainable parameters
+    make_scheduler: Callable[[torch.optim.Optimizer], Scheduler | None]  # for one task
     matrices: dict[str, Matrix]  # accuracies of each selection, filled by column, percent
+    read_every: int = 1  # steps between host synchronisations (loss, accuracy, stop request)
+    reports: list[TrainState] = field(default_factory=list)  # of each finished task, at its end
     monitor: Monitor = field(default_factory=Monitor)
-    queries: QueryCache = field(default_factory=QueryCache)
+    #: Queries of this process's test images, (n, D), by row of the test set, each with the model's
+    #: `query_version()` at that time.
+    queries: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.processes.device
+
+    @property
+    def output_dir(self) -> Path | None:
+        """Folder in which this process writes, if any: the main process alone does."""
+        return self.settings.output_folder if is_main_process() else None

@@ -6,13 +6,12 @@ norms.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.state import MakeOptimizer
+from training.state import Run
 from utils import sum_gradients
 
 #: Below this scale of the loss, gradients that still overflow are no matter of precision.
@@ -20,38 +19,27 @@ _LEAST_SCALE = 2.0**-10
 
 
 class OptimizerStep:
-    """An optimizer and what surrounds its step, the same in all processes.
+    """The optimizer of a run and what surrounds its step, the same in all processes.
 
-    Args:
-        parameters: All parameters of the model; those that train are updated.
-        make_optimizer: Makes an optimizer over them.
-        device: Where they are.
-        clip_grad: Largest norm of the gradient; None: no clipping.
-        loss_scaling: Whether the loss is scaled against underflow, as half precision needs it. The
-            scale is lowered, and the update skipped, where gradients overflow.
+    A scaled loss, as half precision needs it against underflow, gets a lower scale, and the update
+    is skipped, where gradients overflow.
 
     Attributes:
+        parameters: Those that are updated.
         optimizer: The one in use.
         sound: Whether every loss and every norm so far was finite, bool (), on the device.
         waits: Whether a step reads `sound`: on the CPU, and where a scaled loss is read anyway.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        make_optimizer: MakeOptimizer,
-        device: torch.device,
-        clip_grad: float | None = None,
-        loss_scaling: bool = False,
-    ) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.make_optimizer = make_optimizer
-        self.optimizer = make_optimizer()
+    def __init__(self, run: Run) -> None:
+        clip_grad, scales = run.settings.optimizer.clip_grad, run.settings.precision.loss_scaling
+        self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.make_optimizer, self.optimizer = run.make_optimizer, run.make_optimizer()
         self.limit = math.inf if clip_grad is None else clip_grad
-        self.scaler = torch.amp.GradScaler(device.type, enabled=loss_scaling)
-        self.sound = torch.ones((), dtype=torch.bool, device=device)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=scales)
+        self.sound = torch.ones((), dtype=torch.bool, device=run.device)
         self.scaler.scale(self.sound)  # type: ignore[no-untyped-call]  # for a process without images
-        self.waits = loss_scaling or device.type == "cpu"
+        self.waits = scales or run.device.type == "cpu"
 
     @property
     def lr(self) -> float:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,8 +12,10 @@ import engine
 import main
 import utils
 from cli import parser
-from experiment import build, training_run
+from continual_datasets.samplers import Batching
+from experiment import build
 from helpers.finished_runs import Run
+from helpers.resumed_runs import stop_when
 from helpers.tiny_flags import TINY_DIGITS
 from helpers.tiny_model import differing
 from reports.metrics import SELECTIONS
@@ -82,8 +83,7 @@ def test_exact_ways_give_the_same_run(plain, finished, flags):
 @pytest.fixture
 def read_together(monkeypatch):
     """Steps are read three at a time, as on a GPU."""
-    plain = build.engine_options
-    monkeypatch.setattr(build, "engine_options", lambda *args: replace(plain(*args), read_every=3))
+    monkeypatch.setattr(build, "read_every", lambda *_: 3)
 
 
 @pytest.mark.usefixtures("read_together")
@@ -148,16 +148,12 @@ def test_eval_repeats_the_precision_of_the_run_and_no_other_resumes_it(finished,
 @pytest.mark.parametrize("flags", ["--amp fp16", "--data_on_device true"])
 def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags):
     """Inside a task and between tasks, with a loss scale that overflows and falls at first."""
-    scaler, at_boundary = torch.amp.GradScaler, training_run.Checkpointer.at_boundary
+    scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**30))
     whole, folder = train(tmp_path / "whole", flags), tmp_path / "out"
-
-    def stopping(checkpointer, state, update, stop=False):
-        place = (state.task, state.epoch, state.step)
-        at_boundary(checkpointer, state, update, stop or place in [(0, 0, 8), (1, 0, 0)])
-
+    places = [(0, 0, 8), (1, 0, 0)]
     with monkeypatch.context() as patch:
-        patch.setattr(training_run.Checkpointer, "at_boundary", stopping)
+        stop_when(patch, lambda state, _: (state.task, state.epoch, state.step) in places)
         train(folder, flags, code=75)
         train(folder, f"{flags} --resume auto", code=75)
     assert_same(train(folder, f"{flags} --resume auto"), whole)
@@ -209,6 +205,6 @@ def test_steps_are_read_together_on_a_gpu_alone():
     for name, every, print_freq in (("cpu", 1, 7), ("cuda", 7, 7), ("cuda", 10, 1000)):
         settings, _ = parser.parse(["--print_freq", str(print_freq)])
         device = torch.device(name)
-        assert build.engine_options(settings, device, (0, 1)).read_every == every
-        loading = build.loader_options(settings, utils.Processes(0, 1, device), global_batch=16)
-        assert loading.eval_batch_size == {"cpu": 16, "cuda": 256}[name]
+        assert build.read_every(settings, device) == every
+        batching = Batching(settings, utils.Processes(0, 1, device), global_batch=16)
+        assert batching.test_batch == {"cpu": 16, "cuda": 256}[name]

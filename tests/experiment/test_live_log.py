@@ -1,6 +1,6 @@
 """Live logs: what TensorBoard and Weights & Biases are given, and what happens when they fail."""
 
-import importlib
+import importlib.util
 import logging
 import shutil
 import sys
@@ -10,14 +10,24 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import engine
+from cli.settings import OutputSettings
 from experiment import live_log
-from helpers.live_logs import NAN, USAGE, evaluation, events, open_logs, scalars, second_task
+from helpers.finished_runs import Run, made_up, rejected, typed
 from reports import figures
 from reports.figure_style import NothingToDrawError
 from reports.metrics import SELECTIONS
-from training.state import TaskReport
+from training.state import Evaluation, TrainState
 
 SummaryWriter = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+NAN = float("nan")
+
+#: How often each of four prompts was chosen.
+USAGE = [{"batch": [0, 6, 2, 0], "instance": [1, 4, 2, 1]}, {"batch": [8, 0, 0, 0]}]
 
 #: What is known after the second task, batch-wise and instance-wise; not what is undefined.
 SCALARS = {
@@ -41,6 +51,42 @@ HISTOGRAMS = {
 }
 
 
+def evaluation(index, batch, instance):
+    """Accuracies and prompt usage on a test set."""
+    stats = {"batch": {"Acc@1": batch}, "instance": {"Acc@1": instance}}
+    return Evaluation(index, stats, USAGE[index])
+
+
+def second_task(**settings):
+    """A run after the second of three tasks, and the results of that task."""
+    matrices = {
+        "batch": np.array([[90.0, 70.0, NAN], [NAN, 80.0, NAN], [NAN] * 3]),
+        "instance": np.array([[88.0, 60.5, NAN], [NAN, 77.0, NAN], [NAN] * 3]),
+    }
+    report = TrainState(1, evaluations=[evaluation(0, 70.0, 60.5), evaluation(1, 80.0, 77.0)])
+    names = ["task1", "task2", "task3"]
+    return made_up(matrices, [report], names, names, seed=1, **settings), report
+
+
+def open_logs(folder, first_step=0, **wanted):
+    """The logs that the run of `second_task` opens."""
+    run, _ = second_task(**wanted)
+    run.output_dir = folder
+    return live_log.open_live_log(run, first_step)
+
+
+def events(folder):
+    """What TensorBoard reads of a run."""
+    keep_all = {"scalars": 0, "histograms": 0, "images": 0}
+    return accumulator.EventAccumulator(str(folder / "tensorboard"), keep_all).Reload()
+
+
+def scalars(folder):
+    """Steps and values of every curve of a run."""
+    found = events(folder)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
 @pytest.fixture
 def log(tmp_path):
     """A log to TensorBoard, in tmp_path."""
@@ -53,8 +99,15 @@ def small_figure(monkeypatch):
     monkeypatch.setattr(figures, "accuracy_matrix", lambda content: Figure((0.4, 0.3), dpi=100))
 
 
-def warnings_of(caplog):
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+@pytest.fixture
+def warned(caplog):
+    """Gives the warnings so far."""
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def raising(error):
+    """A function that raises an error."""
+    return Mock(side_effect=error)
 
 
 # What is logged
@@ -91,54 +144,35 @@ def test_a_task_is_logged_with_accuracies_averages_histograms_and_matrix(log, tm
 
 
 @pytest.mark.usefixtures("small_figure")
-@pytest.mark.parametrize(
-    ("matrix", "test_sets", "tags"),
-    [
-        (
-            [[30.0, NAN], [NAN, NAN]],
-            ["task1", "task2"],
-            ["test/task 1", "metrics/average_accuracy", "metrics/learning_accuracy",
-             "metrics/average_incremental_accuracy"],
-        ),
-        ([[30.0, NAN]], ["core50"], ["test/core50", "metrics/average_accuracy"]),
-    ],
-    ids=["first task", "one test set"],
-)  # fmt: skip
-def test_metrics_that_are_undefined_are_left_out(matrix, test_sets, tags, log, tmp_path):
-    record, _ = second_task()
-    report = TaskReport(0, {}, [evaluation(0, 30.0, 30.0)], 1.0, 2.0)
-    record.test_sets, record.reports = test_sets, [report]
-    record.matrices = {name: np.array(matrix) for name in SELECTIONS}
-    log.log_task(20, record, report)
-    expected = [f"{tag}/{selection}-wise" for tag in tags for selection in SELECTIONS]
-    assert scalars(tmp_path) == {tag: [(20, 30.0)] for tag in expected}
+def test_metrics_that_are_undefined_are_left_out(log, tmp_path):
+    """After the first of two tasks, and where there is one test set for all."""
+    report = TrainState(0, evaluations=[evaluation(0, 30.0, 30.0)])
+    several, one = [[30.0, NAN], [NAN, NAN]], [[30.0, NAN]]
+    for step, names, rows in ((10, ["task1", "task2"], several), (20, ["core50"], one)):
+        matrices = dict.fromkeys(SELECTIONS, np.array(rows))
+        log.log_task(step, made_up(matrices, [report], ["task1", "task2"], names), report)
+    steps = {"test/task 1": [10], "test/core50": [20], "metrics/average_accuracy": [10, 20]}
+    steps |= {"metrics/learning_accuracy": [10], "metrics/average_incremental_accuracy": [10]}
+    assert scalars(tmp_path) == {
+        f"{tag}/{selection}-wise": [(step, 30.0) for step in at]
+        for tag, at in steps.items()
+        for selection in SELECTIONS
+    }
 
 
-def test_a_matrix_that_cannot_be_drawn_is_left_out(log, tmp_path, monkeypatch, caplog):
-    def reject(content):
-        raise NothingToDrawError(f"nothing to draw in {sorted(content)}")
-
-    monkeypatch.setattr(figures, "accuracy_matrix", reject)
+def test_a_matrix_that_cannot_be_drawn_is_left_out(log, tmp_path, monkeypatch, warned):
+    monkeypatch.setattr(figures, "accuracy_matrix", raising(NothingToDrawError("nothing")))
     log.log_task(40, *second_task())
     tags = events(tmp_path).Tags()
     assert (len(tags["scalars"]), len(tags["histograms"]), tags["images"]) == (16, 3, [])
-    assert not warnings_of(caplog)
+    assert not warned()
 
 
 def test_a_resumed_run_replaces_what_came_after_its_state(log, tmp_path):
     for step in (10, 20, 21, 40):
         log.log_training(step, {"Loss": float(step)})
-    again = open_logs(tmp_path, tensorboard=True, first_step=20)
-    again.log_training(25, {"Loss": 0.5})
+    open_logs(tmp_path, tensorboard=True, first_step=20).log_training(25, {"Loss": 0.5})
     assert scalars(tmp_path) == {"train/Loss": [(10, 10.0), (20, 20.0), (25, 0.5)]}
-
-
-def test_no_log_is_opened_unasked(tmp_path):
-    log = open_logs(tmp_path)
-    assert log.writer is None
-    log.log_training(10, {"Loss": 1.0})
-    log.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 # Logs that fail
@@ -155,76 +189,65 @@ def test_no_log_is_opened_unasked(tmp_path):
         ("close", "at its end"),
     ],
 )
-def test_a_log_that_fails_is_reported_once_and_left_out(method, place, log, monkeypatch, caplog):
-    calls = []
-
-    def fail(*_, **__):
-        calls.append(method)
-        raise OSError("No space left\non device")
-
-    monkeypatch.setattr(SummaryWriter, method, fail)
+def test_a_log_that_fails_is_reported_once_and_left_out(method, place, log, monkeypatch, warned):
+    fails = raising(OSError("No space left\non device"))
+    monkeypatch.setattr(SummaryWriter, method, fails)
     log.log_training(10, {"Loss": 1.0})
     log.log_task(20, *second_task())
     log.log_training(30, {"Loss": 1.0})
     log.close()
-    assert warnings_of(caplog) == [
+    assert warned() == [
         f"TensorBoard failed {place} (OSError: No space left): training continues without it"
     ]
-    assert calls == [method]
+    assert fails.call_count == 1
 
 
 def test_a_request_to_stop_is_no_failure_of_a_log(log, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(SummaryWriter, "add_scalar", interrupt)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         log.log_training(10, {"Loss": 1.0})
 
 
-def test_tensorboard_that_cannot_be_opened_is_reported(tmp_path, caplog):
+def test_tensorboard_that_cannot_be_opened_is_reported(tmp_path, warned):
     (tmp_path / "tensorboard").write_text("a file in the way of the folder")
     assert open_logs(tmp_path, tensorboard=True).writer is None
-    (message,) = warnings_of(caplog)
+    (message,) = warned()
     assert message.startswith("TensorBoard failed at its start (")
 
 
 # TensorBoard's thread ends with the error, which pytest reports.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_whose_folder_is_deleted_is_reported(log, tmp_path, caplog):
+def test_tensorboard_whose_folder_is_deleted_is_reported(log, tmp_path, warned):
     log.log_training(10, {"Loss": 1.0})
     shutil.rmtree(tmp_path / "tensorboard")
     for step in (20, 30):
         log.log_training(step, {"Loss": 1.0})
     log.close()
-    (message,) = warnings_of(caplog)
+    (message,) = warned()
     assert message.startswith("TensorBoard failed at step 20 (FileNotFoundError")
-
-
-# Missing packages
 
 
 def test_packages_of_wanted_logs_alone_are_missed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert live_log.missing_packages(False, False) == []
-    assert live_log.missing_packages(True, False) == [
-        "--tensorboard needs the package tensorboard: pip install tensorboard"
-    ]
-    assert live_log.missing_packages(False, True) == [
-        "--wandb needs the package wandb: pip install wandb",
-        "--wandb needs the package tensorboard: pip install tensorboard",
-    ]
+    for wanted, missing in {
+        (): [],
+        ("tensorboard",): ["--tensorboard needs the package tensorboard: pip install tensorboard"],
+        ("wandb",): ["--wandb needs the package wandb: pip install wandb",
+                     "--wandb needs the package tensorboard: pip install tensorboard"],
+    }.items():  # fmt: skip
+        assert live_log.missing_packages(OutputSettings(**dict.fromkeys(wanted, True))) == missing
 
 
 def test_packages_are_found_without_importing_them_and_folders_are_none(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "wandb").mkdir()
+    wanted = OutputSettings(tensorboard=True, wandb=True)
     if importlib.util.find_spec("wandb").origin is None:  # else it is installed
-        assert len(live_log.missing_packages(False, True)) == 1
+        assert len(live_log.missing_packages(wanted)) == 1
     (tmp_path / "wandb" / "__init__.py").write_text("raise RuntimeError('imported')")
     importlib.invalidate_caches()
-    assert live_log.missing_packages(True, True) == []
+    assert live_log.missing_packages(wanted) == []
 
 
 # Weights & Biases
@@ -255,7 +278,7 @@ def test_wandb_mirrors_all_of_the_event_files(tensorboard, wandb, tmp_path):
     given = wandb.init.call_args.kwargs
     assert given["sync_tensorboard"] is True
     assert (given["project"], given["name"], given["dir"]) == ("l2p", tmp_path.name, str(tmp_path))
-    assert given["config"] == {"seed": 1, "epochs": 5}
+    assert (given["config"]["seed"], given["config"]["vote_group_size"]) == (1, 16)
 
 
 @pytest.mark.parametrize("folder", ["run-20260131_235959-ab-12", "offline-run-20260131_235959-x7"])
@@ -277,27 +300,88 @@ def test_wandb_resumes_the_run_of_the_folder_or_starts_one(folder, wandb, tmp_pa
         (OSError("no answer\nin time"), "OSError: no answer"),
     ],
 )
-@pytest.mark.parametrize("tensorboard", [True, False])
-def test_wandb_without_login_or_network_is_left_out(
-    has_login, reason, tensorboard, wandb, tmp_path, caplog
-):
-    wandb.login.side_effect = has_login
-    log = open_logs(tmp_path, tensorboard=tensorboard, wandb=True)
-    assert (log.writer is not None, log.wandb_run) == (tensorboard, None)
+def test_wandb_without_login_or_network_is_left_out(has_login, reason, wandb, tmp_path, warned):
+    for tensorboard in (True, False):
+        wandb.login.side_effect = has_login
+        log = open_logs(tmp_path, tensorboard=tensorboard, wandb=True)
+        assert (log.writer is not None, log.wandb_run) == (tensorboard, None)
     message = f"Weights & Biases failed at its start ({reason}): training continues without it"
-    assert warnings_of(caplog) == [message]
+    assert warned() == [message] * 2
 
 
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb_needs_no_login_where_the_user_wants_none(mode, wandb, tmp_path):
-    wandb.setup.return_value.settings.mode = mode
-    assert open_logs(tmp_path, wandb=True).wandb_run is wandb.init.return_value
-    assert "mode" not in wandb.init.call_args.kwargs  # wandb knows
+def test_wandb_needs_no_login_where_the_user_wants_none(wandb, tmp_path, warned):
+    for mode in ("offline", "disabled"):
+        wandb.setup.return_value.settings.mode = mode
+        log = open_logs(tmp_path, wandb=True)
+        assert log.wandb_run is wandb.init.return_value
+        assert "mode" not in wandb.init.call_args.kwargs  # wandb knows
     wandb.login.assert_not_called()
-
-
-def test_wandb_that_cannot_send_the_rest_is_reported(wandb, tmp_path, caplog):
     wandb.init.return_value.finish.side_effect = OSError("no answer")
-    open_logs(tmp_path, wandb=True).close()
+    log.close()
     message = "Weights & Biases failed at its end (OSError: no answer)"
-    assert warnings_of(caplog) == [f"{message}: training continues without it"]
+    assert warned() == [f"{message}: training continues without it"]
+
+
+# Runs from the command line, of two tasks with two epochs of four steps
+
+
+@pytest.fixture(scope="module")
+def logged(tiny, tmp_path_factory):
+    """A run with a log."""
+    folder = tmp_path_factory.mktemp("logged")
+    assert typed(*tiny, "--tensorboard", "--output_dir", folder)[0] == 0
+    return Run(folder)
+
+
+def losses(folder):
+    """Steps and losses."""
+    return map(list, zip(*scalars(folder)["train/Loss"], strict=True))
+
+
+def test_every_step_and_every_task_is_logged_and_no_number_changes(logged, trained):
+    steps, values = losses(logged.folder)
+    assert steps == list(range(1, 17))
+    for number, epoch in enumerate(logged.results["training_curve"]):
+        assert sum(values[4 * number : 4 * number + 4]) / 4 == pytest.approx(epoch["Loss"])
+    averages = scalars(logged.folder)["metrics/average_accuracy/instance-wise"]
+    assert [step for step, _ in averages] == [8, 16]
+    assert averages[-1][1] == pytest.approx(logged.results["instance"]["average_accuracy"])
+    tags = events(logged.folder).Tags()
+    assert {"prompts/task 1/batch-wise", "prompts/task 2/instance-wise"} <= set(tags["histograms"])
+    assert tags["images"] == ["accuracy matrix"]
+    assert not (trained.folder / "tensorboard").exists()
+    for name in ("batch", "instance", "training_curve", "prompt_usage"):
+        assert logged.results[name] == trained.results[name]
+
+
+def test_a_resumed_run_logs_every_step_once_and_a_new_one_starts_a_new_log(
+    tiny, tmp_path, logged, monkeypatch
+):
+    step, command = engine.train_step, [*tiny, "--tensorboard", "--output_dir", tmp_path]
+    with monkeypatch.context() as patch:
+        ten_steps = Mock(side_effect=[DEFAULT] * 10 + [OSError("power cut")], wraps=step)
+        patch.setattr(engine, "train_step", ten_steps)
+        assert typed(*command, "--save_every", "0.0001")[0] == 1
+    assert typed(*command, "--resume", "auto")[0] == 0
+    steps, values = losses(tmp_path)
+    assert steps == list(range(1, 17))
+    assert values == pytest.approx(list(losses(logged.folder))[1], abs=1e-6)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    monkeypatch.setattr(SummaryWriter, "add_scalar", raising(OSError("no space left")))
+    code, out, _ = typed(*command)
+    assert code == 0
+    assert out.count("TensorBoard failed at step 1 (OSError: no space left)") == 1
+    assert Run(tmp_path).results["instance"] == logged.results["instance"]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "previous").glob("*/tensorboard/*"))) == 2
+
+
+def test_a_log_that_cannot_be_is_rejected_before_the_run(tiny, logged, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "wandb" and find(name))
+    for log in ("--tensorboard", "--wandb"):
+        error = rejected(*tiny, log, "--output_dir", "")
+        assert f"{log} needs --output_dir: give the folder to write into" in error
+        assert ("--wandb needs the package wandb: pip install wandb" in error) == (log == "--wandb")
+        error = rejected("--eval", "--output_dir", logged.folder, log)
+        assert f"{log} and --eval exclude each other, since only training is logged" in error

@@ -1,7 +1,8 @@
 """Mixed precision, compiled passes, recomputation: as equal to the plain path as they can be."""
 
 import copy
-from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,20 +11,12 @@ import engine
 from cli.settings import PrecisionSettings
 from engine import StepTarget
 from experiment import precision
-from helpers.engine_doubles import (
-    FIRST,
-    OPTIONS,
-    SECOND,
-    STREAM,
-    Loader,
-    data,
-    evaluate,
-    make_run,
-    run,
-)
+from helpers import engine_doubles
+from helpers.engine_doubles import FIRST, SECOND, STREAM, Loader, data, evaluate, make_run, on
 from helpers.model_variants import VARIANTS, learn
 from helpers.tiny_model import close_by_name as close
 from helpers.tiny_model import make_model
+from training.update import OptimizerStep
 
 
 def fast_model(pool, changes, batch_sizes=(8,), **how):
@@ -42,9 +35,8 @@ def test_amp_computes_the_backbone_alone_in_low_precision(pool, changes, amp):
     out, grads = learn(model)
     wanted, wanted_grads = learn(make_model(pool, **changes))
     assert out.keys() == wanted.keys()
-    assert all(
-        value.dtype in (torch.float32, torch.int64) for value in (*out.values(), *grads.values())
-    )
+    dtypes = {value.dtype for value in (*out.values(), *grads.values())}
+    assert dtypes <= {torch.float32, torch.int64}
     assert not torch.equal(out["logits"], wanted["logits"])  # low precision it is
     torch.testing.assert_close(out["logits"], wanted["logits"], rtol=0.1, atol=0.3)
     assert grads.keys() == wanted_grads.keys()
@@ -91,17 +83,6 @@ def test_amp_leaves_what_trains_and_what_is_saved_in_single_precision():
         assert not any(getattr(module, "fused_attn", False) for module in model.modules())
 
 
-@pytest.mark.parametrize("amp", precision.AMP_DTYPES)
-def test_amp_run_learns_as_the_plain_one(amp):
-    matrices = []
-    for model in (make_model({}), fast_model({}, {}, amp=amp)):
-        options = replace(OPTIONS, epochs=4, loss_scaling=PrecisionSettings(amp=amp).loss_scaling)
-        run(model, options)
-        matrices.append(evaluate(model, options).stats["instance"]["Loss"])
-    assert matrices[0] == pytest.approx(matrices[1], rel=0.2)
-    assert matrices[0] != matrices[1]
-
-
 # Compiled passes
 
 
@@ -134,9 +115,8 @@ def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler):
     model = fast_model({"diversify": "mask"}, {}, batch_sizes=(4,), compile=True)
     model.amp_dtype = torch.bfloat16
     graphs = []
-    run(
+    engine_doubles.run(
         model,
-        tasks=STREAM,
         train_loader=lambda task: Loader(*data(task, 10)),
         on_task_end=lambda _: graphs.append(fresh_compiler["stats"]["unique_graphs"]),
     )
@@ -147,18 +127,19 @@ def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler):
 
 
 def test_batches_of_another_size_run_as_they_are(monkeypatch):
-    calls, steps = [], []
-    monkeypatch.setattr(
-        torch, "compile", lambda plain, **kwargs: lambda x: calls.append(kwargs) or plain(x)
-    )
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    ran, begun = Mock(return_value=None), Mock()
+    compiled = Mock(side_effect=lambda plain, **_: lambda tokens: ran() or plain(tokens))
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", begun)
     model = fast_model({}, {}, batch_sizes=(8,), compile=True)
     wanted, _ = learn(make_model({}), size=7)
     close(learn(model, size=7)[0], wanted)
-    assert not calls
+    assert ran.call_count == 0
     learn(model, size=8)
-    assert len(calls) == len(steps) == 2  # the pass for the query, and the prompted one
-    assert all(call["fullgraph"] and not call["dynamic"] for call in calls)
+    assert ran.call_count == begun.call_count == 2  # the query's pass, and the prompted one
+    assert compiled.call_count == 2
+    for call in compiled.call_args_list:
+        assert call.kwargs == {"fullgraph": True, "dynamic": False, "mode": None}
 
 
 # The rest
@@ -187,23 +168,22 @@ def test_a_training_step_never_waits_for_the_device():
     for pool in ({}, {"diversify": "frequency"}, {"diversify": "mask"}, None):
         changes = {"head_type": "token"} if pool is None else {"head_type": "prompt"}
         model = make_model(pool, **changes).to(device).train()
-        options = replace(OPTIONS, device=device, clip_grad=1.0)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        made = make_run(model, options, make_optimizer=lambda p=parameters: torch.optim.Adam(p))
-        update = engine.make_update(model, made)
+        values = {"make_optimizer": partial(torch.optim.Adam, parameters), "clip_grad": 1.0}
+        made = make_run(model, processes=on(device), **values)
+        update = OptimizerStep(made)
         images, targets = (tensor.to(device) for tensor in data(SECOND))
         allowed = torch.ones(model.num_classes, dtype=torch.bool, device=device)
         target = StepTarget(SECOND.index, allowed, 8)
-        found = engine.train_step(model, update, (images, targets), target, options)
+        found = engine.train_step(made, update, (images, targets), target)
         assert found.shape == (5,)
         with pytest.raises((RuntimeError, NotImplementedError)):
             found.tolist()
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights():
-    model = make_model({})
+    model, images = make_model({}), data(FIRST)[0]
     other = copy.deepcopy(model)
     for parameter in other.backbone.parameters():
         parameter.data.zero_()
-    images = data(FIRST)[0]
     assert not torch.equal(other.query(images), model.query(images))

@@ -12,11 +12,12 @@ from timm.layers import set_fused_attn
 import main
 from cli.settings import ModelSettings, PromptSettings
 from experiment import checkpoints, run_record, speed
+from helpers.finished_runs import made_up
 from model import backbone
 from prompt import Prompt
 from reports import metrics
 from reports.metrics import SELECTIONS
-from training.state import Evaluation, TaskReport
+from training.state import Evaluation, TrainState
 from vision_transformer import PromptedVisionTransformer
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -27,39 +28,31 @@ NAN = float("nan")
 _OF_TASKS = {*metrics.METRIC_NAMES, "backward"} - {"average_accuracy"}
 
 
-def record(batch, instance=None, sets=None):
-    """A record of accuracy matrices; `sets` are the test sets evaluated after each task."""
+def record(batch, instance=None, sets=None, names=None):
+    """A run of accuracy matrices; `sets` are the test sets evaluated after each task."""
     rows, num_tasks = np.shape(batch)
     stats = [{s: {"Acc@1": row, "Acc@5": 2.0, "Loss": 3.0} for s in SELECTIONS} for row in (1, 3)]
-    usage = {"batch": [1], "instance": [1]}
+    usage, last = {"batch": [1], "instance": [1]}, [{"Lr": 0.1, "Acc@1": 9.0}]
     reports = [
-        TaskReport(
+        TrainState(
             task,
-            {"Lr": 0.1, "Acc@1": 9.0},
-            [Evaluation(row, stats[row], usage) for row in evaluated],
-            *(1.0, 2.0),
+            epoch_stats=last,
+            evaluations=[Evaluation(row, stats[row], usage) for row in evaluated],
         )
         for task, evaluated in enumerate(sets or [[0]] * num_tasks)
     ]
-    return run_record.RunRecord(
-        {"seed": 1, "epochs": 1},
-        {"name": "vit"},
-        [[0]] * num_tasks,
-        ["a"],
-        {"batch": np.array(batch), "instance": np.array(instance or batch)},
-        reports,
-        [f"task{t}" for t in range(num_tasks)],
-        [f"set{r}" for r in range(rows)],
-    )
+    matrices = {"batch": np.array(batch), "instance": np.array(instance or batch)}
+    tasks, names = [f"task{t}" for t in range(num_tasks)], names or [f"set{r}" for r in range(rows)]
+    return made_up(matrices, reports, tasks, names, seed=1, epochs=1)
 
 
 def usual():
     return record([[90.0, 70.0], [NAN, 80.0]], [[88.0, 60.5], [NAN, 77.0]])
 
 
-def one_row():
+def one_row(name="set0"):
     """One test set, evaluated after the second and the third of three tasks."""
-    return record([[NAN, 30.0, 45.0]], sets=[[], [0], [0]])
+    return record([[NAN, 30.0, 45.0]], sets=[[], [0], [0]], names=[name])
 
 
 def joint():
@@ -74,20 +67,25 @@ def keys_of(value):
 
 
 def read_json(text):
-    def reject(constant):
-        raise AssertionError(f"{constant} is not JSON")
+    return json.loads(text, parse_constant=pytest.fail)
 
-    return json.loads(text, parse_constant=reject)
+
+def log_of(made):
+    """The lines of log_stats.txt."""
+    return list(map(read_json, run_record.log_lines(made).splitlines()))
 
 
 def rows_of(made):
     """The words of each line of the printed table."""
-    return [line.split() for line in made.table().splitlines()]
+    return [line.split() for line in run_record.table(made).splitlines()]
 
 
 def test_table_shows_both_matrices_and_all_metrics():
     rows = rows_of(usual())
-    assert usual().table().splitlines()[1:3] == [f"{'1':>19}      2", "set0          90.00  70.00"]
+    assert run_record.table(usual()).splitlines()[1:3] == [
+        f"{'1':>19}      2",
+        "set0          90.00  70.00",
+    ]
     for row in (
         "set0 90.00 70.00", "set1 - 80.00", "set0 88.00 60.50", "average accuracy 75.00 68.75",
         "forgetting 20.00 27.50", "backward transfer -20.00 -27.50",
@@ -97,7 +95,7 @@ def test_table_shows_both_matrices_and_all_metrics():
 
 
 def test_log_lines_have_the_metrics_after_each_task():
-    first, second = map(read_json, usual().log_lines().splitlines())
+    first, second = log_of(usual())
     assert (first["forgetting"], second["forgetting"]) == (None, 20.0)
     assert (second["backward"], second["instance_forgetting"]) == (-20.0, 27.5)
 
@@ -113,9 +111,10 @@ def test_log_lines_have_the_metrics_after_each_task():
 def test_results_without_test_sets_of_tasks_have_average_accuracy_and_curve(
     made, average, curve, logged, tmp_path
 ):
-    made.write(tmp_path)
+    run_record.write(made, tmp_path)
     found = read_json((tmp_path / "results.json").read_text())
-    assert (found["tasks"], found["test_sets"]) == (made.tasks, made.test_sets)
+    for key, parts in (("tasks", made.stream.tasks), ("test_sets", made.stream.test_sets)):
+        assert found[key] == [part.name for part in parts]
     for name in SELECTIONS:
         assert found[name] == {
             "accuracy_matrix": metrics.to_lists(made.matrices[name]),
@@ -134,7 +133,7 @@ def test_results_without_test_sets_of_tasks_have_average_accuracy_and_curve(
 
 
 def test_what_was_not_evaluated_is_left_out():
-    first, second, _ = map(read_json, one_row().log_lines().splitlines())
+    first, second, _ = log_of(one_row())
     assert first == {"train_Lr": 0.1, "train_Acc@1": 9.0, "task": 1, "epoch": 0}
     assert {"test_Acc@1", "test_Loss", "average_Acc@1", "instance_average_Acc@1"} <= second.keys()
     assert rows_of(one_row())[1:3] == [["2", "3"], ["set0", "30.00", "45.00"]]
@@ -143,11 +142,8 @@ def test_what_was_not_evaluated_is_left_out():
 
 
 def test_table_numbers_test_sets_whose_names_say_no_more():
-    made = one_row()
-    made.test_sets = ["task1"]
-    assert rows_of(made)[2][:3] == ["test", "set", "1"]
-    made.test_sets = ["a set with a long name"]
-    lines = made.table().splitlines()
+    assert rows_of(one_row("task1"))[2][:3] == ["test", "set", "1"]
+    lines = run_record.table(one_row("a set with a long name")).splitlines()
     assert lines[2].startswith("a set with a long name")
     assert len(lines[1]) == len(lines[2])
 
@@ -155,7 +151,7 @@ def test_table_numbers_test_sets_whose_names_say_no_more():
 def test_table_folds_many_columns():
     matrix = np.full((2, 120), NAN)
     matrix[:, 1::2] = np.arange(60)
-    lines = record(matrix.tolist()).table().splitlines()
+    lines = run_record.table(record(matrix.tolist())).splitlines()
     assert max(map(len, lines)) <= 12 + 20 * 7
     heads = [line.split() for line in lines if re.fullmatch(r"[ \d]+", line)]
     assert len(heads) == 2 * 3
@@ -240,7 +236,7 @@ def block_macs(num_tokens, num_read, width):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gmacs_are_the_known_ones(name, width, known, fused):
     set_fused_attn(fused)
-    vit = backbone.build_backbone(name)
+    vit = backbone.build_backbone(ModelSettings(model=name))
     set_fused_attn(True)
     prompt = Prompt(PromptSettings(size=10, length=5, top_k=5), width)
     model = PromptedVisionTransformer(vit, 100, prompt)
@@ -256,7 +252,7 @@ def test_gmacs_are_the_known_ones(name, width, known, fused):
 
 
 def test_gmacs_without_a_pool_have_no_query_pass():
-    vit = backbone.build_backbone("vit_tiny_patch16_224", input_size=32)
+    vit = backbone.build_backbone(ModelSettings(model="vit_tiny_patch16_224"), input_size=32)
     model = PromptedVisionTransformer(vit, 10, None, ModelSettings(head_type="token"))
     gmacs = speed.count_gmacs(model, torch.zeros(1, 3, 32, 32))
     assert gmacs["query"] == 0

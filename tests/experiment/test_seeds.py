@@ -58,11 +58,11 @@ def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, cap
     argv = [*command, "--seeds", "3", "4", "--output_dir", str(tmp_path)]
     report, started = training_run._report, []
 
-    def failing(experiment, *rest):
-        started.append(experiment.settings.run.seed)
-        if experiment.settings.run.seed == 4:
+    def failing(run, *rest):
+        started.append(run.settings.run.seed)
+        if run.settings.run.seed == 4:
             raise OSError("no space left")
-        report(experiment, *rest)
+        report(run, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "_report", failing)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,15 +20,13 @@ from experiment import describe, resume, session, training_run
 from experiment.session import Session
 from experiment.signals import EXIT_CODE, Preempted, StopSignals
 from helpers.killed_commands import exit_code, in_child
-from helpers.process_groups import together
+from helpers.process_groups import by_nobody, together
 from helpers.resumed_runs import ALWAYS, assert_resumes, contents, place, start
 from training import evaluation
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
-
-each_signal = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +59,9 @@ def sending(patch, where, name, number, at=1, behind=False):
 # Listening
 
 
-def test_exit_code_is_the_one_for_temporary_failures():
-    assert EXIT_CODE == os.EX_TEMPFAIL == 75
-    assert not issubclass(Preempted, Exception)
-
-
-@each_signal
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_first_signal_stops_at_once_what_is_idle(number):
+    assert EXIT_CODE == os.EX_TEMPFAIL == 75
     with StopSignals() as signals:
         signals.idle = True
         signals.check()
@@ -74,15 +69,6 @@ def test_first_signal_stops_at_once_what_is_idle(number):
             signal.raise_signal(number)
         signal.raise_signal(signal.SIGTERM)  # it is on its way out
         assert signals.received == [number, signal.SIGTERM]
-
-
-def test_signals_are_only_remembered_before_a_run_is_idle():
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.received == [signal.SIGUSR1, signal.SIGTERM]
-        with pytest.raises(Preempted, match="SIGUSR1"):
-            signals.check()
 
 
 def test_handlers_are_restored_and_hear_what_comes_later(heard):
@@ -190,6 +176,12 @@ def test_signal_before_anything_is_trained_leaves_at_once(
     assert sorted(contents(tmp_path)) == written
 
 
+def test_interrupt_before_anything_runs_ends_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(main, "_import_session", Mock(side_effect=KeyboardInterrupt))
+    assert main.main([]) == 130
+    assert capsys.readouterr().err == "interrupted before anything ran\n"
+
+
 def test_signal_behind_the_last_task_leaves_a_complete_run(
     command, whole, tmp_path, monkeypatch, capsys
 ):
@@ -220,16 +212,11 @@ def test_command_restores_the_handlers(command, tmp_path, monkeypatch, heard, wa
     if way == "stopped":
         sending(monkeypatch, engine, "_forward_backward", signal.SIGUSR1)
     if isinstance(way, Exception):
-        monkeypatch.setattr(main, "assemble", lambda *_, **__: (_ for _ in ()).throw(way))
+        monkeypatch.setattr(main, "assemble", Mock(side_effect=way))
     flags = {"done": ["--dry_run"], "rejected": ["--epochs", "0"]}.get(way, [])
     assert start(command, tmp_path, *flags) == code
     assert [signal.getsignal(number) for number in SIGNALS] == earlier
     assert heard == ([signal.SIGUSR1] if way == "stopped" else [])
-
-
-def test_signal_while_an_error_is_told_changes_nothing(monkeypatch):
-    sending(monkeypatch, session, "_report", signal.SIGTERM)
-    assert main.main(["--bogus"]) == 2
 
 
 # Runs that are asked to stop from outside
@@ -238,7 +225,7 @@ def test_signal_while_an_error_is_told_changes_nothing(monkeypatch):
 def test_loader_workers_outlive_a_signal_to_all_processes(command, whole, tmp_path):
     """Schedulers signal every process of a job; the last step must still get its images."""
 
-    done = together(tmp_path, 1, partial(be_a_job, command, tmp_path / "out"), lambda rank: {})
+    done = together(tmp_path, 1, partial(be_a_job, command, tmp_path / "out"), by_nobody)
     assert done.codes == [EXIT_CODE], done.text
     assert place(tmp_path / "out") == (0, 1, 1, 0)
     assert_resumes(command, tmp_path / "out", whole)
@@ -248,8 +235,8 @@ def be_a_job(command, folder, _rank):
     """A run with two workers that is signalled with them in its second step."""
     os.setsid()
     utils.usable_cores = lambda: 2
-    step, steps, read = engine.train_step, itertools.count(1), task_data.TrainData.__getitem__
-    task_data.TrainData.__getitem__ = lambda *args: (time.sleep(0.02), read(*args))[1]
+    step, steps, read = engine.train_step, itertools.count(1), task_data.RunData._load
+    task_data.RunData._load = lambda *args: (time.sleep(0.02), read(*args))[1]
 
     def signalled(*args):
         if next(steps) == 2:

@@ -1,15 +1,18 @@
-"""A stream of two tasks with loaders and options, on which the engine trains and evaluates."""
+"""A stream of two tasks with loaders and settings, on which the engine trains and evaluates."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 import engine
+from cli.settings import FLAGS, Settings
 from helpers.tiny_model import C, pictures
 from reports import metrics
 from reports.metrics import SELECTIONS
 from training import evaluation
-from training.state import EngineOptions, Run, TrainState
+from training.state import Run, TrainState
+from utils import Processes
 
 
 @dataclass
@@ -26,14 +29,12 @@ class Task:
 FIRST, SECOND = Task(0, (0, 2, 4)), Task(1, (1, 3, 5))
 STREAM = [Task(0, FIRST.classes, (FIRST,)), Task(1, SECOND.classes, (FIRST, SECOND))]
 
-OPTIONS = EngineOptions(
-    device=torch.device("cpu"),
-    epochs=1,
-    vote_group_size=4,
-    all_classes=tuple(range(C)),
-    clip_grad=None,
-    print_freq=1000,
-)
+SETTINGS = Settings().replace(epochs=1, vote_group_size=4, clip_grad=None, print_freq=1000)
+
+
+def on(device):
+    """The only process of a run on a device."""
+    return Processes(0, 1, torch.device(device))
 
 
 class Loader:
@@ -70,29 +71,34 @@ def sgd(model, lr=0.1, momentum=0.0):
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
 
 
-def make_run(model, options=OPTIONS, *, tasks=STREAM, **parts):
-    """What the loop needs beside a model: data of the stream, SGD and empty matrices."""
+def make_run(model, *, tasks=STREAM, classes=tuple(range(C)), **values):
+    """A run of a model on the data of the stream, with SGD; `values` are settings and parts."""
     rows = {test_set.index for task in tasks for test_set in task.test_sets}
-    defaults = {
+    parts = {
+        "processes": on("cpu"),
+        "stream": SimpleNamespace(tasks=tasks, classes=classes),
         "train_loader": lambda task: Loader(*data(task)),
         "test_loader": lambda test_set: Loader(*data(test_set, seed=1)),
         "make_optimizer": lambda: sgd(model),
         "make_scheduler": lambda optimizer: None,
         "matrices": {name: metrics.empty_matrix(len(rows), len(tasks)) for name in SELECTIONS},
+        **dict.fromkeys(("backbone", "global_batch", "buffer")),
+        **{name: value for name, value in values.items() if name not in FLAGS},
     }
-    return Run(options, **{**defaults, **parts})
+    given = {name: value for name, value in values.items() if name in FLAGS}
+    return Run(settings=SETTINGS.replace(**given), model=model, **parts)
 
 
-def evaluate(model, options=OPTIONS, test_set=FIRST, size=12, batch_size=4, **parts):
+def evaluate(model, test_set=FIRST, size=12, batch=4, **values):
     """One evaluation on images of a test set."""
-    loader = Loader(*data(test_set, size), batch_size)
-    return evaluation.evaluate(model, loader, test_set, make_run(model, options, **parts))
+    loader = Loader(*data(test_set, size), batch)
+    return evaluation.evaluate(make_run(model, **values), loader, test_set)
 
 
-def run(model, options=OPTIONS, *, tasks=STREAM, on_task_end=None, **parts):
+def run(model, *, tasks=STREAM, on_task_end=None, **values):
     """The whole stream; returns the accuracy matrices."""
-    made = make_run(model, options, tasks=tasks, **parts)
+    made = make_run(model, tasks=tasks, **values)
     if on_task_end is not None:
         made.monitor.at_task_end = on_task_end
-    engine.train_and_evaluate(model, tasks, TrainState(), made)
+    engine.train_and_evaluate(made, tasks, TrainState())
     return made.matrices

@@ -3,9 +3,14 @@
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import torch
 
 import main
+from cli.settings import Settings
 from experiment import checkpoints
+from helpers.engine_doubles import on
 
 #: What an evaluation does not take from the run.
 HERE = "--num_workers", "0", "--device", "cpu"
@@ -42,6 +47,28 @@ def evaluate(folder, *flags, name="eval_results"):
 def read(path):
     """The content of a JSON file."""
     return json.loads(path.read_text())
+
+
+def made_up(matrices, reports, tasks, test_sets, **settings):
+    """A run of which nothing is real but its results; tasks and test sets are names."""
+    stream = SimpleNamespace(
+        tasks=[SimpleNamespace(name=name, data=range(16)) for name in tasks],
+        test_sets=[SimpleNamespace(name=name) for name in test_sets],
+        class_order=[[0]] * len(tasks),
+        train=SimpleNamespace(classes=["a"]),
+        train_digest="0",
+        pipeline=SimpleNamespace(on_device=False),
+    )
+    return SimpleNamespace(
+        settings=Settings().replace(**settings),
+        processes=on("cpu"),
+        stream=stream,
+        model=torch.nn.Linear(1, 1),
+        backbone={"name": "vit"},
+        global_batch=1,
+        matrices=matrices,
+        reports=reports,
+    )
 
 
 class Run:

@@ -6,7 +6,7 @@ import json
 import torch
 
 import main
-from experiment import checkpoints, resume
+from experiment import checkpoints, resume, training_run
 
 #: Exit code of a run that was asked to stop.
 STOPPED = 75
@@ -31,6 +31,16 @@ def place(folder):
     return position.task, position.epoch, position.step, len(position.evaluations)
 
 
+def stop_when(patch, when):
+    """Lets runs save and stop at boundaries for which `when(state, update)` is true."""
+    at_boundary = training_run.Checkpointer.at_boundary
+
+    def stopping(checkpointer, state, update, stop=False):
+        at_boundary(checkpointer, state, update, stop or when(state, update))
+
+    patch.setattr(training_run.Checkpointer, "at_boundary", stopping)
+
+
 def start(argv, folder, *more):
     """Starts a run, or resumes it; returns the exit code."""
     return main.main([*argv, "--output_dir", str(folder), "--resume", "auto", *more])
@@ -47,7 +57,7 @@ def outcome(folder):
     names = ("model", "optimizer", "buffer")
     found["last.pth"] = {name: getattr(state, name) for name in names}
     found["position"] = state.position.task, state.position.step
-    return {k: v for k, v in flat(found) if not k.endswith("/config/output_dir")}
+    return {k: v for k, v in flat(found) if not k.endswith(("/config/output_dir", "/path"))}
 
 
 def flat(value, name=""):

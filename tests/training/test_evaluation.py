@@ -1,19 +1,18 @@
 """Evaluation: cached queries, batches apart from vote groups, sums that stay on the device."""
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import utils
-from helpers.engine_doubles import FIRST, OPTIONS, SECOND, data, evaluate, run
+from helpers.engine_doubles import FIRST, SECOND, data, evaluate, make_run, run
 from helpers.tiny_model import make_model, pictures
 from reports.metrics import SELECTIONS
 from training import evaluation
 from training.losses import count_ids
-from training.state import Monitor, QueryCache
+from training.state import Monitor
 
 VARIANTS = {
     "prompt head": ({}, {"head_type": "prompt"}),
@@ -30,9 +29,9 @@ VARIANTS = {
 def counted(pool=None, **changes):
     """A model, a cache, and the numbers of images that its query network has seen."""
     model, seen = make_model(pool or {}, **changes), []
-    plain = model._query
-    model._query = lambda *args: seen.append(len(args[1])) or plain(*args)
-    return model, QueryCache(), seen
+    plain = model.query
+    model.query = lambda *args: seen.append(len(args[0])) or plain(*args)
+    return model, {}, seen
 
 
 @pytest.mark.parametrize(("pool", "changes"), VARIANTS.values(), ids=VARIANTS)
@@ -42,26 +41,25 @@ def test_known_queries_give_the_same_evaluation_also_while_the_model_learns(pool
     assert sum(seen) == 24
     assert evaluate(model, size=24, queries=queries) == first
     assert sum(seen) == 24  # without the query pass
-    run(model, replace(OPTIONS, epochs=2))
+    run(model, epochs=2)
     assert evaluate(model, size=24, queries=queries) == evaluate(model, size=24) != first
 
 
 @torch.no_grad()
-def test_changed_weights_of_the_query_empty_the_cache_of_all_test_sets():
+def test_changed_weights_of_the_query_make_the_cache_of_all_test_sets_useless():
     model, queries, seen = counted()
     before = evaluate(model, size=24, queries=queries)
-    other = evaluate(model, test_set=SECOND, size=24, queries=queries)
-    assert sum(seen) == 2 * 24
-    assert other == evaluate(model, test_set=SECOND, size=24)
+    for _ in range(2):
+        assert evaluate(model, SECOND, size=24, queries=queries) == evaluate(model, SECOND, size=24)
+    assert sum(seen) == 4 * 24  # two without a cache
     bias = model.backbone.norm.bias
     bias.copy_(bias.flip(0))
     seen.clear()
     after = evaluate(model, size=24, queries=queries)
-    assert sum(seen) == 24
     assert before != after == evaluate(model, size=24)
-    version = model.query_version()
-    assert queries.of(FIRST, version).shape == (24, model.width)
-    assert queries.of(SECOND, version) is None
+    assert evaluate(model, SECOND, size=24, queries=queries) == evaluate(model, SECOND, size=24)
+    assert sum(seen) == 4 * 24
+    assert [queries[test_set.index][1].shape for test_set in (FIRST, SECOND)] == [(24, 8)] * 2
     another = make_model({}, seed=1)
     model.load_state_dict(another.state_dict())
     assert evaluate(model, size=24, queries=queries) == evaluate(another, size=24)
@@ -83,14 +81,14 @@ def test_weights_beside_those_of_the_query_leave_the_cache():
 
 def test_a_whole_run_asks_for_the_queries_of_a_test_image_once():
     model, seen = make_model({}), []
-    encode_query = model.run_query
+    encode_query = model.encode_query
 
     def watched(tokens):
         if not model.training:
             seen.append(len(tokens))
         return encode_query(tokens)
 
-    model.run_query = watched
+    model.encode_query = watched
     run(model)
     assert sum(seen) == 2 * 8  # two test sets, of which the first is evaluated twice
 
@@ -104,10 +102,10 @@ def test_an_interrupted_evaluation_keeps_no_queries():
             if self.batches == 3:
                 raise KeyboardInterrupt
 
-    model, queries = make_model({}), QueryCache()
+    queries = {}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, size=24, monitor=StopInThirdBatch(), queries=queries)
-    assert queries.of(FIRST, model.query_version()) is None
+        evaluate(make_model({}), size=24, monitor=StopInThirdBatch(), queries=queries)
+    assert not queries
 
 
 @pytest.mark.parametrize("vote_group_size", [1, 4])
@@ -115,10 +113,9 @@ def test_an_interrupted_evaluation_keeps_no_queries():
 @pytest.mark.parametrize("ties", ["lowest", "topk"])
 def test_batches_may_hold_many_vote_groups(vote_group_size, size, ties):
     model, (images, targets) = make_model({"vote_ties": ties}), data(FIRST, size)
-    options = replace(OPTIONS, vote_group_size=vote_group_size)
     found = {
-        batch_size: evaluate(model, options, size=size, batch_size=batch_size)
-        for batch_size in (vote_group_size, 8, 12, 24)
+        batch: evaluate(model, size=size, batch=batch, vote_group_size=vote_group_size)
+        for batch in (vote_group_size, 8, 12, 24)
     }
     small = found[vote_group_size]
     with torch.no_grad():
@@ -148,7 +145,7 @@ def test_sums_of_a_batch_and_of_a_test_set_are_exact_to_12_digits(size):
     sums = evaluation._test_sums(logits, targets, 4)
     assert sums[0].item() == pytest.approx(wanted, rel=1e-14)
     assert sums[1:3].tolist() == [-(-size // 4), correct]
-    totals = evaluation.EvaluationTotals(model, torch.ones(7, dtype=torch.bool), OPTIONS)
+    totals = evaluation.EvaluationTotals(make_run(model), torch.ones(7, dtype=torch.bool))
     ids = torch.zeros(size, 2, dtype=torch.int64)
     out = {"logits": logits, "prompt_idx": ids, "own_prompt_idx": ids}
     out["similarity"] = torch.rand(size, model.prompt.size, generator=generator)
@@ -174,7 +171,7 @@ def test_progress_lines_give_the_accuracy_of_the_result(monkeypatch, caplog, rea
 
     monkeypatch.setattr(utils.Progress, "update", noted)
     with caplog.at_level(logging.INFO):
-        result = evaluate(make_model({}), replace(OPTIONS, read_every=read_every), size=26)
+        result = evaluate(make_model({}), size=26, read_every=read_every)
     assert [n for _, n in shown] == ([4] * 6 + [2] if read_every == 1 else [4, 12, 10])
     assert all(0 <= percent <= 100 for percent, _ in shown)
     mean = sum(percent * n for percent, n in shown) / 26

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ from torch import nn
 
 from cli.settings import OptimizerSettings
 from experiment import build
+from helpers.engine_doubles import make_run
 from training.update import OptimizerStep
-
-CPU = torch.device("cpu")
 
 #: Those that skip a step on a GPU without copies.
 FUSED = build._SKIP_STEPS
@@ -19,7 +19,9 @@ FUSED = build._SKIP_STEPS
 
 def make_step(*values, opt=torch.optim.SGD, **kwargs):
     parameters = [nn.Parameter(torch.tensor(value)) for value in values]
-    return OptimizerStep(parameters, lambda: opt(parameters, lr=0.5), CPU, **kwargs)
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    model = SimpleNamespace(parameters=lambda: [frozen, *parameters])
+    return OptimizerStep(make_run(model, make_optimizer=lambda: opt(parameters, lr=0.5), **kwargs))
 
 
 def step(update, *gradients, loss=1.0):
@@ -36,35 +38,24 @@ def values(update):
     return [p.tolist() for p in update.parameters]
 
 
-def test_step_applies_gradients_and_gives_their_norm():
-    update = make_step([1.0, 2.0], [3.0])
+@pytest.mark.parametrize(
+    ("clip_grad", "amp", "wanted"),
+    [(None, None, [-0.5, 2, 1]), (None, "fp16", [-0.5, 2, 1]), (0.5, None, [0.85, 2, 2.8])],
+)
+def test_step_applies_gradients_and_gives_their_norm_before_clipping(clip_grad, amp, wanted):
+    update = make_step([1.0, 2.0], [3.0], clip_grad=clip_grad, amp=amp)
+    assert update.waits
     assert step(update, [3.0, 0.0], [4.0]) == pytest.approx(5)
-    assert values(update) == [[-0.5, 2.0], [1.0]]
+    assert torch.cat(update.parameters).tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_norm_is_that_before_clipping():
-    update = make_step([1.0, 2.0], [3.0], clip_grad=0.5)
-    assert step(update, [3.0, 0.0], [4.0]) == pytest.approx(5)
-    moved = [1 - 0.5 * 0.3, 2.0, 3 - 0.5 * 0.4]
-    assert torch.cat(update.parameters).tolist() == pytest.approx(moved, rel=1e-5)
-
-
-def test_frozen_parameters_are_no_business_of_an_update():
-    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    trained = nn.Parameter(torch.ones(2))
-    update = OptimizerStep([frozen, trained], lambda: torch.optim.SGD([trained], lr=1.0), CPU)
-    assert update.parameters == [trained]
+MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 
 @pytest.mark.parametrize(
     ("opt", "waiting"),
-    [
-        *[(opt, waits) for opt in (torch.optim.SGD, torch.optim.Adam) for waits in (True, False)],
-        *[
-            (partial(opt, fused=True), False)
-            for opt in (*FUSED, partial(torch.optim.SGD, momentum=0.9))
-        ],
-    ],
+    [(opt, waits) for opt in (torch.optim.SGD, torch.optim.Adam) for waits in (True, False)]
+    + [(partial(opt, fused=True), False) for opt in (*FUSED, MOMENTUM)],
 )
 @pytest.mark.parametrize(
     ("gradient", "loss"), [("nan", 1.0), ("inf", 1.0), (1.0, "nan"), (1.0, "-inf")]
@@ -107,34 +98,19 @@ def test_state_of_a_fused_optimizer_loads_into_another_and_back(opt, fused):
     assert values(other)[0] == pytest.approx(values(one)[0], rel=1e-6)
 
 
-def test_renew_forgets_the_state_of_the_optimizer():
-    update = make_step([1.0], opt=torch.optim.Adam)
-    step(update, [1.0])
-    first = update.optimizer
-    update.renew()
-    assert update.optimizer is not first
-    assert not update.optimizer.state
-
-
 # Scaled losses
-
-
-def test_scaled_loss_gives_the_same_update():
-    plain, scaled = make_step([1.0, 2.0]), make_step([1.0, 2.0], loss_scaling=True)
-    assert step(plain, [0.25, -0.5]) == step(scaled, [0.25, -0.5])
-    assert values(plain) == values(scaled)
 
 
 def test_process_without_an_image_steps_with_a_scaled_loss():
     """Its gradients are those of the others."""
-    update = make_step([1.0, 2.0], loss_scaling=True)
+    update = make_step([1.0, 2.0], amp="fp16")
     update.parameters[0].grad = torch.tensor([2.0, 4.0]) * update.scaler.get_scale()
     update.step(torch.tensor(1.0))
     assert values(update) == [[0.0, 0.0]]
 
 
 def test_overflow_leaves_a_step_out_and_lowers_the_scale():
-    update = make_step([1.0, 2.0], loss_scaling=True)
+    update = make_step([1.0, 2.0], amp="fp16")
     scale = update.scaler.get_scale()
     step(update, [float("inf"), 1.0])
     assert update.scaler.get_scale() == scale / 2
@@ -144,15 +120,18 @@ def test_overflow_leaves_a_step_out_and_lowers_the_scale():
 
 
 def test_a_loss_that_is_not_finite_ends_a_scaled_run_too():
-    update = make_step([1.0], loss_scaling=True)
+    update = make_step([1.0], amp="fp16")
     step(update, [1.0], loss=float("nan"))
     step(update, [1.0])
     assert values(update) == [[1.0]]
 
 
 def test_renew_keeps_the_scale_or_takes_that_of_a_state():
-    update, other = (make_step([1.0], loss_scaling=True) for _ in range(2))
-    step(update, [float("inf")])
+    adam = {"opt": torch.optim.Adam, "amp": "fp16"}
+    update, other = make_step([1.0], **adam), make_step([1.0], **adam)
+    for one, gradient in ((update, 1.0), (update, float("inf")), (other, 1.0)):
+        step(one, [gradient])
+    assert update.optimizer.state
     scale = update.scaler.get_scale()
     assert scale != other.scaler.get_scale()
     other.renew(update.state_dict())
@@ -164,7 +143,7 @@ def test_renew_keeps_the_scale_or_takes_that_of_a_state():
 
 
 def test_overflow_at_any_scale_is_no_matter_of_precision():
-    update = make_step([1.0], loss_scaling=True)
+    update = make_step([1.0], amp="fp16")
     scales = []
     while update.may_overflow:
         step(update, [float("inf")])
@@ -173,16 +152,16 @@ def test_overflow_at_any_scale_is_no_matter_of_precision():
     assert not make_step([1.0]).may_overflow
 
 
-@pytest.mark.parametrize("loss_scaling", [False, True])
-def test_state_continues_where_it_was(loss_scaling):
+@pytest.mark.parametrize("amp", [None, "fp16"])
+def test_state_continues_where_it_was(amp):
     torch.manual_seed(0)
     gradients = [torch.randn(2).tolist() for _ in range(6)]
-    gradients[1] = [float("inf"), 1.0] if loss_scaling else gradients[1]
-    whole = make_step([1.0, 2.0], opt=torch.optim.Adam, loss_scaling=loss_scaling)
+    gradients[1] = [float("inf"), 1.0] if amp else gradients[1]
+    whole = make_step([1.0, 2.0], opt=torch.optim.Adam, amp=amp)
     for gradient in gradients[:3]:
         step(whole, gradient)
     state, middle = copy.deepcopy(whole.state_dict()), values(whole)[0]
-    other = make_step(middle, opt=torch.optim.Adam, loss_scaling=loss_scaling)
+    other = make_step(middle, opt=torch.optim.Adam, amp=amp)
     other.load_state_dict(state)
     for update in (whole, other):
         for gradient in gradients[3:]:
