@@ -1,6 +1,6 @@
 """The prompt pool of L2P: keys, matching, vote, selected prompts, pull term.
 
-An image's query (one feature vector of the frozen transformer) is compared with the keys of the
+An image's query q(x), a feature vector of the frozen transformer, is compared with the keys of the
 pool; the K best prompts are inserted before the image's own tokens. Everything here works on query
 vectors, so this file knows neither images nor transformers.
 
@@ -13,8 +13,7 @@ A selection rule (`--diversify`) is a subclass of `Prompt`, registered under its
 Shapes: B images, D width, M pool size, L prompt length, K prompts selected (top-k), P = K*L prompt
 tokens, V images in a vote group.
 
-Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, section 4.1,
-equations 2-5.
+Source: Wang et al., "Learning to Prompt for Continual Learning", CVPR 2022, equations 1-5.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,35 +39,22 @@ class Selection(NamedTuple):
 
 
 class Prompt(nn.Module):
-    """A pool of M prompts of L tokens, each with a key. Every image selects its K nearest keys.
-
-    Raises:
-        ValueError: If `top_k` exceeds `size`, or an initialiser is unknown.
-    """
+    """A pool of M prompts of L tokens, each with a key (equation 1)."""
 
     def __init__(self, settings: PromptSettings, embed_dim: int) -> None:
         super().__init__()
-        size, length, top_k = settings.size, settings.length, settings.top_k
-        if not 1 <= top_k <= size:
-            raise ValueError(f"top_k {top_k} is not in [1, {size}], the size of the prompt pool")
-        self.size, self.length, self.top_k = size, length, top_k
+        self.size, self.length, self.top_k = settings.size, settings.length, settings.top_k
+        self.num_tokens = self.top_k * self.length  # P, the prompt tokens that an image receives
         self.batchwise, self.vote_ties = settings.batchwise_prompt, settings.vote_ties
-        prompts = _initial((size, length, embed_dim), settings.initializer)
-        self.prompt = nn.Parameter(prompts)  # (M, L, D)
+        self.prompt = _initial(settings.initializer, self.size, self.length, embed_dim)  # (M, L, D)
         self.prompt_key: nn.Parameter | None = None
         if settings.prompt_key:  # else a key is the mean of its prompt's tokens, with gradient
-            keys = _initial((size, embed_dim), settings.prompt_key_init)
-            self.prompt_key = nn.Parameter(keys)  # (M, D)
+            self.prompt_key = _initial(settings.prompt_key_init, self.size, embed_dim)  # (M, D)
 
     @classmethod
     def problems(cls, settings: PromptSettings, num_tasks: int) -> Iterator[str]:
         """What is wrong with the settings of a pool for this number of tasks, a line each."""
         return iter(())
-
-    @property
-    def num_tokens(self) -> int:
-        """P, the number of prompt tokens that an image receives."""
-        return self.top_k * self.length
 
     def forward(
         self, query: Tensor, *, task_id: int | None = None, vote_group_size: int | None = None
@@ -89,19 +75,20 @@ class Prompt(nn.Module):
         own_idx = self.select(similarity)  # (B, K)
         idx = self.serve(own_idx, task_id, vote_group_size)  # (B, K)
         return Selection(
-            tokens=self.prompt[idx].flatten(1, 2),  # (B, P, D)
+            tokens=self.prompt[idx].flatten(1, 2),  # (B, P, D), equation 2
             prompt_idx=idx,
             own_prompt_idx=own_idx,
             similarity=similarity,
-            reduce_sim=similarity.gather(1, idx).sum() / len(query),
+            reduce_sim=similarity.gather(1, idx).sum() / len(query),  # equation 5
         )
 
     def match(self, query: Tensor) -> Tensor:
         """Cosine similarity of queries (B, D) to every key, (B, M)."""
-        return l2_normalize(query) @ l2_normalize(self._keys()).t()
+        keys = self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
+        return l2_normalize(query) @ l2_normalize(keys).t()
 
     def select(self, similarity: Tensor) -> Tensor:
-        """Ids that each image selects on its own, best first, (B, K), from similarities (B, M)."""
+        """Ids of the keys nearest to each query, best first, (B, K), by equation 3 of the paper."""
         return top_k_lowest_id(similarity, self.top_k)
 
     def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
@@ -116,16 +103,6 @@ class Prompt(nn.Module):
     def count_served(self, counts: Tensor) -> None:
         """Called after every training step: how often each prompt served an image, (M,)."""
 
-    def task_slots(self, task_id: int) -> slice:
-        """Ids of a task's own K prompts; raises ValueError if the pool is too small for it."""
-        slots = slice(task_id * self.top_k, (task_id + 1) * self.top_k)
-        if slots.stop > self.size:
-            raise ValueError(
-                f"the prompt mask gives prompts {slots.start}..{slots.stop - 1} to task "
-                f"{task_id + 1}, but the pool has {self.size}: enlarge the pool or lower top_k"
-            )
-        return slots
-
     @torch.no_grad()
     def inherit(self, task_id: int, *, prompts: bool, keys: bool) -> bool:
         """Starts a task's prompts (or keys) from what the task before it learned.
@@ -134,17 +111,14 @@ class Prompt(nn.Module):
 
         Source: `shared_prompt_pool` and `shared_prompt_key` of the official release.
         """
-        if task_id == 0 or (task_id + 1) * self.top_k > self.size or not (prompts or keys):
+        first, end = task_id * self.top_k, (task_id + 1) * self.top_k
+        if task_id == 0 or end > self.size or not (prompts or keys):
             return False
-        old, new = self.task_slots(task_id - 1), self.task_slots(task_id)
         if prompts:
-            self.prompt[new] = self.prompt[old].clone()
+            self.prompt[first:end] = self.prompt[first - self.top_k : first]
         if keys and self.prompt_key is not None:
-            self.prompt_key[new] = self.prompt_key[old].clone()
+            self.prompt_key[first:end] = self.prompt_key[first - self.top_k : first]
         return True
-
-    def _keys(self) -> Tensor:
-        return self.prompt.mean(dim=1) if self.prompt_key is None else self.prompt_key  # (M, D)
 
 
 #: Selection rules by the name that `--diversify` gives them.
@@ -188,9 +162,8 @@ class MaskedPrompt(Prompt):
         """The task's own prompts in training, (B, K)."""
         if not self.training or task_id is None:
             return super().serve(own_idx, task_id, vote_group_size)
-        slots = self.task_slots(task_id)
-        masked = torch.arange(slots.start, slots.stop, device=own_idx.device)  # (K,)
-        return masked.expand(len(own_idx), -1)
+        ids = task_id * self.top_k + torch.arange(self.top_k, device=own_idx.device)  # (K,)
+        return ids.expand(len(own_idx), -1)
 
 
 @selection_rule("frequency")
@@ -209,11 +182,18 @@ class FrequencyPenalizedPrompt(Prompt):
             self.register_buffer(name, torch.zeros(self.size, dtype=torch.int64))
 
     def select(self, similarity: Tensor) -> Tensor:
-        """Ids of the nearest keys, in training under the penalty, (B, K)."""
+        """Ids of the nearest keys, in training under the penalty, (B, K).
+
+        Among equal penalties, such as those of prompts that never served, the nearer key wins; so
+        the first task selects the plain top-k.
+        """
         if not self.training:
             return super().select(similarity)
+        nearest_first = top_k_lowest_id(similarity, self.size)  # (B, M)
+        distance = (1 - similarity).clamp(min=0)  # rounding can give a similarity above 1
         frequency = self.served_before / self.served_before.sum().clamp(min=1)  # (M,)
-        return top_k_penalized(similarity, frequency, self.top_k)
+        penalty = (distance * frequency).gather(-1, nearest_first)  # (B, M)
+        return nearest_first.gather(-1, top_k_lowest_id(-penalty, self.top_k))
 
     def begin_task(self) -> None:
         """Adds the counts of the previous task to those that the penalty uses."""
@@ -234,30 +214,9 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def top_k_lowest_id(score: Tensor, k: int) -> Tensor:
-    """Ids of the k largest scores (R, M) of each row, best first, (R, k); ties: the lowest id.
-
-    `torch.topk` promises no order among ties, so a stable sort is used.
-    """
+    """Ids of the k largest scores (R, M) of each row, best first, (R, k); ties: the lowest id."""
+    # `torch.topk` promises no order among ties.
     return score.argsort(dim=-1, descending=True, stable=True)[..., :k]
-
-
-def top_k_penalized(similarity: Tensor, frequency: Tensor, k: int) -> Tensor:
-    """Ids of the k smallest products of cosine distance and frequency, best first, (B, k).
-
-    Among equal products, such as those of prompts that never served, the nearer key wins; so the
-    first task selects the plain top-k.
-
-    Args:
-        similarity: Cosine similarity to every key, (B, M).
-        frequency: How often each prompt served in earlier tasks, as a share, (M,).
-        k: How many ids per row.
-
-    Source: equation 4 of the paper.
-    """
-    nearest_first = similarity.argsort(dim=-1, descending=True, stable=True)  # (B, M)
-    distance = (1 - similarity).clamp(min=0)  # rounding can give a similarity above 1
-    penalty = (distance * frequency).gather(-1, nearest_first)  # (B, M)
-    return nearest_first.gather(-1, penalty.argsort(dim=-1, stable=True))[..., :k]
 
 
 def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> Tensor:
@@ -287,11 +246,8 @@ def _top_k_original(counts: Tensor, k: int) -> Tensor:
     return voted_first.gather(1, counts.gather(1, voted_first).topk(k, dim=1).indices)
 
 
-def _initial(shape: tuple[int, ...], initializer: str) -> Tensor:
-    if initializer == "uniform":
-        return torch.empty(shape).uniform_(-1, 1)
-    if initializer == "official":
-        return torch.empty(shape).uniform_(0, 0.01)
+def _initial(initializer: str, *shape: int) -> nn.Parameter:
     if initializer == "zero":
-        return torch.zeros(shape)
-    raise ValueError(f"initialiser {initializer!r} is not one of uniform, zero, official")
+        return nn.Parameter(torch.zeros(shape))
+    low, high = {"uniform": (-1.0, 1.0), "official": (0.0, 0.01)}[initializer]
+    return nn.Parameter(torch.empty(shape).uniform_(low, high))

@@ -15,12 +15,11 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,9 +33,6 @@ Item = TypeVar("Item")
 #: Below the ephemeral ports of Linux.
 _PORTS = range(12_000, 32_000)
 
-#: Time-out of collectives, and of waiting for other processes to start.
-_PATIENCE = timedelta(minutes=10)
-
 #: Errors of this process's own device, which are RuntimeErrors like those of a lost connection.
 _OOM = torch.OutOfMemoryError
 _DEVICE_ERRORS = (_OOM, getattr(torch, "AcceleratorError", _OOM))
@@ -45,38 +41,26 @@ _DEVICE_ERRORS = (_OOM, getattr(torch, "AcceleratorError", _OOM))
 _handlers: list[logging.Handler] = []
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The 0-based rank of this process, how many there are, and where this one computes."""
+class Processes(NamedTuple):
+    """This process among all of the run, and where it computes."""
 
-    rank: int
-    world_size: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a launcher describes this process; `rank` and `world_size` as of `Processes`."""
-
-    rank: int = 0
+    rank: int = 0  # 0-based
     world_size: int = 1
+    device: torch.device = torch.device("cpu")  # as `init_processes` chooses it
     local_rank: int = 0  # 0-based, on its machine
-    meeting_point: str | None = None  # URL of the rendezvous, if the launcher gives one
-    by_slurm: bool = False  # whether `srun` is the launcher
+    meeting_point: str | None = None  # URL of the rendezvous, where `srun` is the launcher
 
 
 class LostProcessError(RuntimeError):
     """Another process of the run is gone; every operation of all processes raises it."""
 
 
-def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """How the environment describes this process; None: it was started without a launcher.
+def find_launch(environ: Mapping[str, str] = os.environ) -> Processes | None:
+    """How a launcher describes this process in the environment; None: there is no launcher.
 
     Slurm's variables count only inside a step of several tasks: the shell of an allocation and a
-    batch script have them too, but are single processes.
-
-    Raises:
-        ValueError: Naming a variable that is no number.
+    batch script have them too, but are single processes. Raises ValueError that names a variable
+    that is no number.
     """
 
     def number(name: str, default: str = "") -> int:
@@ -86,10 +70,11 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
         return int(text)
 
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return Launch(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", "0"))
+        ranks = number("RANK"), number("WORLD_SIZE")
+        return Processes(*ranks, local_rank=number("LOCAL_RANK", "0"))
     if "SLURM_PROCID" in environ and (num_tasks := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        ranks = number("SLURM_PROCID"), num_tasks, number("SLURM_LOCALID")
-        return Launch(*ranks, _slurm_meeting_point(environ), by_slurm=True)
+        ranks, url = (number("SLURM_PROCID"), num_tasks), _slurm_meeting_point(environ)
+        return Processes(*ranks, local_rank=number("SLURM_LOCALID"), meeting_point=url)
     return None
 
 
@@ -105,60 +90,50 @@ def _slurm_meeting_point(environ: Mapping[str, str]) -> str:
 def init_processes(device: str, dist_url: str = "env://") -> Processes:
     """Joins the process group that a launcher describes in the environment, if one does.
 
-    It blocks until all processes have joined; Python's signal handlers do not run meanwhile.
-
-    Args:
-        device: `cuda`, `cuda:N`, `cpu` or `auto` (CUDA where there is one).
-        dist_url: URL of the rendezvous; `env://`: that of the launcher.
+    It blocks until all processes have joined; Python's signal handlers do not run meanwhile. They
+    meet at `dist_url`; `env://`: where the launcher says.
 
     Raises:
-        ValueError: If CUDA is asked for and is not there.
+        ValueError: As `choose_device`.
         torch.distributed.DistError: If another process does not come.
     """
     launch = find_launch()
     chosen = choose_device(device, launch)
     if launch is None:
-        return Processes(0, 1, chosen)
-    if dist_url == "env://":
-        dist_url = launch.meeting_point or dist_url
+        return Processes(device=chosen)
     on_cuda = chosen.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(chosen)
+    own_url = launch.meeting_point if dist_url == "env://" else None
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",
-        init_method=dist_url,
+        init_method=own_url or dist_url,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=_PATIENCE,
+        timeout=timedelta(minutes=10),  # of collectives, and of waiting for others to start
         device_id=chosen if on_cuda else None,
     )
-    return Processes(launch.rank, launch.world_size, chosen)
+    return launch._replace(device=chosen)
 
 
-def choose_device(device: str, launch: Launch | None = None) -> torch.device:
-    """The device that `--device` means for one process of a machine.
+def choose_device(device: str, launch: Processes | None = None) -> torch.device:
+    """The device of one process of a machine; ValueError if it is unknown or there is none.
 
-    Raises:
-        ValueError: If it is unknown, or is CUDA and there is none.
+    `device` is `cuda`, `cuda:N`, `cpu` or `auto` (CUDA where there is one).
     """
-    launch = launch or Launch()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    launch, has_cuda = launch or Processes(), torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not (match := re.fullmatch(r"auto|cuda(?::(\d+))?", device)):
         raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
-    chosen = torch.device(device)
-    if chosen.type == "cpu":
-        return chosen
-    if not torch.cuda.is_available():
+    if not has_cuda:
         raise ValueError(f"--device {device}: torch finds no CUDA device here: use --device cpu")
-    count = torch.cuda.device_count()
-    index = launch.local_rank if chosen.index is None else chosen.index
-    if launch.by_slurm and count == 1:
+    index, count = int(match[1] or launch.local_rank), torch.cuda.device_count()
+    if launch.meeting_point and count == 1:
         index = 0  # Slurm shows each task its own GPU only (--gpus-per-task, --gpu-bind)
     if index >= count:
-        raise ValueError(
-            f"--device {device}: process {launch.local_rank} asks for GPU {index} of {count}"
-        )
+        asked = f"process {launch.local_rank} asks for GPU {index} of {count}"
+        raise ValueError(f"--device {device}: {asked}")
     return torch.device("cuda", index)
 
 
@@ -174,7 +149,7 @@ def rank() -> int:
     if dist.is_initialized():
         return dist.get_rank()
     with suppress(ValueError):  # which `validate` reports
-        return (find_launch() or Launch()).rank
+        return (find_launch() or Processes()).rank
     return 0
 
 
@@ -191,24 +166,18 @@ def is_main_process() -> bool:
 def share(value: Item) -> Item:
     """Broadcasts a plain value of rank 0 to all processes."""
     shared = [value]
-    if not is_alone():
-        with _all_processes():
-            dist.broadcast_object_list(shared, src=0)
+    _together(dist.broadcast_object_list, shared, src=0)
     return shared[0]
 
 
 def wait_for_all() -> None:
     """Barrier; the host waits, too."""
-    if not is_alone():
-        with _all_processes():
-            dist.barrier()
+    _together(dist.barrier)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
     """All-reduces a tensor by sum, in place."""
-    if not is_alone():
-        with _all_processes():
-            dist.all_reduce(values)
+    _together(dist.all_reduce, values)
     return values
 
 
@@ -223,11 +192,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = summed.view_as(p)
 
 
-@contextmanager
-def _all_processes() -> Iterator[None]:
-    """Names a lost connection, for which gloo has no error of its own."""
+def _together(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Runs a collective of all processes; names a lost connection, as gloo does not."""
     try:
-        yield
+        if not is_alone():
+            collective(*args, **kwargs)
     except _DEVICE_ERRORS:
         raise
     except RuntimeError as error:
@@ -258,9 +227,8 @@ def log_to_file(path: Path) -> None:
 def end_logging() -> None:
     """Undoes `setup_logging` and `log_to_file`."""
     while _handlers:
-        handler = _handlers.pop()
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        logging.getLogger().removeHandler(_handlers[-1])
+        _handlers.pop().close()
 
 
 def _add_handler(handler: logging.Handler) -> None:
@@ -268,23 +236,20 @@ def _add_handler(handler: logging.Handler) -> None:
     logging.getLogger().addHandler(handler)
 
 
-class _Output(logging.StreamHandler):
+class _Output(logging.Handler):
     """Standard output, around a progress bar, which shows the progress itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one record and flushes."""
-        self.stream = sys.stdout
-        if getattr(record, "progress", False) and self.stream.isatty():
+        """Writes one record and flushes; continues silently if whoever read the output is gone."""
+        if getattr(record, "progress", False) and sys.stdout.isatty():
             return
-        with tqdm.external_write_mode(self.stream):
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Continues silently if whoever read the output is gone."""
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        else:
-            super().handleError(record)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception:
+            self.handleError(record)
 
 
 class Progress:
@@ -323,16 +288,14 @@ class Progress:
 
     def over(self, items: Iterable[Item], total: int, first: int = 0) -> Iterator[tuple[int, Item]]:
         """Yields (step, item), counted from `first`, and shows progress, in the main process."""
-        if not is_main_process():
-            yield from enumerate(items, first)
-            return
-        look: Any = {"file": sys.stdout, "disable": not sys.stdout.isatty(), "leave": False}
-        with tqdm(desc=self.header, total=total, initial=first, **look) as bar:
+        shown = is_main_process()
+        bar: Any = {"file": sys.stdout, "disable": not (shown and sys.stdout.isatty())}
+        with tqdm(desc=self.header, total=total, initial=first, leave=False, **bar) as live:
             for step, item in enumerate(items, first):
                 yield step, item
-                bar.set_postfix(self.averages(), refresh=False)
-                bar.update()
-                if step % self.print_freq == 0 or step == total - 1:
+                live.set_postfix(self.averages(), refresh=False)
+                live.update()
+                if shown and (step % self.print_freq == 0 or step == total - 1):
                     line = self._line(step, total, elapsed_steps=step + 1 - first)
                     logger.info(line, extra={"progress": True})
 

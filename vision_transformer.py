@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from cli.flags import choose
 from cli.settings import ModelSettings
-from model.encoder import Pass, encode
-from model.weights import copy_state
+from model.backbone import copy_state
+from model.encoder import encode
 from prompt import Prompt
 
 
@@ -45,9 +45,6 @@ POOLINGS: dict[str, Pooling] = {
     "token+prompt": Pooling(lambda num_prompts: slice(0, 1 + num_prompts), needs_prompts=True),
     "gap": Pooling(lambda num_prompts: slice(None)),
 }
-
-#: Prefix tokens that count as class tokens when something is frozen by name.
-_CLASS_TOKENS = ("reg_token", "dist_token")
 
 
 class PromptedVisionTransformer(nn.Module):
@@ -68,8 +65,6 @@ class PromptedVisionTransformer(nn.Module):
         amp_dtype: Type of the backbone's matrix products; None: that of the weights. Selection,
             head and whatever follows stay in single precision.
         recompute: Whether the backward pass computes activations again to save memory.
-        run_query: Tokens at block 0 to queries (B, D); may be replaced by a faster equivalent.
-        run_prompted: Tokens at block 0 to those that the head pools, (B, R, D); replaceable, too.
 
     Raises:
         ValueError: If head type, pool, class token or a prefix of `freeze` do not fit the rest.
@@ -85,26 +80,35 @@ class PromptedVisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         settings = settings or ModelSettings()
-        self.pooling = find_pooling(settings.head_type, has_prompts=prompt is not None)
+        pooling = find_pooling(settings.head_type, has_prompts=prompt is not None)
         if backbone.cls_token is None:
             raise ValueError("the vision transformer has no class token, which L2P needs")
         self.num_classes, self.embedding_key = num_classes, embedding_key
         self.backbone, self.prompt, self.width = backbone, prompt, backbone.embed_dim
+        self.num_prompt_tokens = 0 if prompt is None else prompt.num_tokens  # P
+        self.pooled = pooling.tokens(self.num_prompt_tokens)  # output tokens that the head pools
         self.pos_embed_prompt: nn.Parameter | None = None
         if prompt is not None and settings.prompt_position == "class":
-            row = _class_position(backbone)
+            row = torch.zeros(1, 1, self.width)
+            if backbone.pos_embed is not None and not backbone.no_embed_class:
+                row = backbone.pos_embed.detach()[:, :1]  # of the class token
             self.pos_embed_prompt = nn.Parameter(row.repeat(1, prompt.num_tokens, 1))  # (1, P, D)
         self.fc_norm = copy.deepcopy(backbone.norm) if settings.global_pool == "avg" else None
-        self.head = _linear_head(backbone.embed_dim, num_classes, settings.head_init)
+        self.head = nn.Linear(self.width, num_classes)
+        nn.init.zeros_(self.head.bias)
+        if settings.head_init == "zero":
+            nn.init.zeros_(self.head.weight)
+        else:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
         # Tensors that come with the backbone's weights; checkpoints omit those that are frozen.
         self._pretrained = {f"backbone.{name}" for name in backbone.state_dict()}
         self._pretrained.add("pos_embed_prompt")
         self._freeze(settings.freeze)
-        self.query_backbone = self._query_copy()
+        self.query_backbone: VisionTransformer | None = None  # else a copy that stays untouched
+        if prompt is not None and (self.backbone_trains or _is_random(backbone)):
+            self.query_backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
         self.amp_dtype: torch.dtype | None = None
         self.recompute = False
-        self.run_query: Pass = self.encode_query
-        self.run_prompted: Pass = self.encode_prompted
 
     def forward(
         self,
@@ -130,8 +134,7 @@ class PromptedVisionTransformer(nn.Module):
         if self.prompt is None:
             return self._classify(tokens)
         if query is None:
-            is_copy = self.query_backbone is not None
-            query = self.query(images) if is_copy else self._query(patches, tokens)
+            query = self.query(images, (patches, tokens))
         selected = self.prompt(query, task_id=task_id, vote_group_size=vote_group_size)._asdict()
         prompts = selected.pop("tokens")  # (B, P, D)
         if self.pos_embed_prompt is not None:
@@ -140,10 +143,47 @@ class PromptedVisionTransformer(nn.Module):
         tokens = torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, 1+P+N, D)
         return {**self._classify(tokens), "query": query, **selected}
 
-    def query(self, images: Tensor) -> Tensor:
-        """Query features of a batch, (B, D), from the untouched backbone in evaluation mode."""
-        with torch.no_grad():
-            return self._query(*self._embed(self._query_vit(), images))
+    @torch.no_grad()
+    def query(self, images: Tensor, embedded: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Query features q(x) of a batch, (B, D), from the untouched backbone.
+
+        `embedded` are the images as the backbone embedded them, used if that is untouched.
+        """
+        if embedded is None or self.query_backbone is not None:
+            embedded = self._embed(self.query_vit, images)
+        patches, tokens = embedded
+        if self.embedding_key == "cls":
+            return self.encode_query(tokens)
+        patches = patches.reshape(len(patches), -1, patches.shape[-1]).to(tokens.dtype)  # (B, N, D)
+        mean, highest = patches.mean(dim=1), patches.amax(dim=1)
+        return {"mean": mean, "max": highest, "mean_max": highest + 2 * mean}[self.embedding_key]
+
+    def encode_query(self, tokens: Tensor) -> Tensor:
+        """Tokens at block 0 to the class token after all blocks and the final norm, (B, D)."""
+        with self._autocast(tokens):
+            x = encode(self.query_vit, tokens, slice(0, 1))  # (B, 1, D)
+        return self.query_vit.norm(x)[:, 0]
+
+    def encode_prompted(self, tokens: Tensor) -> Tensor:
+        """Tokens at block 0 to those that the head pools, after all blocks, (B, R, D)."""
+        with self._autocast(tokens):
+            x = encode(self.backbone, tokens, self.pooled, recompute=self.recompute)
+        return x if self.fc_norm is not None else self.backbone.norm(x)
+
+    def _embed(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded patches, (B, N, D) or on a grid, and all tokens at block 0, (B, 1+N, D)."""
+        with self._autocast(images):
+            patches = vit.patch_embed(images)
+            return patches, vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
+
+    def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
+        pre_logits = self.encode_prompted(tokens).mean(dim=1)  # (B, D)
+        pooled = pre_logits if self.fc_norm is None else self.fc_norm(pre_logits)
+        return {"logits": self.head(pooled), "pre_logits": pre_logits}
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
+        dtype = self.amp_dtype
+        return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
 
     @torch.no_grad()
     def observe(self, features: Tensor, targets: Tensor, sound: Tensor) -> None:
@@ -164,9 +204,9 @@ class PromptedVisionTransformer(nn.Module):
         return self
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """P, the prompt tokens of each image; 0 without a pool."""
-        return 0 if self.prompt is None else self.prompt.num_tokens
+    def query_vit(self) -> VisionTransformer:
+        """The untouched ViT that gives the query."""
+        return self.query_backbone or self.backbone
 
     @property
     def backbone_trains(self) -> bool:
@@ -180,8 +220,8 @@ class PromptedVisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names that timm's optimizer factory leaves without weight decay, as the original does."""
-        names = ("pos_embed", "cls_token", "dist_token")
-        return {"pos_embed_prompt"} | {f"backbone.{name}" for name in names}
+        tokens = {"backbone.cls_token", "backbone.dist_token"}
+        return tokens | {"backbone.pos_embed", "pos_embed_prompt"}
 
     def public_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the original's names (`blocks.0...`, `prompt.prompt`, `head.weight`)."""
@@ -191,8 +231,8 @@ class PromptedVisionTransformer(nn.Module):
 
     def query_tensors(self) -> Iterator[Tensor]:
         """Every tensor that queries are computed from; extend it where more takes part."""
-        yield from self._query_vit().parameters()
-        yield from self._query_vit().buffers()
+        yield from self.query_vit.parameters()
+        yield from self.query_vit.buffers()
 
     def query_version(self) -> tuple[tuple[int, int], ...]:
         """A value that changes whenever one of `query_tensors` does; for caches of queries."""
@@ -212,76 +252,27 @@ class PromptedVisionTransformer(nn.Module):
         Its `pos_embed` is widened: class row, P prompt rows, N patch rows.
         """
         state = dict(state)
-        if "pos_embed" in state and (num_prompts := self.num_prompt_tokens):
-            rows = state["pos_embed"]
-            state["pos_embed"] = torch.cat([rows[:, :1], rows[:, 1 + num_prompts :]], dim=1)
-            state["pos_embed_prompt"] = rows[:, 1 : 1 + num_prompts]  # (1, P, D)
+        if "pos_embed" in state and self.num_prompt_tokens:
+            places = (1, 1 + self.num_prompt_tokens)
+            first, prompts, patches = state["pos_embed"].tensor_split(places, dim=1)
+            state |= {"pos_embed": torch.cat([first, patches], dim=1), "pos_embed_prompt": prompts}
         copy_state(dict(self.public_parameters()), state, source)
         if self.query_backbone is not None and not self.backbone_trains:
             self.query_backbone.load_state_dict(self.backbone.state_dict())
 
-    def _query_vit(self) -> VisionTransformer:
-        return self.query_backbone or self.backbone
-
-    def _embed(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded patches, (B, N, D) or on a grid, and all tokens at block 0, (B, 1+N, D)."""
-        with self._autocast(images):
-            patches = vit.patch_embed(images)
-            return patches, vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
-
-    def _classify(self, tokens: Tensor) -> dict[str, Tensor]:
-        pre_logits = self.run_prompted(tokens).mean(dim=1)  # (B, D)
-        pooled = pre_logits if self.fc_norm is None else self.fc_norm(pre_logits)
-        return {"logits": self.head(pooled), "pre_logits": pre_logits}
-
-    def encode_prompted(self, tokens: Tensor) -> Tensor:
-        """The tokens that the head pools, after all blocks, (B, R, D)."""
-        with self._autocast(tokens):
-            x = encode(self.backbone, tokens, self.pooled, recompute=self.recompute)
-        return x if self.fc_norm is not None else self.backbone.norm(x)
-
-    def encode_query(self, tokens: Tensor) -> Tensor:
-        """The class token after all blocks and the final norm, (B, D)."""
-        vit = self._query_vit()
-        with self._autocast(tokens):
-            x = encode(vit, tokens, slice(0, 1))  # (B, 1, D)
-        return vit.norm(x)[:, 0]
-
-    @property
-    def pooled(self) -> slice:
-        """The output tokens that the head pools."""
-        return self.pooling.tokens(self.num_prompt_tokens)
-
-    @torch.no_grad()
-    def _query(self, patches: Tensor, tokens: Tensor) -> Tensor:
-        """Queries from embedded patches, or from all tokens at block 0, (B, D)."""
-        if self.embedding_key == "cls":
-            return self.run_query(tokens)
-        patches = patches.reshape(len(patches), -1, patches.shape[-1]).to(tokens.dtype)  # (B, N, D)
-        mean, highest = patches.mean(dim=1), patches.amax(dim=1)
-        return {"mean": mean, "max": highest, "mean_max": highest + 2 * mean}[self.embedding_key]
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
-        dtype = self.amp_dtype
-        return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
-
     def _freeze(self, prefixes: tuple[str, ...]) -> None:
-        names = [name for name, _ in self.public_parameters()]
-        unmatched = [p for p in prefixes if not any(_matches(name, p) for name in names)]
+        parameters = dict(self.public_parameters())
+        unmatched = [p for p in prefixes if not any(name.startswith(p) for name in parameters)]
         if unmatched:
-            starts = sorted({name.split(".")[0] for name in names})
+            starts = sorted({name.split(".")[0] for name in parameters})
             raise ValueError(
                 f"--freeze {' '.join(unmatched)} matches no parameter: "
                 f"names start with {', '.join(starts)}"
             )
-        for name, parameter in self.public_parameters():
-            parameter.requires_grad_(not any(_matches(name, p) for p in prefixes))
-
-    def _query_copy(self) -> VisionTransformer | None:
-        """An untouched copy for the query where the backbone trains or drops at random."""
-        if self.prompt is None or not (self.backbone_trains or _is_random(self.backbone)):
-            return None
-        return copy.deepcopy(self.backbone).requires_grad_(False).eval()
+        if "cls_token" in prefixes:
+            prefixes = (*prefixes, "dist_token", "reg_token")  # which count as class tokens
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(not name.startswith(prefixes))
 
     def _learned(self) -> Iterator[tuple[str, Tensor]]:
         """All but the frozen tensors that came with the backbone, by public name."""
@@ -303,28 +294,7 @@ def find_pooling(head_type: str, has_prompts: bool) -> Pooling:
     return pooling
 
 
-def _linear_head(width: int, num_classes: int, initializer: str) -> nn.Linear:
-    head = nn.Linear(width, num_classes)
-    nn.init.zeros_(head.bias)
-    if initializer == "zero":
-        nn.init.zeros_(head.weight)
-    else:
-        nn.init.trunc_normal_(head.weight, std=0.02)
-    return head
-
-
-def _class_position(vit: VisionTransformer) -> Tensor:
-    """Position row of the class token, (1, 1, D); zero where the ViT gives it none."""
-    if vit.pos_embed is None or vit.no_embed_class:
-        return torch.zeros(1, 1, vit.embed_dim)
-    return vit.pos_embed.detach()[:, :1]
-
-
 def _is_random(vit: VisionTransformer) -> bool:
     """Whether training mode changes what the ViT computes (dropout, stochastic depth)."""
     rates = [getattr(m, n, 0) for m in vit.modules() for n in ("p", "prob", "drop_prob")]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _matches(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) or (prefix == "cls_token" and name in _CLASS_TOKENS)

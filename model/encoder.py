@@ -7,7 +7,7 @@ Shapes: B images, T tokens, R tokens used downstream, D width, H heads.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -31,25 +31,20 @@ def encode(
     used: slice,
     *,
     recompute: bool = False,
-    block_input: BlockInput | None = None,
+    block_input: BlockInput = lambda number, x: x,
 ) -> Tensor:
     """Runs all blocks; returns the tokens `used` downstream, before the final norm, (B, R, D).
 
-    Args:
-        vit: The transformer.
-        tokens: Input of its first block, (B, T, D).
-        used: The tokens of the last block that are used downstream.
-        recompute: Whether the backward pass computes activations again to save memory.
-        block_input: Changes the input of every block; None: each takes what the one before gives.
+    `tokens` enter the first block, (B, T, D), `block_input` changes the input of every block, and
+    with `recompute` the backward pass computes activations again to save memory.
     """
     *earlier, last = vit.blocks
     recompute = recompute and torch.is_grad_enabled()
     x = tokens
     for number, block in enumerate(earlier):
-        x = x if block_input is None else block_input(number, x)
+        x = block_input(number, x)
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-    x = x if block_input is None else block_input(len(earlier), x)
-    return _run_for(last, x, used)
+    return _run_for(last, block_input(len(earlier), x), used)
 
 
 def _run_for(block: Any, x: Tensor, used: slice) -> Tensor:
@@ -57,12 +52,11 @@ def _run_for(block: Any, x: Tensor, used: slice) -> Tensor:
     if used == slice(None) or not _is_timms_own(block):
         return block(x)[:, used]
     kept = x[:, used]  # (B, R, D)
-    attention: Any = block.attn
-    kept = kept + block.drop_path1(block.ls1(_attend(attention, block.norm1(x), used)))
+    kept = kept + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), used)))
     return kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
 
 
-def _is_timms_own(block: nn.Module) -> TypeGuard[Block]:
+def _is_timms_own(block: Any) -> bool:
     """Whether a block is exactly timm's, so that nothing is lost by leaving its forward out.
 
     A subclassed, wrapped or added layer (such as LoRA on `qkv`, or an adapter around `mlp` that

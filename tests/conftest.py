@@ -15,6 +15,11 @@ pytest_plugins = ["helpers.data_server", "helpers.launcher_environment", "helper
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def explicit_attention():
     """The original's arithmetic; fused attention differs in the last digits."""

@@ -8,56 +8,44 @@ import pytest
 
 import utils
 
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
 
 @pytest.fixture
-def root_logger():
-    """The root logger, from which handlers that the program added go again."""
-    root = logging.getLogger()
-    level = root.level
-    yield root
-    utils.end_logging()
-    root.setLevel(level)
+def progress_lines(caplog):
+    """Lines of a loop of so many steps that each update the mean of their numbers."""
 
+    def run(total, print_freq):
+        progress = utils.Progress("Train: Epoch[1/5]", print_freq)
+        with caplog.at_level(logging.INFO, logger="utils"):
+            for number, item in progress.over((f"item {i}" for i in range(total)), total):
+                assert item == f"item {number}"
+                progress.update({"Loss": float(number)})
+        assert number == total - 1
+        return [record.getMessage() for record in caplog.records]
 
-# Progress
-
-
-def progress_lines(caplog, total, print_freq, step=lambda progress, item: None):
-    progress = utils.Progress("Train: Epoch[1/5]", print_freq)
-    items = []
-    with caplog.at_level(logging.INFO, logger="utils"):
-        for number, item in progress.over((f"item {i}" for i in range(total)), total):
-            items.append((number, item))
-            step(progress, number)
-    assert items == [(i, f"item {i}") for i in range(total)]
-    return [record.getMessage() for record in caplog.records]
+    return run
 
 
 @pytest.mark.parametrize(
     ("total", "steps"), [(24, ["0", "10", "20", "23"]), (11, ["0", "10"]), (1, ["0"])]
 )
-def test_progress_lines_come_every_print_freq_steps_and_at_the_end(caplog, capsys, total, steps):
-    lines = progress_lines(caplog, total, print_freq=10)
+def test_progress_lines_come_every_print_freq_steps(progress_lines, capsys, total, steps):
+    lines = progress_lines(total, print_freq=10)
     assert [re.search(rf"\[ *(\d+)/{total}\]", line)[1] for line in lines] == steps
     assert all(line.startswith("Train: Epoch[1/5]  [") for line in lines)
     assert "%|" not in "".join(capsys.readouterr())  # no bar in a pipe
 
 
-def test_progress_lines_estimate_the_time_left(caplog, monkeypatch):
+def test_progress_lines_show_time_left_last_value_and_average(progress_lines, monkeypatch):
     clock = iter(range(0, 10**6, 60))  # a minute between any two looks
     monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
-    lines = progress_lines(caplog, total=100, print_freq=50)
+    lines = progress_lines(total=100, print_freq=50)
     # Looks: at the start 0:00, after step 0 1:00, after step 50 2:00, after step 99 3:00.
     etas = [re.search(r"eta: (\S+)", line)[1] for line in lines]
     assert etas == ["1:39:00", "0:01:55", "0:00:00"]
-
-
-def test_progress_lines_show_last_value_and_average(caplog):
-    lines = progress_lines(
-        caplog, 3, 1, lambda progress, number: progress.update({"Loss": float(number)})
-    )
     shown = [line.split("Loss: ")[1] for line in lines]
-    assert shown == ["0.0000 (0.0000)", "1.0000 (0.5000)", "2.0000 (1.0000)"]
+    assert shown == ["0.0000 (0.0000)", "50.0000 (25.0000)", "99.0000 (49.5000)"]
 
 
 def test_progress_averages_weigh_counts():
@@ -71,13 +59,9 @@ def test_progress_averages_weigh_counts():
     assert progress.sums() == {"Loss": [11.0, 4], "Acc@1": [300.0, 4], "Acc@5": [150.0, 3]}
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_shows_a_bar_instead_of_lines_on_a_terminal(root_logger, tmp_path, monkeypatch):
-    terminal = Terminal()
+def test_progress_shows_a_bar_instead_of_lines_on_a_terminal(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
     utils.setup_logging()
     utils.log_to_file(tmp_path / "log.txt")
@@ -89,17 +73,12 @@ def test_progress_shows_a_bar_instead_of_lines_on_a_terminal(root_logger, tmp_pa
     assert (tmp_path / "log.txt").read_text().count("eta:") == 4
 
 
-def test_progress_is_silent_outside_the_main_process(caplog, monkeypatch):
+def test_progress_is_silent_outside_the_main_process(progress_lines, monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    assert progress_lines(caplog, total=5, print_freq=1) == []
+    assert progress_lines(total=5, print_freq=1) == []
 
 
-# Logging
-
-
-def test_setup_logging_writes_plain_lines_to_output_and_then_to_a_file(
-    root_logger, capsys, tmp_path
-):
+def test_setup_logging_writes_plain_lines_to_output_and_then_to_a_file(capsys, tmp_path):
     path = tmp_path / "new" / "log.txt"
     utils.setup_logging()
     utils.logger.info("accuracy %s", 12)
@@ -112,7 +91,7 @@ def test_setup_logging_writes_plain_lines_to_output_and_then_to_a_file(
     assert path.read_text(encoding="utf-8") == "Größe\n"
 
 
-def test_output_that_nobody_reads_any_more_does_not_end_the_run(root_logger, monkeypatch, capsys):
+def test_output_that_nobody_reads_any_more_does_not_end_the_run(monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as output:
@@ -124,9 +103,9 @@ def test_output_that_nobody_reads_any_more_does_not_end_the_run(root_logger, mon
     assert capsys.readouterr().err == ""
 
 
-def test_setup_logging_of_other_processes_shows_warnings_only(root_logger, capsys, monkeypatch):
+def test_setup_logging_of_other_processes_shows_warnings_only(capsys, monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
-    monkeypatch.setattr(root_logger, "handlers", [])  # without those of pytest
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without those of pytest
     utils.setup_logging()
     utils.logger.info("accuracy")
     utils.logger.warning("trouble")
@@ -135,13 +114,6 @@ def test_setup_logging_of_other_processes_shows_warnings_only(root_logger, capsy
     assert "trouble" in captured.err
 
 
-@pytest.mark.parametrize(
-    ("error", "shown"),
-    [
-        (OSError("first line\nsecond"), "OSError: first line"),
-        (EOFError(), "EOFError"),
-        (ValueError("  \n"), "ValueError"),
-    ],
-)
-def test_reason_is_the_name_and_the_first_line(error, shown):
-    assert utils.reason(error) == shown
+def test_reason_is_the_name_and_the_first_line():
+    errors = OSError("first line\nsecond"), EOFError(), ValueError("  \n")
+    assert [utils.reason(e) for e in errors] == ["OSError: first line", "EOFError", "ValueError"]

@@ -13,6 +13,13 @@ from vision_transformer import PromptedVisionTransformer
 C, D, M, K = 6, 8, 6, 2
 
 
+def randomize(module):
+    """Makes every parameter count: norms and biases start as ones and zeros."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
 def make_pool(embed_dim, **settings):
     """A prompt pool with the selection rule that its settings name."""
     prompts = PromptSettings(**settings)
@@ -25,10 +32,10 @@ def make_prompted(vit, num_classes, prompt, embedding_key="cls", **settings):
     return PromptedVisionTransformer(vit, num_classes, prompt, model, embedding_key)
 
 
-def pictures(size, generator=None):
+def pictures(size, generator=None, side=8):
     """Images of different colours, so that their queries differ."""
     colour = torch.rand(size, 3, 1, 1, generator=generator)
-    return 4 * colour * torch.rand(size, 3, 8, 8, generator=generator)
+    return 4 * colour * torch.rand(size, 3, side, side, generator=generator)
 
 
 def keys_that_divide(model):
