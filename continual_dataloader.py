@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from continual_datasets.pipeline import ImagePipeline
+import utils
 from continual_datasets.replay import ReplayBuffer
-from continual_datasets.samplers import GlobalBatchSampler, LoaderOptions, evaluation_batches
+from continual_datasets.samplers import Batching, GlobalBatchSampler, evaluation_batches
 from continual_datasets.stream import Task, TaskStream, TestSet
 from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
 
@@ -63,34 +63,27 @@ class Loaders:
 
     Args:
         stream: The tasks with their test sets.
-        options: How images are put into batches.
-        device: Where the batches are needed.
-        pipeline: Makes images there.
+        batching: How images are put into batches, and on which device.
         buffer: Images of earlier tasks that are replayed; None: none are.
     """
 
     def __init__(
-        self,
-        stream: TaskStream,
-        options: LoaderOptions,
-        device: torch.device,
-        pipeline: ImagePipeline,
-        buffer: ReplayBuffer | None = None,
+        self, stream: TaskStream, batching: Batching, buffer: ReplayBuffer | None = None
     ) -> None:
-        self._options, self._buffer = options, buffer
-        self._device, self._pipeline = device, pipeline
+        self._batching, self._pipeline, self._buffer = batching, stream.pipeline, buffer
+        self._device, data = batching.processes.device, batching.settings.data
         self._cached: dict[int, list[list[Tensor]]] = {}
-        self._free_bytes = options.test_cache_bytes
+        self._free_bytes = round(data.test_cache * 10**9)
         self._any_keys: list[Key] = [TrainKey(stream.tasks[0].index, 0, 0)]
         self._keys: list[list[Key]] = []  # of the current pass: a DataLoader's sampler is for life
         self._current: object = None
         passes = [*map(self.train, stream.tasks), *map(self.test, stream.test_sets)]
-        num_workers = min(options.num_workers, max(map(len, passes)))
+        num_workers = min(data.num_workers, utils.usable_cores(), max(map(len, passes)))
         self._loader = DataLoader(
-            RunData(stream),
+            RunData(stream, batching.settings.run.seed),
             batch_sampler=self._keys,
             num_workers=num_workers,
-            pin_memory=options.pin_memory and torch.accelerator.is_available(),
+            pin_memory=data.pin_mem and self._device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=outlive_stop_signals,
             generator=torch.Generator(),  # else every iteration draws from the global one
@@ -99,13 +92,13 @@ class Loaders:
 
     def train(self, task: Task) -> Batches:
         """The training batches of a task; with replayed images if the buffer holds any by now."""
-        buffer = None if self._buffer is None else self._buffer.indices
-        sampler = GlobalBatchSampler(len(task.data), self._options, task.index, buffer)
+        buffer = () if self._buffer is None else self._buffer.indices
+        sampler = GlobalBatchSampler(len(task.data), self._batching, task.index, buffer)
         return Batches(sampler, self._train_batches)
 
     def test(self, test_set: TestSet) -> Batches:
         """The batches of this process's share of a test set."""
-        batches = evaluation_batches(len(test_set.data), self._options, test_set.index)
+        batches = evaluation_batches(len(test_set.data), self._batching, test_set.index)
         return Batches(batches, partial(self._test_batches, test_set.index))
 
     def _train_batches(self, sampler: GlobalBatchSampler) -> Iterator[list[Tensor]]:

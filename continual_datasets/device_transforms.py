@@ -24,7 +24,6 @@ from continual_datasets.transforms import LARGEST_UNCROPPED
 #: Pillow computes with weights of so many fractional bits.
 _WEIGHT_BITS = 22
 
-
 #: An image on the device: its number among all images there, its height and width in pixels.
 Place = tuple[int, int, int]
 

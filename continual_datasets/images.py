@@ -53,13 +53,12 @@ def os_errors_as_data_errors() -> Iterator[None]:
 class ImageSource(ABC):
     """Labelled images: what every reader returns; an item is an RGB image and its class id.
 
-    Attributes:
+    Args:
         targets: Class id of every image, (n,).
         classes: Name of every class, indexed by class id.
-        by_class: Whether images of a class stand together.
     """
 
-    by_class = False
+    by_class = False  # whether images of a class stand together
 
     def __init__(self, targets: ClassIds, classes: Iterable[str]) -> None:
         self.targets = np.asarray(targets, dtype=np.int64)
@@ -82,13 +81,7 @@ class ImageSource(ABC):
 
 
 class ArraySource(ImageSource):
-    """Images that fit in memory.
-
-    Args:
-        images: Grey values (n, H, W) or colours (n, H, W, 3), uint8.
-        targets: Class ids (n,).
-        classes: Class names.
-    """
+    """Images that fit in memory: grey values (n, H, W) or colours (n, H, W, 3), uint8."""
 
     def __init__(
         self, images: NDArray[np.uint8], targets: ClassIds, classes: Iterable[str]
@@ -106,7 +99,7 @@ class FileSource(ImageSource):
 
     Args:
         paths: Where the images are, n of them; relative to `folder` if that is given.
-        targets: Class ids (n,).
+        targets: Their class ids, (n,).
         classes: Class names.
         folder: What the paths have in common, stored once.
     """
@@ -154,11 +147,8 @@ class FileSource(ImageSource):
 class ConcatSource(ImageSource):
     """The images of several sources, one source behind the other.
 
-    Args:
-        parts: The sources.
-        classes: Names of all classes.
-        label_offsets: What is added to the class ids of every part; None: nothing, all parts have
-            the same classes.
+    To the class ids of every part its offset is added; without offsets all parts have the same
+    classes.
     """
 
     def __init__(
@@ -172,14 +162,13 @@ class ConcatSource(ImageSource):
         super().__init__(np.concatenate(shifted), classes)
         self.by_class = any(part.by_class for part in parts)
         self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._firsts = np.cumsum([0, *map(len, parts)])
         assert self.targets.max(initial=0) < len(self.classes)
 
     def image(self, index: int) -> Any:
         """An image of a part."""
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        part = self._parts[which]
-        return part.image(index - int(self._ends[which]) + len(part))
+        which = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._parts[which].image(index - int(self._firsts[which]))
 
     def digest(self) -> str:
         """SHA-256 of the labels and of the parts."""
@@ -203,9 +192,8 @@ def open_image(path: str | Path) -> Image.Image:
     except Exception as error:  # damaged files make decoders raise anything, struct.error included
         reason = f"cannot be read as an image ({error or type(error).__name__})"
         if isinstance(error, UnidentifiedImageError):
-            reason = "not an image, or of a format Pillow cannot read"
-            if os.path.getsize(path) == 0:
-                reason = "the file is empty"
+            known = "not an image, or of a format Pillow cannot read"
+            reason = "the file is empty" if os.path.getsize(path) == 0 else known
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise DataError(f"{path}: {reason}") from error

@@ -23,10 +23,11 @@ from cli.settings import TransformSettings
 from continual_datasets import device_transforms
 from continual_datasets.device_transforms import Place
 from continual_datasets.images import ArraySource, ImageSource
-from continual_datasets.transforms import Transform, build_transform, to_input
+from continual_datasets.transforms import NORMS, Transform, build_transform
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
 _SHARE_OF_MEMORY = 0.25
+_WORKERS = "the loader's workers"
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +49,36 @@ class ImagePipeline:
     def __init__(
         self, options: TransformSettings, device: torch.device, images: Tensor | None = None
     ) -> None:
-        self.on_device = images is not None
+        self._options, self._images, self.on_device = options, images, images is not None
         self.train_transform: Transform = build_transform(True, options)
         self.test_transform: Transform = build_transform(False, options)
         if self.on_device:
             self.train_transform = partial(device_transforms.random_crop, options=options)
             self.test_transform = partial(device_transforms.central_crop, options=options)
-        self._options, self._images, self._finish = options, images, to_input(options, device)
+        self._full = torch.tensor(255.0, device=device)  # by a number CUDA would multiply by 1/255
+        norm = NORMS[options.norm]
+        self._norm = [torch.tensor(part, device=device).view(3, 1, 1) for part in norm]
 
     def to_input(self, batch: Tensor, train: bool) -> Tensor:
-        """Input of the model, (B, 3, S, S), from what the workers made of the images."""
+        """Input of the model, from what the workers made of the images, on the device.
+
+        It is float32 (B, 3, S, S), in [0, 1] unless a `--norm` is asked for; a float batch is
+        returned as it is. All devices compute the same bits.
+        """
         if self._images is not None:
             options = self._options
-            interpolation = options.train_interpolation if train else options.test_interpolation
-            batch = device_transforms.cropped(
-                self._images, batch, options.input_size, interpolation
-            )
-        return self._finish(batch)
+            filter_name = options.train_interpolation if train else options.test_interpolation
+            batch = device_transforms.cropped(self._images, batch, options.input_size, filter_name)
+        if batch.is_floating_point():
+            return batch
+        images = batch / self._full  # (B, 3, S, S)
+        return images.sub_(self._norm[0]).div_(self._norm[1]) if self._norm else images
 
 
 class PlacedSource(ImageSource):
-    """Replaces a source whose images are on the device: an item is (`Place`, class id).
+    """Replaces a source whose images are on the device, from a row on; only their shape is stored.
 
-    Args:
-        source: The source; of its images, only the shape is stored.
-        first_row: Number of its first image among all images on the device.
+    An item is (`Place`, class id).
     """
 
     def __init__(self, source: ArraySource, first_row: int) -> None:
@@ -90,37 +96,28 @@ def build_pipeline(
     sources: Sequence[ImageSource],
     device: torch.device,
 ) -> tuple[ImagePipeline, list[ImageSource]]:
-    """Chooses where images are preprocessed.
-
-    Args:
-        on_device: Whether to store the images on the device; `auto`: on a GPU, if possible.
-        options: The image transforms.
-        sources: All images of the run.
-        device: Where the model is.
+    """Chooses where all images of a run are preprocessed: stored on the device, or by the workers.
 
     Returns:
         The pipeline, and the sources to use instead, in the same order.
 
     Raises:
-        ValueError: If `on_device` is true, but the images cannot be stored there.
+        ValueError: If `on_device` is true, but the images cannot be stored there; `auto` stores
+            them on a GPU where that is possible.
     """
-    reason = why_not_on_device(options)
+    if on_device is False or (on_device == "auto" and device.type == "cpu"):
+        return ImagePipeline(options, device), list(sources)
     arrays = [source for source in sources if isinstance(source, ArraySource)]
+    reason = why_not_on_device(options)
     if len(arrays) < len(sources):
         reason = "the images are files, which are read when they are needed"
     elif (side := max(stored_shape(arrays)[2:])) > options.input_size:
-        reason = reason or (
-            f"shrinking {side} pixels to --input-size {options.input_size} needs the loader's "
-            "workers"
-        )
+        size = options.input_size
+        reason = reason or f"shrinking {side} pixels to --input-size {size} needs {_WORKERS}"
     if on_device is True and reason:
         raise ValueError(f"--data_on_device true: {reason}; leave it out")
-    if on_device == "auto" and device.type != "cpu":
-        reason = reason or _too_large(arrays, device)
-        if reason:
-            logger.info("Images are not stored on %s: %s", device, reason)
-        on_device = not reason
-    if on_device is not True:
+    if on_device == "auto" and (reason := reason or _too_large(arrays, device)):
+        logger.info("Images are not stored on %s: %s", device, reason)
         return ImagePipeline(options, device), list(sources)
     firsts = accumulate(map(len, arrays), initial=0)
     placed = map(PlacedSource, arrays, firsts)
@@ -134,8 +131,7 @@ def why_not_on_device(options: TransformSettings) -> str | None:
         names.append("--train-interpolation")
     values = [getattr(options, name.strip("-").replace("-", "_")) for name in names]
     flags = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value]
-    verb = "needs" if len(flags) == 1 else "need"
-    return f"{', '.join(flags)} {verb} the loader's workers" if flags else None
+    return f"{', '.join(flags)} need{'s' * (len(flags) == 1)} {_WORKERS}" if flags else None
 
 
 def _too_large(arrays: Sequence[ArraySource], device: torch.device) -> str | None:
@@ -145,9 +141,9 @@ def _too_large(arrays: Sequence[ArraySource], device: torch.device) -> str | Non
 
 def stored_shape(sources: Sequence[ArraySource]) -> tuple[int, int, int, int]:
     """(n, C, H, W) that holds all images; one channel if all are grey."""
-    shapes = [source.images.shape for source in sources]
-    channels = 3 if any(len(shape) == 4 for shape in shapes) else 1
-    return sum(s[0] for s in shapes), channels, max(s[1] for s in shapes), max(s[2] for s in shapes)
+    shapes = [(*source.images.shape, 1)[:4] for source in sources]  # (n_i, H_i, W_i, 1 or 3)
+    numbers, heights, widths, channels = zip(*shapes, strict=True)
+    return sum(numbers), max(channels), max(heights), max(widths)
 
 
 def store(sources: Sequence[ArraySource], device: torch.device) -> Tensor:

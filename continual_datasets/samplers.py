@@ -6,64 +6,56 @@ The order of training images is a pure function of (seed, task, epoch), the draw
 Shapes: n images of a data set, m images in the buffer, R replayed images that join each vote group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from cli.settings import Settings
 from continual_datasets.random_streams import Stream, generator
 from continual_datasets.task_data import Key, Replayed, TestKey, TrainKey
+from utils import Processes
 
 ImageIds = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class LoaderOptions:
-    """How images are put into batches; numbers are those of one process unless all are named."""
+class Batching:
+    """How images are put into batches and shared by the processes: in whole vote groups."""
 
-    batch_size: int  # training images in a batch
-    vote_group_size: int  # images that choose their prompts together
-    num_workers: int = 4  # worker processes of the run; 0 loads in the process itself
-    pin_memory: bool = True  # whether to load into pinned memory, when there is an accelerator
-    seed: int = 42  # of the run; decides the order of training images
-    rank: int = 0
-    world_size: int = 1  # processes that share the work
-    global_batch: int | None = None  # training images of all processes in a step; None: as they are
-    drop_last: bool = False  # whether images that do not fill a last training step are left out
-    replayed_per_group: int = 0  # R, of each vote group, once the buffer has any
-    eval_batch_size: int | None = None  # test images in a batch; None: `batch_size`
-    test_cache_bytes: int = 0  # host memory for test images, cached between evaluations
-
-    @property
-    def full_batch(self) -> int:
-        """Images of all processes in a full training step."""
-        return self.global_batch or self.batch_size * self.world_size
+    settings: Settings
+    processes: Processes  # this process among all
+    global_batch: int  # training images of all processes in a full step, without replayed ones
 
     @property
     def test_batch(self) -> int:
-        """Test images of a full batch: whole vote groups, at least one."""
-        size = self.eval_batch_size or self.batch_size
-        return max(1, size // self.vote_group_size) * self.vote_group_size
+        """Test images of a full batch of this process: whole vote groups, at least one."""
+        size = self.settings.optimizer.batch_size
+        if self.processes.device.type == "cuda":
+            size = max(size, 256)
+        size, votes = self.settings.data.eval_batch_size or size, self.settings.vote_group_size
+        return max(1, size // votes) * votes
 
     @property
     def full_batches(self) -> set[int]:
         """Images of this process in full batches: of training, with replay or not, and of tests."""
-        share = self.share(self.full_batch)
-        own = share.stop - share.start
-        replayed = self.replayed_per_group * self.num_groups(own)
-        return {own, own + replayed, self.test_batch}
+        groups = _cut(range(self.global_batch), self.settings.vote_group_size)
+        groups = groups[self.share(self.global_batch)]
+        own = sum(map(len, groups))
+        return {own, own + self.settings.replayed_per_group * len(groups), self.test_batch}
 
     def num_groups(self, num_images: int) -> int:
         """Vote groups of so many images; the last may be smaller."""
-        return -(-num_images // self.vote_group_size)
+        return -(-num_images // self.settings.vote_group_size)
 
     def share(self, num_images: int) -> slice:
-        """Which of so many consecutive images are this process's: whole vote groups."""
-        num_groups = self.num_groups(num_images)
-        groups = [num_groups * rank // self.world_size for rank in (self.rank, self.rank + 1)]
-        return slice(*(min(num_images, group * self.vote_group_size) for group in groups))
+        """Which of the vote groups of so many images are this process's."""
+        groups, rank = self.num_groups(num_images), self.processes.rank
+        return slice(*(groups * at // self.processes.world_size for at in (rank, rank + 1)))
 
 
 def steps_per_epoch(num_images: int, full_batch: int, drop_last: bool) -> int:
@@ -78,78 +70,73 @@ class GlobalBatchSampler(Sampler[list[Key]]):
     The order of the images depends on seed, task and epoch alone. It is cut into global batches;
     of each, every process takes a run of whole vote groups, the same places of each batch. The last
     batch may be short: then a process may have fewer images or none, so that all take equally many
-    steps. Nothing is padded, and nothing dropped unless `drop_last` asks for it. Every vote group
+    steps. Nothing is padded, and nothing dropped unless `--drop_last` asks for it. Every vote group
     is followed by the R replayed images with which it votes.
 
     Args:
         num_images: n, the images of the task.
-        options: How they are put into batches.
+        batching: How they are put into batches.
         task: Index of the task.
-        buffer: Numbers of the images that may be replayed, (m,); None or empty: none are.
+        buffer: Numbers of the images that may be replayed, (m,); empty: none are.
     """
 
     def __init__(
-        self, num_images: int, options: LoaderOptions, task: int, buffer: ImageIds | None = None
+        self, num_images: int, batching: Batching, task: int, buffer: Sequence[int] | ImageIds = ()
     ) -> None:
-        self.num_images, self.options, self.task, self.buffer = num_images, options, task, buffer
+        self.num_images, self.batching, self.task, self.buffer = num_images, batching, task, buffer
+        self.settings = batching.settings
+        self.replays = len(buffer) > 0  # whether images are replayed
         self.epoch = self.first_step = 0
-
-    @property
-    def replays(self) -> bool:
-        """Whether images are replayed."""
-        return self.buffer is not None and len(self.buffer) > 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch that the next iteration delivers, and from which step on."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        return steps_per_epoch(self.num_images, self.options.full_batch, self.options.drop_last)
+        drop_last = self.settings.optimizer.drop_last
+        return steps_per_epoch(self.num_images, self.batching.global_batch, drop_last)
 
     def global_batch_size(self, step: int) -> int:
         """Images of all processes in a step of the epoch, counted from 0; replayed ones too."""
-        options, full = self.options, self.options.full_batch
+        full = self.batching.global_batch
         own = min(full, self.num_images - step * full)
-        return own + self.replays * options.replayed_per_group * options.num_groups(own)
+        return own + self.replays * self.settings.replayed_per_group * self.batching.num_groups(own)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        rng = generator(self.options.seed, Stream.ORDER, self.task, self.epoch)
-        order = rng.permutation(self.num_images).tolist()
-        full = self.options.full_batch
-        share = self.options.share(full)
+        rng = generator(self.settings.run.seed, Stream.ORDER, self.task, self.epoch)
+        order, full = rng.permutation(self.num_images).tolist(), self.batching.global_batch
+        share = self.batching.share(full)
         for step in range(self.first_step, len(self)):
-            piece = order[step * full : (step + 1) * full][share]
-            own: list[Key] = [TrainKey(self.task, self.epoch, position) for position in piece]
-            yield self._with_replayed(own, step) if self.replays else own
+            piece = order[step * full : (step + 1) * full]
+            keys = [TrainKey(self.task, self.epoch, position) for position in piece]
+            groups = _cut(keys, self.settings.vote_group_size)
+            if self.replays:
+                pairs = zip(groups, self._replayed(step), strict=False)  # the last step is short
+                groups = [own + replayed for own, replayed in pairs]
+            yield list(chain.from_iterable(groups[share]))
 
-    def _with_replayed(self, own: list[Key], step: int) -> list[Key]:
-        size, per_group = self.options.vote_group_size, self.options.replayed_per_group
-        replayed = self._replayed(step)
-        first = self.options.share(self.options.full_batch).start // size * per_group
-        keys: list[Key] = []
-        for at in range(0, len(own), size):
-            keys += own[at : at + size] + replayed[first : first + per_group]
-            first += per_group
-        return keys
-
-    def _replayed(self, step: int) -> list[Key]:
-        """What all processes replay in a full step: each image once, if there are enough."""
-        options, buffer = self.options, self.buffer
-        assert buffer is not None
-        number = options.replayed_per_group * options.num_groups(options.full_batch)
-        rng = generator(options.seed, Stream.REPLAY, self.task, self.epoch, step)
-        images = rng.choice(buffer, number, replace=number > len(buffer)).tolist()
-        draws = range(step * number, (step + 1) * number)
-        return [Replayed(self.task, self.epoch, *pair) for pair in zip(draws, images, strict=True)]
+    def _replayed(self, step: int) -> list[list[Key]]:
+        """What joins each vote group of a full step: each image once, if there are enough."""
+        per_group = self.settings.replayed_per_group
+        number = per_group * self.batching.num_groups(self.batching.global_batch)
+        rng = generator(self.settings.run.seed, Stream.REPLAY, self.task, self.epoch, step)
+        images = rng.choice(self.buffer, number, replace=number > len(self.buffer)).tolist()
+        draws = enumerate(images, start=step * number)
+        return _cut([Replayed(self.task, self.epoch, *draw) for draw in draws], per_group)
 
 
-def evaluation_batches(num_images: int, options: LoaderOptions, test_set: int) -> list[list[Key]]:
+def evaluation_batches(num_images: int, batching: Batching, test_set: int) -> list[list[Key]]:
     """The batches of this process's share of a test set, in the data set's order.
 
     Vote groups are consecutive images of the whole set. Each process gets a run of whole groups (or
     none at all), and a batch holds whole groups: as many as fit into it, at least one. Every image
     is seen exactly once by one of the processes.
     """
-    positions, size = range(num_images)[options.share(num_images)], options.test_batch
-    keys: list[Key] = [TestKey(test_set, position) for position in positions]
-    return [keys[at : at + size] for at in range(0, len(keys), size)]
+    keys: list[Key] = [TestKey(test_set, position) for position in range(num_images)]
+    groups = _cut(keys, batching.settings.vote_group_size)[batching.share(num_images)]
+    return _cut(list(chain.from_iterable(groups)), batching.test_batch)
+
+
+def _cut(items: Sequence[Any], size: int) -> list[Any]:
+    """Pieces of so many items; the last may be smaller."""
+    return [items[at : at + size] for at in range(0, len(items), size)]

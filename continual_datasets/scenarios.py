@@ -6,22 +6,23 @@ into tasks is in `task_splits.py`.
 Source: Wang et al., CVPR 2022, section 5.1.
 """
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import ClassVar
 
 from cli.flags import choose
 from cli.parser import shown
-from cli.settings import Settings, find_flag
-from continual_datasets import class_order as orders
+from cli.settings import FLAGS, Settings
 from continual_datasets import task_splits
-from continual_datasets.class_order import check_split
-from continual_datasets.images import ImageSource
+from continual_datasets.class_order import check_split, read_class_order
+from continual_datasets.images import ConcatSource, ImageSource
+from continual_datasets.pipeline import ImagePipeline
 from continual_datasets.readers import registry
 from continual_datasets.readers.class_folders import DomainList
-from continual_datasets.stream import TaskStream
-from continual_datasets.task_splits import Transforms
+from continual_datasets.stream import Subset, Task, TaskStream, TestSet
 
 #: Training and test images, by name of the data set or domain.
 Parts = tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]
@@ -35,7 +36,7 @@ class StreamSource:
     """What a scenario makes its stream of tasks from."""
 
     parts: Parts  # what `Scenario.load` gave, or the same images on another device
-    transforms: Transforms
+    transforms: ImagePipeline
     global_batch: int  # images of all processes in a training step
     task_classes: TaskClasses | None = None  # from a checkpoint; None: as the settings say
 
@@ -56,20 +57,27 @@ class Scenario:
     own_flags: ClassVar[tuple[str, ...]] = ()
     #: Whether the number of tasks is known only where the data are.
     tasks_are_folders: ClassVar[bool] = False
-    #: What must change besides --scenario to leave this scenario, for messages.
-    _instead: ClassVar[str] = ""
+    #: Whether it takes several data sets instead of one.
+    takes_several: ClassVar[bool] = False
 
     def problems(self) -> Iterator[str]:
         """Settings that contradict the scenario, a line each; reads no data."""
-        yield from self._problems_of_several()
-        for name in dict.fromkeys(name for kind in SCENARIOS.values() for name in kind.own_flags):
-            owners = [owner for owner, kind in SCENARIOS.items() if name in kind.own_flags]
-            flag, value = find_flag(name), self.settings[name]
-            if self.name not in owners and value != flag.default:
-                needed = f"{self._instead}--scenario {' or '.join(owners)}"
-                yield f"{flag.spelling} {shown(value)}: needs {needed}"
         data = self.settings.data
         names = list(registry.find_sources(data.dataset))
+        if self.takes_several and len(names) == 1:
+            yield f"--scenario {self.name} makes a task of each data set: name several in --dataset"
+        if not self.takes_several and len(names) > 1:
+            yield (
+                f"--scenario {self.name} takes one data set; several ({data.dataset}) are learned "
+                "one after the other: leave --scenario out"
+            )
+        instead = "a single data set and " if self.takes_several else ""
+        for name in dict.fromkeys(name for kind in SCENARIOS.values() for name in kind.own_flags):
+            owners = [owner for owner, kind in SCENARIOS.items() if name in kind.own_flags]
+            flag, value = FLAGS[name], self.settings[name]
+            if self.name not in owners and value != flag.default:
+                needed = f"{instead}--scenario {' or '.join(owners)}"
+                yield f"{flag.spelling} {shown(value)}: needs {needed}"
         if data.file_lists is not None and names != ["CORe50"]:
             yield f"--file_lists are those of CORe50: leave them out with --dataset {data.dataset}"
         if self.is_joint and self.settings.replay.has_buffer:
@@ -83,7 +91,7 @@ class Scenario:
     def stream(self, source: StreamSource) -> TaskStream:
         """What `build` makes, with all tasks joined where the settings say so."""
         split = self.build(source)
-        return task_splits.joint(split, source.transforms) if self.is_joint else split
+        return task_splits.joint(split) if self.is_joint else split
 
     def num_tasks(self) -> int:
         """The tasks that the data are split into; DataError if the folders of tasks are missing."""
@@ -100,10 +108,8 @@ class Scenario:
     def load(self) -> Parts:
         """Reads the data; ValueError if something is wrong with them."""
         parts = registry.load_parts(self.settings.data.dataset, self._path)
-        return (
-            {name: train for name, (train, _) in parts.items()},
-            {name: test for name, (_, test) in parts.items()},
-        )
+        train, test = ({name: pair[at] for name, pair in parts.items()} for at in (0, 1))
+        return train, test
 
     def build(self, source: StreamSource) -> TaskStream:
         """Splits the data into a stream of tasks; ValueError if they do not fit the settings."""
@@ -113,25 +119,20 @@ class Scenario:
     def _path(self) -> Path:
         return Path(self.settings.data.data_path)
 
-    def _problems_of_several(self) -> Iterator[str]:
-        given = self.settings.data.dataset
-        if len(registry.find_sources(given)) > 1:
-            yield (
-                f"--scenario {self.name} takes one data set; several ({given}) are learned one "
-                "after the other: leave --scenario out"
-            )
-
     def class_order(self, classes: Sequence[str], given: TaskClasses | None = None) -> list[int]:
         """Class ids in the order of their appearance: given, from a file, or shuffled."""
         tasks = self.settings.tasks
         if given is not None:
-            order = [c for classes_of_task in given for c in classes_of_task]
+            order = list(chain(*given))
             if len(set(order)) < len(order):
                 raise ValueError(f"the class order {given} gives a class to more than one task")
             return order
         if tasks.class_order is not None:
-            return orders.read_class_order(Path(tasks.class_order), classes)
-        return orders.class_order(len(classes), self.settings.run.seed, tasks.shuffle)
+            return read_class_order(Path(tasks.class_order), classes)
+        order = list(range(len(classes)))
+        if tasks.shuffle:  # as the original, which seeds Python's generator
+            random.Random(self.settings.run.seed).shuffle(order)
+        return order
 
 
 #: Scenarios by name.
@@ -176,10 +177,8 @@ class ClassIncremental(Scenario):
         """See `task_splits.by_classes`."""
         train, test = source.only_part()
         order = self.class_order(train.classes, source.task_classes)
-        num_tasks = self.num_tasks()
-        per_task = check_split(len(order), num_tasks, self.settings.tasks.classes_per_task)
-        firsts = range(0, num_tasks * per_task, per_task)
-        groups = [order[first : first + per_task] for first in firsts]
+        size = check_split(len(order), self.num_tasks(), self.settings.tasks.classes_per_task)
+        groups = [order[task * size : (task + 1) * size] for task in range(self.num_tasks())]
         return task_splits.by_classes(train, test, groups, source.transforms)
 
 
@@ -190,19 +189,23 @@ class DatasetIncremental(Scenario):
     Chosen by itself where `--dataset` names several.
     """
 
-    _instead = "a single data set and "
-
-    def _problems_of_several(self) -> Iterator[str]:
-        if self.num_tasks() == 1:
-            yield f"--scenario {self.name} makes a task of each data set: name several in --dataset"
+    takes_several = True
 
     def num_tasks(self) -> int:
         """As many as there are data sets."""
         return len(registry.find_sources(self.settings.data.dataset))
 
     def build(self, source: StreamSource) -> TaskStream:
-        """See `task_splits.several_data_sets`."""
-        return task_splits.several_data_sets(*source.parts, source.transforms)
+        """Class ids of a data set follow those of the one before."""
+        train, test = source.parts
+        classes = [f"{name}/{c}" for name, part in train.items() for c in part.classes]
+        firsts = accumulate((len(part.classes) for part in train.values()), initial=0)
+        first = dict(zip(train, firsts, strict=False))
+
+        def shifted(parts: Mapping[str, ImageSource]) -> dict[str, ImageSource]:
+            return {k: ConcatSource([part], classes, [first[k]]) for k, part in parts.items()}
+
+        return task_splits.by_parts(shifted(train), shifted(test), source.transforms)
 
 
 @scenario("domain-incremental")
@@ -225,8 +228,8 @@ class DomainIncremental(Scenario):
         return self._domains().load()
 
     def build(self, source: StreamSource) -> TaskStream:
-        """See `task_splits.domain_incremental`."""
-        return task_splits.domain_incremental(*source.parts, source.transforms)
+        """See `task_splits.by_parts`."""
+        return task_splits.by_parts(*source.parts, source.transforms)
 
     def _domains(self) -> DomainList:
         data = self.settings.data
@@ -259,11 +262,20 @@ class Gaussian(Scenario):
         task_splits.presence(self.num_classes(), *self._schedule)
 
     def build(self, source: StreamSource) -> TaskStream:
-        """See `task_splits.gaussian`."""
+        """Makes a task of each episode; all are tested on the same set, of all classes."""
         train, test = source.only_part()
-        episodes = source.task_classes or self._episodes(train.classes)
-        num_images = self.settings.tasks.images_per_episode(source.global_batch)
-        return task_splits.gaussian(train, test, episodes, num_images, source.transforms)
+        classes = tuple(range(len(train.classes)))
+        task_splits.check_all_present(classes, train, test)
+        test_set = TestSet(0, "all classes", task_splits.held_out(test), classes)
+        number = self.settings.tasks.images_per_episode(source.global_batch)
+        tasks = []
+        for index, episode in enumerate(source.task_classes or self._episodes(train.classes)):
+            indices = task_splits.images_of(episode, train)
+            if number is not None:
+                indices = task_splits.draw(indices, number, self.settings.run.seed, index)
+            data = Subset(train, indices)
+            tasks.append(Task(index, f"episode{index + 1}", data, tuple(episode), (test_set,)))
+        return TaskStream(tuple(tasks), train, source.transforms)
 
     @property
     def _schedule(self) -> tuple[int, int, float]:

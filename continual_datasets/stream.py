@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from continual_datasets.images import ImageSource
     from continual_datasets.pipeline import ImagePipeline
-    from continual_datasets.task_data import TestData, TrainData
 
 
 def task_name(index: int) -> str:
@@ -29,12 +28,9 @@ def task_name(index: int) -> str:
 
 
 def display_names(names: Sequence[str], number: int, form: str) -> list[str]:
-    """What to call test sets for people: by name, or by number if the names say no more.
+    """What to call so many test sets for people: by name, or by number if the names say no more.
 
-    Args:
-        names: Their names; may be empty.
-        number: How many there are.
-        form: How a number is shown, such as `test set {}`.
+    The names may be missing; `form` says how a number is shown, such as `test set {}`.
     """
     if list(names) in ([], [task_name(index) for index in range(number)]):
         return [form.format(index + 1) for index in range(number)]
@@ -46,6 +42,20 @@ def title(part: Task | TestSet) -> str:
     return f"Task {part.index + 1}" if part.name == task_name(part.index) else part.name
 
 
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some of the images of a source, by position."""
+
+    source: ImageSource
+    indices: NDArray[np.int64]  # their numbers in the source, (n,)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        return self.source[int(self.indices[position])]
+
+
 @dataclass(frozen=True)
 class TestSet:
     """Images that are evaluated together and get one row of the accuracy matrix."""
@@ -54,7 +64,7 @@ class TestSet:
 
     index: int  # row of the accuracy matrix, from 0
     name: str  # what people call it
-    data: TestData  # images by position
+    data: Subset
     classes: tuple[int, ...]  # ids of the classes in it
 
 
@@ -64,7 +74,7 @@ class Task:
 
     index: int  # column of the accuracy matrix, from 0
     name: str  # what people call it
-    data: TrainData  # training images by (epoch, position)
+    data: Subset  # of all training images; one that occurs again is augmented anew
     classes: tuple[int, ...]  # ids of the classes that may be predicted while it is trained
     test_sets: tuple[TestSet, ...]  # what to evaluate after it; nothing where it is empty
 
@@ -74,18 +84,8 @@ class TaskStream:
     """All tasks in the order in which they are learned."""
 
     tasks: tuple[Task, ...]
-    train: ImageSource  # all training images of the run; the tasks' `indices` refer to these
-    pipeline: ImagePipeline | None = None  # how the images are preprocessed
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of all classes of the data, indexed by class id."""
-        return tuple(self.train.classes)
-
-    @property
-    def train_targets(self) -> NDArray[np.int64]:
-        """Class id of every training image of the run, (n,)."""
-        return self.train.targets
+    train: ImageSource  # all training images of the run
+    pipeline: ImagePipeline  # how the images are preprocessed
 
     @cached_property
     def train_digest(self) -> str:
@@ -100,7 +100,7 @@ class TaskStream:
     @property
     def num_classes(self) -> int:
         """Outputs that the head needs: all classes of the data set, in a task or not."""
-        return len(self.class_names)
+        return len(self.train.classes)
 
     @property
     def class_order(self) -> list[list[int]]:

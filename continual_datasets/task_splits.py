@@ -1,12 +1,4 @@
-"""From labelled images to a stream of tasks, in one function for each scenario.
-
-| scenario | a task is | it is tested on |
-|---|---|---|
-| class-incremental | a portion of the classes | its classes; each task so far |
-| several data sets | a data set, with labels of its own | it; each data set so far |
-| domain-incremental | the same classes in another domain | one common set, or each domain so far |
-| gaussian (task-free) | a few steps on classes that come and go | one common set, now and then |
-| joint | all of it at once | all test sets |
+"""From labelled images to tasks; the scenarios of `scenarios.py` are made of these functions.
 
 Labels are never remapped, but those of several data sets stand one behind the other.
 
@@ -16,89 +8,44 @@ Source: Wang et al., CVPR 2022, section 5.1; the official release for the Gaussi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from continual_datasets.images import ConcatSource, DataError, ImageSource
+from continual_datasets.pipeline import ImagePipeline
 from continual_datasets.random_streams import Stream, generator
-from continual_datasets.stream import Task, TaskStream, TestSet, task_name
-from continual_datasets.task_data import TestData, TrainData
-from continual_datasets.transforms import Transform
+from continual_datasets.stream import Subset, Task, TaskStream, TestSet, task_name
 
-
-@dataclass(frozen=True)
-class Transforms:
-    """Transforms of every image, whatever the scenario."""
-
-    train_transform: Transform  # augments a training image
-    test_transform: Transform  # prepares a test image
-    seed: int  # of augmentation and schedule
-
-    def train(self, source: ImageSource, indices: NDArray[np.int64], task: int) -> TrainData:
-        """A task's part of the training images."""
-        return TrainData(source, indices, self.train_transform, self.seed, task)
-
-    def test(self, source: ImageSource, indices: NDArray[np.int64] | None = None) -> TestData:
-        """A part of the test images; None: all.
-
-        Where images are sorted by class, as in folders, they are shuffled, in the same way in every
-        run: the vote of a group of one class would reveal that class.
-        """
-        indices = np.arange(len(source)) if indices is None else indices
-        if source.by_class:
-            indices = generator(0, Stream.TEST_ORDER).permutation(indices)
-        return TestData(source, indices, self.test_transform)
+ImageIds = NDArray[np.int64]
 
 
 def by_classes(
-    train: ImageSource, test: ImageSource, groups: Sequence[Sequence[int]], transforms: Transforms
+    train: ImageSource,
+    test: ImageSource,
+    groups: Sequence[Sequence[int]],
+    transforms: ImagePipeline,
 ) -> TaskStream:
-    """Makes a task of each group of classes; evaluates on the classes of all tasks so far.
-
-    Args:
-        train: Training images.
-        test: Test images of the same classes.
-        groups: Class ids of each task.
-        transforms: What happens to every image.
+    """Makes a task of each group of class ids; evaluates on the classes of all tasks so far.
 
     Raises:
         DataError: If a class has no training or no test image.
     """
-    _check_all_present([c for classes in groups for c in classes], train, test)
+    check_all_present(list(chain(*groups)), train, test)
     tasks: list[Task] = []
     test_sets: list[TestSet] = []
     for index, classes in enumerate(map(tuple, groups)):
-        name, test_data = task_name(index), transforms.test(test, _images_of(classes, test))
-        test_sets.append(TestSet(index, name, test_data, classes))
-        data = transforms.train(train, _images_of(classes, train), index)
+        name, tested = task_name(index), held_out(test, images_of(classes, test))
+        test_sets.append(TestSet(index, name, tested, classes))
+        data = Subset(train, images_of(classes, train))
         tasks.append(Task(index, name, data, classes, tuple(test_sets)))
-    return TaskStream(tuple(tasks), train)
+    return TaskStream(tuple(tasks), train, transforms)
 
 
-def several_data_sets(
-    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], transforms: Transforms
-) -> TaskStream:
-    """Makes a task of each data set; class ids of a data set follow those of the one before.
-
-    Args:
-        train: Training images by name of the data set, in order.
-        test: Test images by the same names.
-        transforms: What happens to every image.
-    """
-    names = [f"{name}/{c}" for name, source in train.items() for c in source.classes]
-    ends = np.cumsum([len(source.classes) for source in train.values()]).tolist()
-    offsets = dict(zip(train, [0, *ends], strict=False))
-
-    def shifted(parts: Mapping[str, ImageSource]) -> dict[str, ImageSource]:
-        return {name: ConcatSource([part], names, [offsets[name]]) for name, part in parts.items()}
-
-    return domain_incremental(shifted(train), shifted(test), transforms)
-
-
-def domain_incremental(
-    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], transforms: Transforms
+def by_parts(
+    train: Mapping[str, ImageSource], test: Mapping[str, ImageSource], transforms: ImagePipeline
 ) -> TaskStream:
     """Makes a task of each part of the training images, with all classes that occur in it.
 
@@ -106,63 +53,26 @@ def domain_incremental(
         train: Parts by name, in order; all name the same classes.
         test: Test images of each part by its name, evaluated from that part on; or one set under
             another name, evaluated after every task.
-        transforms: What happens to every image.
+        transforms: How the images are preprocessed.
     """
     whole = ConcatSource(list(train.values()), next(iter(train.values())).classes)
-    test_sets = [
-        TestSet(index, name, transforms.test(source), _classes_in(source.targets))
+    test_sets = tuple(
+        TestSet(index, name, held_out(source), _classes_in(source))
         for index, (name, source) in enumerate(test.items())
-    ]
-    common = train.keys() != test.keys()
-    tasks: list[Task] = []
-    first = 0
-    for index, (name, source) in enumerate(train.items()):
-        indices = np.arange(first, first + len(source))
-        first += len(source)
-        data = transforms.train(whole, indices, index)
-        tested = tuple(test_sets if common else test_sets[: index + 1])
-        tasks.append(Task(index, name, data, _classes_in(source.targets), tested))
-    return TaskStream(tuple(tasks), whole)
-
-
-def gaussian(
-    train: ImageSource,
-    test: ImageSource,
-    episodes: Sequence[Sequence[int]],
-    images_per_episode: int | None,
-    transforms: Transforms,
-) -> TaskStream:
-    """Makes a task of each episode; all are tested on the same set, of all classes.
-
-    Args:
-        train: Training images.
-        test: Test images.
-        episodes: Class ids of each episode, see `gaussian_episodes`.
-        images_per_episode: Images drawn for an episode, each once if its classes have enough;
-            None: all images of its classes.
-        transforms: What happens to every image.
-
-    Raises:
-        DataError: If a class has no training or no test image.
-    """
-    classes = tuple(range(len(train.classes)))
-    _check_all_present(classes, train, test)
-    test_set = TestSet(0, "all classes", transforms.test(test), classes)
+    )
+    ends = np.cumsum([len(source) for source in train.values()])
     tasks = []
-    for index, episode in enumerate(episodes):
-        indices = _images_of(episode, train)
-        if images_per_episode is not None:
-            indices = _draw(indices, images_per_episode, transforms.seed, index)
-        data = transforms.train(train, indices, index)
-        tasks.append(Task(index, f"episode{index + 1}", data, tuple(episode), (test_set,)))
-    return TaskStream(tuple(tasks), train)
+    for index, (name, source) in enumerate(train.items()):
+        data = Subset(whole, np.arange(ends[index] - len(source), ends[index]))
+        tasks.append(Task(index, name, data, _classes_in(source), test_sets[: index + 1]))
+    return TaskStream(tuple(tasks), whole, transforms)
 
 
-def joint(stream: TaskStream, transforms: Transforms) -> TaskStream:
+def joint(stream: TaskStream) -> TaskStream:
     """Makes a single task of a whole stream: the upper bound of what learning in turn can reach."""
     classes = tuple(dict.fromkeys(c for task in stream.tasks for c in task.classes))
     indices = np.unique(np.concatenate([task.data.indices for task in stream.tasks]))
-    data = transforms.train(stream.train, indices, 0)
+    data = Subset(stream.train, indices)
     task = Task(0, "all tasks", data, classes, tuple(stream.test_sets))
     return replace(stream, tasks=(task,))
 
@@ -182,23 +92,10 @@ def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
 def gaussian_episodes(
     order: Sequence[int], num_episodes: int, steps: int, sigma: float, seed: int
 ) -> list[tuple[int, ...]]:
-    """Draws the classes of each episode of the Gaussian schedule.
+    """Draws the classes of each episode of the Gaussian schedule, never none.
 
     Each class is present with the probability that `presence` gives, independently; an episode
-    without any is drawn again.
-
-    Args:
-        order: Class ids in the order of their peaks.
-        num_episodes: T.
-        steps: Positions of the schedule that an episode takes.
-        sigma: Standard deviation of a class's presence, in positions.
-        seed: Seed of the run.
-
-    Returns:
-        Class ids of each episode, never empty.
-
-    Raises:
-        ValueError: As `presence`.
+    without any is drawn again. `order` has the class ids in the order of their peaks.
     """
     probabilities = presence(len(order), num_episodes, steps, sigma)  # (T, C)
     episodes = []
@@ -214,8 +111,9 @@ def gaussian_episodes(
 def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> NDArray[np.float64]:
     """Probability that a class takes part in an episode of the Gaussian schedule, (T, C).
 
-    The schedule has num_episodes * steps positions; class j peaks at half the distance between two
-    peaks, plus j such distances.
+    An episode takes `steps` positions of the schedule; class j peaks at half the distance between
+    two peaks, plus j such distances; `sigma` is the standard deviation of its presence, in
+    positions.
 
     Raises:
         ValueError: If there are fewer positions than classes, so that all peaks would coincide, or
@@ -241,22 +139,36 @@ def presence(num_classes: int, num_episodes: int, steps: int, sigma: float) -> N
     return probabilities
 
 
-def _draw(indices: NDArray[np.int64], number: int, seed: int, episode: int) -> NDArray[np.int64]:
+def draw(indices: ImageIds, number: int, seed: int, episode: int) -> ImageIds:
     """So many of the images at random; where they do not suffice, all again as often as needed."""
     rng = generator(seed, Stream.SCHEDULE, episode, 1)
     rounds = -(-number // len(indices))
     return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:number]
 
 
-def _images_of(classes: Sequence[int], source: ImageSource) -> NDArray[np.int64]:
-    return np.flatnonzero(np.isin(source.targets, classes))  # (n,), in the data set's order
+def held_out(source: ImageSource, indices: ImageIds | None = None) -> Subset:
+    """A part of the test images; None: all.
+
+    Where images are sorted by class, as in folders, they are shuffled, in the same way in every
+    run: the vote of a group of one class would reveal that class.
+    """
+    indices = np.arange(len(source)) if indices is None else indices
+    if source.by_class:
+        indices = generator(0, Stream.TEST_ORDER).permutation(indices)
+    return Subset(source, indices)
 
 
-def _classes_in(targets: NDArray[np.int64]) -> tuple[int, ...]:
-    return tuple(np.unique(targets).tolist())
+def images_of(classes: Sequence[int], source: ImageSource) -> ImageIds:
+    """Numbers of the images of some classes, (n,), in the data set's order."""
+    return np.flatnonzero(np.isin(source.targets, classes))
 
 
-def _check_all_present(classes: Sequence[int], train: ImageSource, test: ImageSource) -> None:
+def _classes_in(source: ImageSource) -> tuple[int, ...]:
+    return tuple(np.unique(source.targets).tolist())
+
+
+def check_all_present(classes: Sequence[int], train: ImageSource, test: ImageSource) -> None:
+    """Raises DataError if a class has no training or no test image."""
     for split, source in (("training", train), ("test", test)):
         present, known = set(source.targets.tolist()), dict(enumerate(source.classes))
         if missing := [c for c in classes if c not in present]:

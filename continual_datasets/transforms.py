@@ -13,13 +13,15 @@ before the crop, and timm for the policies, all of which are off unless asked fo
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -29,8 +31,8 @@ from cli.settings import TransformSettings
 Transform = Callable[[Image.Image], Tensor]
 
 #: Mean and standard deviation of `--norm`. `none` feeds plain [0, 1], as the original does.
-NORMS: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
-    "none": None,
+NORMS: dict[str, tuple[Sequence[float], ...]] = {
+    "none": (),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
@@ -41,7 +43,7 @@ LARGEST_UNCROPPED = 32
 def policy_problem(policy: str) -> str | None:
     """What is wrong with a policy of `--aa`; None: nothing."""
     try:
-        _augmentation_policy(TransformSettings(aa=policy))
+        _policies(TransformSettings(aa=policy))
     except (AssertionError, LookupError, TypeError, ValueError):
         return (
             f"--aa {policy} is not a policy of timm: give for instance "
@@ -53,46 +55,23 @@ def policy_problem(policy: str) -> str | None:
 def build_transform(train: bool, options: TransformSettings) -> Transform:
     """Builds the transform from a PIL image to its pixels.
 
-    Args:
-        train: Whether to augment: random crop, flip and whatever `options` ask for. Otherwise
-            resize and centre crop, as the original: the short side to 256/224 of the input size;
-            up to 32 pixels the whole image is resized instead.
-        options: What to do.
+    In training the image is augmented: random crop, flip and whatever `options` ask for. A test
+    image is resized and cut in the centre, as in the original: the short side to 256/224 of the
+    input size; up to 32 pixels the whole image is resized instead.
 
     Returns:
-        Function from a PIL image to uint8 pixels (3, S, S), for `to_input`; with random erasing,
-        which fills with normal noise, to the finished input: a float tensor (3, S, S).
+        Function from a PIL image to uint8 pixels (3, S, S); with random erasing, which fills with
+        normal noise, to the finished input: a float tensor (3, S, S).
     """
     steps = _train_steps(options) if train else _test_steps(options)
     steps.append(_to_pixels)
     if train and options.reprob:
-        count, norm = options.recount, NORMS[options.norm]
         steps.append(_to_floats)
-        steps += [] if norm is None else [transforms.Normalize(*norm)]
-        steps.append(
-            RandomErasing(options.reprob, mode=options.remode, min_count=count, device="cpu")
-        )
+        if norm := NORMS[options.norm]:
+            steps.append(transforms.Normalize(*norm))
+        mode, count = options.remode, options.recount
+        steps.append(RandomErasing(options.reprob, mode=mode, min_count=count, device="cpu"))
     return transforms.Compose(steps)
-
-
-def to_input(options: TransformSettings, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Builds the transform from a batch of pixels on a device to the model's input.
-
-    Returns:
-        Function from uint8 pixels (B, 3, S, S) to float32 (B, 3, S, S), in [0, 1] unless a `norm`
-        is asked for; a float batch is returned as it is. All devices compute the same bits.
-    """
-    full = torch.tensor(255.0, device=device)  # by a plain number CUDA would multiply by 1 / 255
-    norm = NORMS[options.norm] or ()
-    constants = [torch.tensor(part, device=device).view(3, 1, 1) for part in norm]
-
-    def convert(batch: Tensor) -> Tensor:
-        if batch.is_floating_point():
-            return batch
-        images = batch / full  # (B, 3, S, S)
-        return images.sub_(constants[0]).div_(constants[1]) if constants else images
-
-    return convert
 
 
 def _test_steps(options: TransformSettings) -> list[Callable]:
@@ -108,13 +87,8 @@ def _train_steps(options: TransformSettings) -> list[Callable]:
         steps.append(transforms.Resize((side, side), InterpolationMode.BILINEAR))
     if options.train_jpeg is not None:
         steps.append(partial(_through_jpeg, quality=options.train_jpeg))
-    steps.append(_random_crop(options))
-    steps.append(transforms.RandomHorizontalFlip(options.hflip))
-    if options.aa:
-        steps.append(_augmentation_policy(options))
-    if options.color_jitter:
-        steps.append(transforms.ColorJitter(*[options.color_jitter] * 3))
-    return steps
+    flip = transforms.RandomHorizontalFlip(options.hflip)
+    return [*steps, _random_crop(options), flip, *_policies(options)]
 
 
 def _through_jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -131,26 +105,23 @@ def _random_crop(options: TransformSettings) -> Callable:
     return transforms.RandomChoice(crops) if is_random else crops[0]
 
 
-def _augmentation_policy(options: TransformSettings) -> Callable:
-    policy, norm = str(options.aa), NORMS[options.norm] or NORMS["half"]
-    assert norm is not None
-    hparams: dict[str, Any] = {
-        "translate_const": int(options.input_size * 0.45),
-        "img_mean": tuple(round(255 * mean) for mean in norm[0]),
+def _policies(options: TransformSettings) -> list[Any]:
+    """Augmentation policy and colour jitter, as far as they are asked for, as timm makes them."""
+    arguments: dict[str, Any] = {
+        "color_jitter": options.color_jitter or None,
+        "auto_augment": options.aa,
+        "interpolation": options.train_interpolation,
+        "mean": (NORMS[options.norm] or NORMS["half"])[0],
     }
-    if options.train_interpolation != "random":
-        hparams["interpolation"] = Image.Resampling[options.train_interpolation.upper()]
-    if policy.startswith("rand"):
-        built = auto_augment.rand_augment_transform(policy, hparams)
-    elif policy.startswith("augmix"):
-        built = auto_augment.augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
-    else:
-        built = auto_augment.auto_augment_transform(policy, hparams)
-    ops = built.ops if hasattr(built, "ops") else [op for ops in built.policy for op in ops]
-    for op in ops:
-        if op.name.startswith("Posterize"):
-            op.aug_fn = _posterize
-    return built
+    _, policies, _ = transforms_imagenet_train(
+        options.input_size, **arguments, force_color_jitter=True, separate=True
+    )
+    for policy in policies.transforms:
+        ops = getattr(policy, "ops", None) or chain(*getattr(policy, "policy", []))
+        for op in ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+    return policies.transforms
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -5,103 +5,48 @@ data ends as `DataError`, whatever is wrong with the names as another ValueError
 line.
 """
 
-import errno
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+
 from continual_datasets.images import DataError, os_errors_as_data_errors
-from continual_datasets.readers import arrays, core50, folders
-from continual_datasets.readers.class_folders import DomainList, Splits
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One line of the table `SOURCES`.
-
-    `count_classes` and `find_domains` read no image. They raise `DataError` on what can be seen to
-    be wrong with the folder, and if data are missing that are not downloaded.
-    """
-
-    load: Callable[[Path], Splits]  # reads the data under a folder
-    count_classes: Callable[[Path], int]
-    aliases: tuple[str, ...] = ()  # other names of the same data set
-    needs_data_path: bool = True  # whether anything is read from, or downloaded to, the folder
-    downloadable: bool = False  # whether a missing data set is downloaded
-    any_data: bool = False  # whether it is whatever images are in the folder
-    in_files: bool = False  # whether its images are files, opened when they are needed
-    find_domains: Callable[[Path, Path | None], DomainList] | None = None  # also by file lists
-
-
-def _downloaded(
-    load: Callable[[Path], Splits], folder: str, classes: int, *aliases: str, in_files: bool = False
-) -> SourceSpec:
-    """A data set that is downloaded to a folder if it is missing there."""
-
-    def count_classes(data_path: Path) -> int:
-        for path in (data_path / folder).rglob("*"):
-            if not os.access(path, os.R_OK):
-                raise DataError(f"{path}: {os.strerror(errno.EACCES)}")
-        return classes
-
-    return SourceSpec(load, count_classes, aliases, downloadable=True, in_files=in_files)
-
+from continual_datasets.readers import by_hand, downloaded
+from continual_datasets.readers.class_folders import DomainList, ImageFolder, Reader, Splits
 
 #: Everything that `--dataset` can name, in any letter case.
-SOURCES = {
-    "CIFAR10": _downloaded(arrays.load_cifar10, "cifar-10-batches-py", 10, "Split-CIFAR10"),
-    "CIFAR100": _downloaded(arrays.load_cifar100, "cifar-100-python", 100, "Split-CIFAR100"),
-    "MNIST": _downloaded(arrays.load_mnist, "MNIST", 10),
-    "FashionMNIST": _downloaded(arrays.load_fashion_mnist, "FashionMNIST", 10, "Fashion-MNIST"),
-    "SVHN": _downloaded(arrays.load_svhn, "SVHN", 10),
-    "NotMNIST": SourceSpec(folders.load_not_mnist, folders.NOT_MNIST.count_classes, in_files=True),
-    "Flowers102": _downloaded(
-        folders.load_flowers102,
-        "flowers-102",
-        102,
-        *("Flower102", "Flowers-102", "OxfordFlowers102"),
-        in_files=True,
-    ),
-    "CORe50": SourceSpec(
-        core50.load_core50,
-        core50.CORE50.count_classes,
-        in_files=True,
-        find_domains=core50.find_domains,
-    ),
-    "Imagenet-R": SourceSpec(
-        folders.load_imagenet_r,
-        folders.IMAGENET_R.count_classes,
-        aliases=("ImageNetR", "Split-Imagenet-R"),
-        in_files=True,
-    ),
-    "ImageFolder": SourceSpec(
-        folders.load_image_folder,
-        folders.count_image_folder,
-        any_data=True,
-        in_files=True,
-        find_domains=lambda data_path, _: folders.find_domains(data_path),
-    ),
-    "digits": SourceSpec(arrays.load_digits, lambda _: 10, needs_data_path=False),
+SOURCES: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        downloaded.Cifar(CIFAR10, 10),
+        downloaded.Cifar(CIFAR100, 100),
+        downloaded.Mnist(MNIST, downloaded.DIGITS),
+        downloaded.Mnist(FashionMNIST, FashionMNIST.classes, "Fashion-MNIST"),
+        downloaded.Svhn(),
+        by_hand.NotMnist(),
+        downloaded.Flowers102(),
+        by_hand.Core50(),
+        by_hand.ImagenetR(),
+        ImageFolder(),
+        downloaded.Digits(),
+    )
 }
 
 #: What the name `5-datasets` stands for.
 FIVE_DATASETS = ("SVHN", "MNIST", "CIFAR10", "NotMNIST", "FashionMNIST")
 
 _BY_LABEL = {
-    label.lower(): name for name, spec in SOURCES.items() for label in (name, *spec.aliases)
+    label.lower(): name for name, reader in SOURCES.items() for label in (name, *reader.aliases)
 }
 
 
-def find_sources(names: str) -> dict[str, SourceSpec]:
-    """Look up data sets that are learned one after the other.
+def find_sources(names: str) -> dict[str, Reader]:
+    """Look up data sets that are learned one after the other, in the order given.
 
     Args:
         names: Names or aliases in any letter case, separated by commas. `5-datasets` stands for
             SVHN, MNIST, CIFAR10, NotMNIST, FashionMNIST.
-
-    Returns:
-        The data sets by their own names, in the order given.
 
     Raises:
         ValueError: With all that is wrong: unknown, empty or repeated entries, or a set in the list
@@ -133,18 +78,16 @@ def find_sources(names: str) -> dict[str, SourceSpec]:
 
 
 def count_classes(names: str, data_path: Path) -> int:
-    """Tell the number of classes, of all data sets together, before anything is loaded.
+    """Count the classes, of all data sets together, before anything is loaded.
 
-    Raises:
-        ValueError: If a name is wrong.
-        DataError: If data are missing that are not downloaded (the message says where they were
-            looked for, in which layout, and where to get them), cannot be read, or do not fit.
+    Raises ValueError if a name is wrong (see `find_sources`); or DataError if data are missing that
+    are not downloaded, cannot be read, or do not fit.
     """
     total, problems = 0, []
-    for spec in find_sources(names).values():
+    for reader in find_sources(names).values():
         try:
             with os_errors_as_data_errors():
-                total += spec.count_classes(data_path.expanduser())
+                total += reader.count_classes(data_path.expanduser())
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -152,46 +95,38 @@ def count_classes(names: str, data_path: Path) -> int:
     return total
 
 
+@os_errors_as_data_errors()
 def load_parts(names: str, data_path: Path) -> dict[str, Splits]:
-    """Read data sets that are learned one after the other.
+    """Read data sets that are learned one after the other; raises as `count_classes`.
 
-    Args:
-        names: See `find_sources`.
-        data_path: Folder of all of them; what is missing and can be downloaded is put there.
-
-    Returns:
-        Training and test images by the data set's own name; each has its own class ids from 0.
-
-    Raises:
-        ValueError: If a name is wrong.
-        DataError: If data are missing, incomplete or contradict themselves.
+    What is missing under the folder and can be downloaded is put there. Each data set has its own
+    class ids from 0.
     """
-    with os_errors_as_data_errors():
-        specs = find_sources(names)
-        return {name: spec.load(data_path.expanduser()) for name, spec in specs.items()}
+    readers = find_sources(names)
+    return {name: reader.load(data_path.expanduser()) for name, reader in readers.items()}
 
 
+@os_errors_as_data_errors()
 def list_domains(
     name: str, data_path: Path, file_lists: Path | None = None, wanted: Sequence[str] | None = None
 ) -> DomainList:
-    """Tell the domains, in the order in which they are learned, before anything is loaded.
+    """Find the domains, in the order in which they are learned, before anything is loaded.
 
     Args:
-        name: A name or alias in `SOURCES`, in any letter case.
+        name: See `find_sources`; a single data set.
         data_path: Folder of the data.
-        file_lists: Folder of CORe50's published lists of images, see `core50.find_domains`.
+        file_lists: Folder of CORe50's published lists of images, see `Core50.find_domains`.
         wanted: Domains to learn, in this order; None: all.
 
     Raises:
         ValueError: If there is no such data set, it has no domains, or not those wanted.
         DataError: If the data are missing, or their folders or lists do not fit.
     """
-    specs = list(find_sources(name).values())
-    if len(specs) > 1 or specs[0].find_domains is None:
-        known = ", ".join(label for label, spec in SOURCES.items() if spec.find_domains)
+    reader, *others = find_sources(name).values()
+    if others or reader.find_domains is None:
+        known = ", ".join(label for label, one in SOURCES.items() if one.find_domains)
         raise ValueError(f"--dataset {name} has no domains: choose one of {known}")
-    with os_errors_as_data_errors():
-        found = specs[0].find_domains(data_path.expanduser(), file_lists)
+    found = reader.find_domains(data_path.expanduser(), file_lists)
     names = found.names if wanted is None else tuple(wanted)
     unknown = [domain for domain in names if domain not in found.names]
     if unknown or len(set(names)) < len(names):

@@ -2,7 +2,7 @@
 
 import pickle
 from dataclasses import replace
-from itertools import chain, product
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -13,18 +13,12 @@ from continual_datasets import device_transforms
 from continual_datasets.device_transforms import cropped
 from continual_datasets.images import ArraySource, FileSource
 from continual_datasets.pipeline import PlacedSource, build_pipeline, store, stored_shape
-from continual_datasets.task_splits import Transforms, by_classes, several_data_sets
+from continual_datasets.task_data import TestKey as HeldOutKey
+from continual_datasets.task_splits import by_parts
 from continual_datasets.transforms import build_transform
+from helpers.witnessed_loaders import CPU, DEVICES, assert_same, load, train_keys
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 META = torch.device("meta")  # has no values: reading one is an error
-DEVICES = [
-    CPU,
-    pytest.param(CUDA, marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ]),
-]  # fmt: skip
 #: Grey and colour, square and not.
 SHAPES = [(8, 8), (1, 5, 3), (16, 9), (28, 28), (32, 32, 3), (31, 32, 3), (40, 24, 3), (60, 64, 3)]
 FIXED = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -80,7 +74,8 @@ def assert_as_workers(sources, train, options, device=CPU):
 @pytest.mark.parametrize("size", [16, 32, 33, 64, 224])
 @pytest.mark.parametrize("train", [True, False])
 def test_pixels_are_those_of_pillow(train, size, interpolation, device):
-    sources = [make_source(shape, i) for i, shape in enumerate(SHAPES) if max(shape) <= size]
+    shapes, number = [shape for shape in SHAPES if max(shape) <= size], 3 if size < 64 else 1
+    sources = [make_source(shape, i, per_class=number) for i, shape in enumerate(shapes)]
     assert_as_workers(sources, train, make_options(size, interpolation), device)
 
 
@@ -116,28 +111,6 @@ def test_making_pixels_never_reads_a_value():
         assert (pixels.shape, pixels.dtype) == ((5, 3, 48, 48), torch.uint8)
 
 
-@pytest.mark.parametrize("hflip", [0.0, 0.3, 1.0])
-def test_crop_parameters_are_box_and_flip(hflip):
-    options = make_options(64, "bilinear", hflip=hflip)
-    crops, _ = crops_of([make_source((40, 24, 3), per_class=25)], True, options)
-    rows, flips, top, height, whole, _, left, width, *_ = crops.T
-    assert rows.tolist() == list(range(100))
-    assert set(flips.tolist()) == {0.0: {0}, 0.3: {0, 1}, 1.0: {1}}[hflip]
-    assert ((top + height <= 40) & (left + width <= 24) & (whole == 64)).all()
-    assert len(crops[:, 2:].unique(dim=0)) > 90
-
-
-def test_crop_of_a_test_image_is_the_centre_and_draws_nothing():
-    before = torch.get_rng_state()
-    for size, axes in (
-        (224, (0, 40, 426, 101, 0, 24, 256, 16)),
-        (32, (0, 40, 32, 0, 0, 24, 32, 0)),
-    ):
-        crop = device_transforms.central_crop((5, 40, 24), make_options(size, "bilinear"))
-        assert (crop.tolist(), crop.dtype) == ([5, 0, *axes], torch.int64)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # Sources and streams
 
 
@@ -168,39 +141,27 @@ def test_images_are_stored_unchanged_however_they_lie_in_memory():
     assert store(sources[1:], CPU).shape == (12, 1, 5, 6)
 
 
-def by_class(sources, prepare):
-    return by_classes(*sources, [(2, 0), (3, 1)], prepare)
-
-
-def by_data_set(sources, prepare):
-    train, test = ({"a": sources[at], "b": sources[2 + at]} for at in (0, 1))
-    return several_data_sets(train, test, prepare)
-
-
-@pytest.mark.parametrize(("make_stream", "shapes"), [
-    (by_class, [(28, 28), (40, 30, 3)]),
-    (by_data_set, [(28, 28), (28, 28), (32, 32, 3), (32, 32, 3)]),
-])  # fmt: skip
-def test_images_of_a_stream_are_those_of_the_workers(make_stream, shapes):
+def test_images_of_a_stream_are_those_of_the_workers():
     options = replace(make_options(48, "bilinear", norm="imagenet"), test_interpolation="bicubic")
+    shapes = [(28, 28), (32, 32, 3), (28, 28), (40, 30, 3)]
     sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
     made = []
     for on_device in (True, False):
-        built, placed = build_pipeline(on_device, options, sources, CPU)
-        assert built.on_device is on_device
-        prepare = Transforms(built.train_transform, built.test_transform, 42)
-        stream = make_stream(placed, pickle.loads(pickle.dumps(prepare)))
-        parts = [(task.data, True, [*product((0, 1), range(len(task.data)))])
-                 for task in stream.tasks]  # fmt: skip
-        parts += [(part.data, False, range(len(part.data))) for part in stream.test_sets]
-        images = [
-            built.to_input(torch.stack([data[key][0] for key in keys]), train=train)
-            for data, train, keys in parts
-        ]
-        made.append((images, [data.targets.tolist() for data, *_ in parts], stream.train_digest))
+        pipeline, placed = build_pipeline(on_device, options, sources, CPU)
+        assert pipeline.on_device is on_device
+        train, test = (dict(zip("ab", placed[at : at + 2], strict=True)) for at in (0, 2))
+        stream, found = by_parts(train, test, pipeline), []
+        for task in stream.tasks:
+            number = range(len(task.data))
+            keys = [*train_keys(task.index, 0, number), *train_keys(task.index, 1, number)]
+            held_out = [HeldOutKey(task.index, i) for i in range(len(task.test_sets[-1].data))]
+            for part, train in ((keys, True), (held_out, False)):
+                batch, targets = load(stream, *part)
+                found.append((pipeline.to_input(batch, train), torch.tensor(targets)))
+        made.append((found, stream.train_digest))
     device, workers = made
-    assert device[1:] == workers[1:]
-    assert all(torch.equal(*pair) for pair in zip(device[0], workers[0], strict=True))
+    assert device[1] == workers[1]
+    assert_same(device[0], workers[0])
 
 
 # Options

@@ -6,9 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from continual_datasets.images import (
     ArraySource,
@@ -137,31 +135,24 @@ def grey_source(*values):
 
 
 def test_concat_source_joins_images_and_shifts_labels():
-    parts = [grey_source(10, 11), grey_source(21), grey_source(30, 31, 32)]
-    joined = ConcatSource(parts, [f"class {i}" for i in range(6)], label_offsets=[4, 0, 2])
-    assert len(joined) == 6
-    assert joined.classes[5] == "class 5"
+    empty = ArraySource(np.zeros((0, 4, 4), dtype=np.uint8), [], ["even", "odd"])
+    parts = [empty, grey_source(10, 11), grey_source(21), empty, grey_source(30, 31, 32), empty]
+    names = [f"class {i}" for i in range(6)]
+    joined = ConcatSource(parts, names, label_offsets=[0, 4, 0, 0, 2, 0])
+    assert (len(joined), joined.classes) == (6, names)
     assert joined.targets.dtype == np.int64
     assert joined.targets.tolist() == [4, 5, 1, 2, 3, 2]
-    for index in (0, 1, 2, 3, 5, np.int64(4), np.int32(5)):
+    for index in (0, 1, 2, 3, 5, np.int64(4), np.int32(5), -1, -6):
         image, target = joined[index]
         assert image.getpixel((0, 0))[0] == [10, 11, 21, 30, 31, 32][index]
-        assert target == joined.targets[index]
-        assert type(target) is int
-
-
-def test_concat_source_counts_from_the_end_ends_and_takes_parts_without_images():
-    empty = ArraySource(np.zeros((0, 4, 4), dtype=np.uint8), [], ["even", "odd"])
-    parts = [empty, grey_source(10), empty, grey_source(21, 22), empty]
-    joined = ConcatSource(parts, ["even", "odd"])
-    assert joined.targets.tolist() == [0, 1, 0]
-    assert [image.getpixel((0, 0))[0] for image, _ in joined] == [10, 21, 22]
-    assert [joined[index][0].getpixel((0, 0))[0] for index in (-1, -3)] == [22, 10]
-    for index in (3, -4, np.int64(3)):
+        assert (target, type(target)) == (joined.targets[index], int)
+    assert len(list(joined)) == 6
+    for index in (6, -7, np.int64(6)):
         with pytest.raises(IndexError):
             joined[index]
+    assert ConcatSource(parts, ["even", "odd"]).targets.tolist() == [0, 1, 1, 0, 1, 0]
     with pytest.raises(ValueError):
-        ConcatSource(parts, ["even", "odd"], label_offsets=[0])
+        ConcatSource(parts, names, label_offsets=[0])
 
 
 def test_file_source_opens_any_files(tmp_path):
@@ -185,39 +176,15 @@ def test_file_source_opens_any_files(tmp_path):
 def test_paths_take_little_more_than_their_letters(tmp_path):
     tracemalloc.start()
     source = FileSource(
-        (f"s{i % 11}/o{i % 50}/C_{i:08}.png" for i in range(50_000)), [0] * 50_000, ["a"], tmp_path
+        (f"s{i % 11}/o{i % 50}/C_{i:08}.png" for i in range(20_000)), [0] * 20_000, ["a"], tmp_path
     )
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert source.paths[49_999] == str(tmp_path / "s4/o49/C_00049999.png")
-    assert max(held, len(pickle.dumps(source))) < 3_000_000
+    assert source.paths[19_999] == str(tmp_path / "s1/o49/C_00019999.png")
+    assert max(held, len(pickle.dumps(source))) < 1_200_000
 
 
 # Errors
-
-
-class Failing(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if index == 3:
-            try:
-                raise OSError("the cause")
-            except OSError as error:
-                raise DataError("/data/x.png: the file is: empty") from error
-        return torch.zeros(1)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_data_error_is_one_line_wherever_it_is_raised(num_workers):
-    message = None
-    try:
-        list(DataLoader(Failing(), num_workers=num_workers))
-    except DataError as error:  # not pytest.raises: it would keep the loader and its workers alive
-        message = str(error)
-        error.__traceback__ = None
-    assert message == "/data/x.png: the file is: empty"
 
 
 @pytest.mark.parametrize(("error", "message"), [

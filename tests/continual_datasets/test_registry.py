@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.io import loadmat
-from torchvision.datasets import MNIST, FashionMNIST
 
 from continual_datasets.images import DataError
 from continual_datasets.readers.registry import (
@@ -20,13 +19,11 @@ from continual_datasets.readers.registry import (
     list_domains,
     load_parts,
 )
-from helpers import true_formats
 from helpers.data_server import NOWHERE, point
 from helpers.tables import assert_says, cases
-from helpers.true_formats import TRUE_FORMATS, idx_bytes, load_one, rejected, write_idx
+from helpers.true_formats import ARRAYS, arrays, idx_bytes, load_one, rejected, write
 
 IN_FILES = ["NotMNIST", "Flowers102", "CORe50", "Imagenet-R", "ImageFolder"]
-DOWNLOADABLE = ["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "SVHN", "Flowers102"]
 
 
 # Names
@@ -41,7 +38,7 @@ def test_aliases_and_letter_case():
     for label, name in {**labels, **dict(zip(SOURCES, SOURCES, strict=True))}.items():
         for spelled in (label, label.lower(), label.upper()):
             assert find_sources(spelled) == {name: SOURCES[name]}
-    assert sum(len(spec.aliases) for spec in SOURCES.values()) == len(labels)
+    assert sum(len(reader.aliases) for reader in SOURCES.values()) == len(labels)
 
 
 def test_list_of_names_keeps_its_order():
@@ -58,8 +55,6 @@ MNIST,CIFAR101,foo
     CIFAR101, foo are unknown .. SVHN .. 5-datasets (SVHN, MNIST
 MNIST,,SVHN
     (an empty entry) is unknown .. SVHN
-,
-    an empty entry
 MNIST,
     an empty entry
 MNIST,SVHN,mnist
@@ -84,50 +79,37 @@ def test_names_are_rejected_with_all_that_is_wrong(names, expected):
     assert_says([str(caught.value)], expected)
 
 
-def test_count_classes_needs_no_data_where_they_can_be_downloaded():
-    nowhere = Path("/nowhere")
-    assert count_classes("Split-CIFAR100", nowhere) == 100
-    assert count_classes("digits", nowhere) == 10
-    assert count_classes("SVHN,MNIST,CIFAR10,FashionMNIST,Flowers102", nowhere) == 142
-    with pytest.raises(DataError, match="/nowhere is not a folder"):
-        count_classes("ImageFolder", nowhere)
-
-
 def test_table_says_what_needs_a_folder_is_downloaded_or_is_in_files():
     def those(field, value=True):
-        return [name for name, spec in SOURCES.items() if getattr(spec, field) is value]
+        return [name for name, reader in SOURCES.items() if getattr(reader, field) is value]
 
     assert those("needs_data_path", False) == ["digits"]
-    assert those("downloadable") == DOWNLOADABLE
+    assert those("downloadable") == [*ARRAYS, "Flowers102"]
     assert those("in_files") == IN_FILES
     assert those("any_data") == ["ImageFolder"]
 
 
-def test_count_classes_names_every_data_set_that_is_missing(tmp_path):
+def test_count_classes_needs_no_data_where_they_can_be_downloaded(tmp_path):
+    nowhere = Path("/nowhere")
+    assert count_classes("Split-CIFAR100", nowhere) == 100
+    assert count_classes("digits", nowhere) == 10
+    assert count_classes("SVHN,MNIST,CIFAR10,FashionMNIST,Flowers102", nowhere) == 142
+    assert "/nowhere is not a folder" in rejected(count_classes, "ImageFolder", nowhere)
     message = rejected(count_classes, "MNIST,NotMNIST,CORe50,Imagenet-R", tmp_path)
     for folder in ("notMNIST", "core50_128x128", "imagenet-r"):
         assert str(tmp_path / folder) in message
 
 
-@pytest.mark.parametrize("name", DOWNLOADABLE)
-def test_count_classes_names_a_file_without_read_permission(tmp_path, monkeypatch, name):
-    TRUE_FORMATS[name](tmp_path, monkeypatch)
-    (path, *_) = (path for path in tmp_path.rglob("*") if path.is_file())
-    monkeypatch.setattr("os.access", lambda asked, mode: (asked, mode) != (path, os.R_OK))
-    assert rejected(count_classes, f"digits,{name}", tmp_path) == f"{path}: Permission denied"
-
-
 def test_five_datasets_are_read_one_by_one(tmp_path, monkeypatch):
     for name in FIVE_DATASETS:
-        TRUE_FORMATS[name](tmp_path, monkeypatch)
+        write(name, tmp_path, monkeypatch)
     assert count_classes("5-datasets", tmp_path) == 50
     parts = load_parts("5-datasets", tmp_path)
     assert tuple(parts) == FIVE_DATASETS
-    for name, (train, test) in parts.items():
-        alone, _ = load_one(name, tmp_path)
-        assert train.classes == test.classes == alone.classes
-        assert train.targets.tolist() == alone.targets.tolist()
-        assert train[2][0] == alone[2][0]
+    for name, splits in parts.items():
+        for source, alone in zip(splits, load_one(name, tmp_path), strict=True):
+            assert source.classes == alone.classes
+            assert source.digest() == alone.digest()
 
 
 @pytest.mark.parametrize(
@@ -144,8 +126,8 @@ def test_domains_are_known_for_some_data_sets_only(tmp_path, name, problem):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_true_format_is_read(tmp_path, monkeypatch, name):
-    TRUE_FORMATS[name](tmp_path, monkeypatch)
+def test_true_format_is_read_and_a_file_without_read_permission_named(tmp_path, monkeypatch, name):
+    write(name, tmp_path, monkeypatch)
     train, test = load_one(name, tmp_path)
     assert count_classes(name, tmp_path) == len(train.classes) == len(set(train.classes))
     assert test.classes == train.classes
@@ -164,50 +146,75 @@ def test_true_format_is_read(tmp_path, monkeypatch, name):
         means = [colours[0][train.targets == c].mean(0) for c in range(len(train.classes))]
         nearest = [np.abs(means - colour).sum(1).argmin() for colour in colours[1]]
         assert nearest == test.targets.tolist()
+    if SOURCES[name].downloadable:
+        (path, *_) = (path for path in tmp_path.rglob("*") if path.is_file())
+        monkeypatch.setattr("os.access", lambda asked, mode: (asked, mode) != (path, os.R_OK))
+        message = rejected(count_classes, f"digits,{name}", tmp_path)
+        assert message == f"{path}: Permission denied"
 
 
-# CIFAR
+def traced(name, data_path):
+    """The data; and the bytes that they take, and took while they were read."""
+    tracemalloc.start()
+    splits = load_one(name, data_path)
+    sizes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return splits, *sizes
 
 
-@pytest.mark.parametrize(("name", "batches", "key"), [
-    ("CIFAR10", [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)], "labels"),
-    ("CIFAR100", ["cifar-100-python/train"], "fine_labels"),
+def assert_read(splits, name, times=1):
+    """Whether these are the images of a data set, in their order."""
+    for source, (images, labels) in zip(splits, arrays(name, times), strict=True):
+        assert source.targets.tolist() == labels.tolist()
+        colours = images if images.ndim == 4 else np.stack([images] * 3, axis=-1)
+        for (image, _), pixels in zip(source, colours, strict=True):
+            assert np.array_equal(np.asarray(image), pixels)
+
+
+#: Data sets; how many times the tiny data (several megabytes); where they are; the first class.
+@pytest.mark.parametrize(("name", "times", "folder", "first_class"), [
+    ("CIFAR10", 15, "", "airplane"), ("CIFAR100", 4, "", "class_00"), ("MNIST", 60, "", "0"),
+    ("FashionMNIST", 1, "", "T-shirt/top"), ("SVHN", 15, "", "0"), ("SVHN", 1, "SVHN", "0"),
 ])  # fmt: skip
-def test_cifar_is_read_in_the_order_of_its_batches(tmp_path, monkeypatch, name, batches, key):
-    TRUE_FORMATS[name](tmp_path, monkeypatch)
-    point(monkeypatch, name, NOWHERE)
-    train, _ = load_one(name, tmp_path)
-    raw = [pickle.loads((tmp_path / batch).read_bytes(), encoding="latin1") for batch in batches]
-    assert train.classes[:2] in (["airplane", "automobile"], ["class_00", "class_01"])
-    assert train.targets.tolist() == [label for batch in raw for label in batch[key]]
-    planes = raw[-1]["data"][-1].reshape(3, 32, 32)
-    assert np.array_equal(np.asarray(train[-1][0]), planes.transpose(1, 2, 0))
+def test_arrays_are_read_in_their_order_and_take_less_than_twice_the_data(
+    tmp_path, monkeypatch, name, times, folder, first_class
+):
+    write(name, tmp_path, monkeypatch, times)
+    before = sorted(tmp_path.rglob("*"))
+    load_one(name, tmp_path / folder)  # what is imported on the way is not counted
+    splits, held, peak = traced(name, tmp_path / folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert_read(splits, name, times)
+    assert splits[0].classes[0] == first_class
+    data = sum(source.images.nbytes for source in splits)
+    if times > 1:
+        assert data > 3_000_000
+        assert peak < 2 * data
+        assert held < 1.1 * data
+    if name == "SVHN":
+        stored = loadmat(tmp_path / "SVHN" / "test_32x32.mat")["y"]
+        assert set(stored.ravel()) == set(range(1, 11))  # 10 means digit 0
+        assert splits[0].images[3].flags.c_contiguous
 
 
 # MNIST and Fashion-MNIST
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
-def test_idx_files_are_read_unpacked_or_packed_by_anybody(tmp_path, monkeypatch, kind, packed):
-    raw = tmp_path / kind.__name__ / "raw"
-    write_idx(raw, packed=packed)  # by another gzip than the published files
-    if not packed:
-        (raw / f"{LABELS_FILE}.gz").write_bytes(b"half a file that is not needed")
-    point(monkeypatch, kind.__name__, NOWHERE)
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_idx_files_are_read_unpacked_or_packed_by_anybody(tmp_path, name, packed):
+    write(name, tmp_path)
+    for path in sorted((tmp_path / name / "raw").iterdir()):
+        content = b"half a file that is not needed"
+        if packed:  # by another gzip than the published files
+            content = gzip.compress(path.read_bytes())
+            path.unlink()
+        path.with_name(f"{path.name}.gz").write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
-    train, test = load_one(kind.__name__, tmp_path)
+    splits = load_one(name, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (len(train), len(test)) == (50, 20)
-    assert train.images.flags.writeable
-    assert train.classes == (list("0123456789") if kind is MNIST else FashionMNIST.classes)
-    write_idx(tmp_path / "unpacked")
-    labels = (tmp_path / "unpacked" / LABELS_FILE).read_bytes()[8:]
-    assert test.targets.tolist() == list(labels)
-    pixels = (tmp_path / "unpacked" / IMAGES_FILE).read_bytes()[16:][7 * 784 : 8 * 784]
-    image = np.asarray(train[7][0])
-    assert image.shape == (28, 28, 3)
-    assert all(image[..., channel].tobytes() == pixels for channel in range(3))
+    assert splits[0].images.flags.writeable
+    assert_read(splits, name)
 
 
 IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -216,6 +223,7 @@ IDX_DAMAGE = {
     "truncated": (IMAGES_FILE, lambda content: content[:-100]),
     "truncated labels": (LABELS_FILE, lambda content: content[:-1]),
     "longer": (IMAGES_FILE, lambda content: content + b"x"),
+    "longer by an image": (IMAGES_FILE, lambda content: content + bytes(784)),
     "a page": (IMAGES_FILE, lambda _: b"<html>log in to the wireless network</html>"),
     "still packed": (LABELS_FILE, gzip.compress),
     "another type": (IMAGES_FILE, lambda content: b"\0\0\x09" + content[3:]),
@@ -233,8 +241,8 @@ IDX_DAMAGE = {
 
 @pytest.mark.parametrize("damage", IDX_DAMAGE)
 def test_idx_damage_is_named_by_file(tmp_path, monkeypatch, damage):
-    TRUE_FORMATS["MNIST"](tmp_path, monkeypatch)
-    point(monkeypatch, "MNIST", NOWHERE)
+    write("MNIST", tmp_path, monkeypatch)
+    point(monkeypatch, NOWHERE)
     name, change = IDX_DAMAGE[damage]
     path = tmp_path / "MNIST" / "raw" / name
     content = path.read_bytes()
@@ -249,22 +257,7 @@ def test_idx_damage_is_named_by_file(tmp_path, monkeypatch, damage):
     assert change is None or path.read_bytes() == damaged
 
 
-# SVHN and digits
-
-
-@pytest.mark.parametrize("folder", ["SVHN", "."])
-def test_svhn_is_read_in_a_folder_of_its_own_or_not(tmp_path, monkeypatch, folder):
-    true_formats.write_svhn(tmp_path, monkeypatch, folder=folder)
-    before = sorted(tmp_path.rglob("*"))
-    train, test = load_one("svhn", tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert train.images.shape == (50, 32, 32, 3)
-    assert train.images[3].flags.c_contiguous
-    assert train.classes == list("0123456789")
-    raw = loadmat(tmp_path / folder / "test_32x32.mat")
-    assert set(raw["y"].ravel()) == set(range(1, 11))
-    assert test.targets.tolist() == [label % 10 for label in raw["y"].ravel()]
-    assert np.array_equal(np.asarray(test[5][0]), raw["X"][..., 5])
+# Digits and folders
 
 
 def test_digits_split_is_fixed_and_stratified(tmp_path):
@@ -284,45 +277,14 @@ def test_digits_split_is_fixed_and_stratified(tmp_path):
     assert image.min() == 0  # strokes are bright, the ground is dark
 
 
-# Memory
-
-
-LARGER = {  # several megabytes, in the proportions of the true data
-    "CIFAR10": (true_formats.write_cifar10, 100, 20),
-    "CIFAR100": (true_formats.write_cifar100, 10, 2),
-    "MNIST": (lambda folder, _, *sizes: write_idx(folder / "MNIST/raw", False, *sizes), 480, 80),
-    "SVHN": (true_formats.write_svhn, 100, 35),
-}
-
-
-@pytest.mark.parametrize("name", LARGER)
-def test_loading_takes_less_than_twice_the_data(tmp_path, monkeypatch, name):
-    write, *sizes = LARGER[name]
-    write(tmp_path, monkeypatch, *sizes)
-    load_one(name, tmp_path)  # what is imported on the way is not counted
-    tracemalloc.start()
-    splits = load_one(name, tmp_path)
-    held, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    data = sum(source.images.nbytes for source in splits)
-    assert data > 3_000_000
-    assert peak < 2 * data
-    assert held < 1.1 * data
-
-
 @pytest.mark.parametrize("name", IN_FILES)
 def test_folders_hold_paths_and_open_images_only_when_asked(tmp_path, monkeypatch, name):
-    TRUE_FORMATS[name](tmp_path, monkeypatch)
+    write(name, tmp_path, monkeypatch)
     for path in (*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")):
         path.write_bytes(b"\x89PNG\r\n\x1a\nand so on")
-    load_one(name, tmp_path)  # what is imported on the way is not counted
-    held = []
-    for _ in range(3):  # the servers of other tests, in threads, may still allocate
-        tracemalloc.start()
-        sources = load_one(name, tmp_path)
-        held.append(tracemalloc.get_traced_memory()[0])
-        tracemalloc.stop()
-    assert min(held) < 20_000 + 100 * sum(len(source) for source in sources)
+    sources = load_one(name, tmp_path)  # what is imported on the way is not counted
+    held = min(traced(name, tmp_path)[1] for _ in range(3))  # threads of other tests may allocate
+    assert held < 20_000 + 100 * sum(len(source) for source in sources)
     for source in sources:
         letters = sum(len(Path(path).parent.name) + 40 for path in source.paths)
         assert len(pickle.dumps(source)) < 6_000 + letters

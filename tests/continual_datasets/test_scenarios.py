@@ -1,19 +1,19 @@
 """Which tasks the settings describe, what they contradict, and the stream of tasks."""
 
-import itertools
-
+import numpy as np
 import pytest
 import torch
 
 from continual_datasets import scenarios, task_splits
 from continual_datasets.images import DataError
-from continual_datasets.scenarios import SCENARIOS, Scenario, find_scenario, scenario
+from continual_datasets.scenarios import SCENARIOS, Scenario, StreamSource, find_scenario, scenario
+from continual_datasets.task_data import TrainKey
 from experiment import build
 from helpers.command_lines import SHALLOW, rejections, settings_of
 from helpers.tables import cases
 from helpers.true_formats import TRUE_FORMATS
+from helpers.witnessed_loaders import CPU, joined, load, make_source, rows, without
 
-CPU = torch.device("cpu")
 SEVERAL = "--dataset MNIST,SVHN,digits"
 
 
@@ -27,13 +27,11 @@ def stream_of(line, more="", global_batch=16, task_classes=None):
     return build.build_stream(settings, global_batch, CPU, task_classes)
 
 
-def describe(stream):
-    """Everything about a stream of tasks but its pixels."""
-
-    def part(one):
-        return one.index, one.name, one.classes, one.data.indices.tolist()
-
-    return [(part(task), list(map(part, task.test_sets))) for task in stream.tasks]
+def built(line, train, test, task_classes=None):
+    """The stream that a scenario makes of images; a global batch has one."""
+    parts = tuple(part if isinstance(part, dict) else {"all": part} for part in (train, test))
+    scenario = find_scenario(settings_of(line))
+    return scenario.stream(StreamSource(parts, None, 1, task_classes))
 
 
 #: Settings, and the scenario with its tasks and classes, and whether its tasks are joined.
@@ -148,31 +146,133 @@ def test_contradictions_are_named():
         assert list(find_scenario(settings_of(line)).problems()) == problems_of(line) == problems
 
 
-def test_joint_by_flag_and_by_name_give_the_same_stream(tmp_path):
-    TRUE_FORMATS["MNIST"](tmp_path, None)
-    for data in (
-        "digits --num_tasks 2 --classes_per_task 3",
-        f"MNIST,digits --data-path {tmp_path}",
-    ):
-        line = f"--dataset {data}"
-        apart, joint, by_name = (stream_of(line, f) for f in ("", "--joint", "--scenario joint"))
-        assert describe(joint) == describe(by_name)
-        (task,) = joint.tasks
-        assert sorted(task.classes) == sorted(itertools.chain(*(t.classes for t in apart.tasks)))
-        assert len(task.data) == sum(len(t.data) for t in apart.tasks)
-        assert task.test_sets == tuple(joint.test_sets)
-        assert [(t.name, t.classes) for t in task.test_sets] == [
-            (t.name, t.classes) for t in apart.tasks
-        ]
+TRAIN, TEST = make_source(8), make_source(5, seed=1)
+EPISODES = [(0, 2), (2, 3), (1,), (3, 0, 1)]
+GAUSSIAN = "--scenario gaussian --steps_per_task"
+RELEASED = "--scenario gaussian --gaussian_reading released"
 
 
-def test_data_sets_in_a_row_by_name_and_by_themselves(tmp_path):
+def make_parts():
+    """Three data sets of 6, 2 and 3 classes; the last lacks images of a class it names."""
+    pairs = {
+        "big": (make_source(4), make_source(2, seed=1)),
+        "few": (make_source(3, 2, 2, "x"), make_source(1, 2, 3, "x")),
+        "more": (without(make_source(3, 4, 4, "y"), 1), without(make_source(1, 4, 5, "y"), 1)),
+    }
+    return [{name: pair[split] for name, pair in pairs.items()} for split in (0, 1)]
+
+
+def test_several_data_sets_stand_one_behind_the_other():
+    train_parts, test_parts = make_parts()
+    stream = built(SEVERAL, train_parts, test_parts)
+    assert [(t.index, t.name) for t in stream.tasks] == [*enumerate(("big", "few", "more"))]
+    names = (
+        [f"big/name{i}" for i in range(6)],
+        ["few/x0", "few/x1"],
+        [f"more/y{i}" for i in range(4)],
+    )
+    assert stream.train.classes == joined(names)
+    assert stream.class_order == [[0, 1, 2, 3, 4, 5], [6, 7], [8, 10, 11]]
+    assert rows(stream) == [[0], [0, 1], [0, 1, 2]]
+    used = joined(task.data.indices.tolist() for task in stream.tasks)
+    assert used == list(range(24 + 6 + 9)) == list(range(len(stream.train)))
+    sources = train_parts.values(), test_parts.values()
+    for task, train, test, offset in zip(stream.tasks, *sources, (0, 6, 8), strict=True):
+        assert (task.data.source, task.test_sets[-1].name) == (stream.train, task.name)
+        for data, part in ((task.data, train), (task.test_sets[-1].data, test)):
+            assert data.source.targets[data.indices].tolist() == (part.targets + offset).tolist()
+            assert data[1] == (part[1][0], part[1][1] + offset)
+        assert task.test_sets[-1].classes == task.classes
+
+
+def times_shown(task):
+    """How often a task has each of its images, in rising order."""
+    return sorted(np.unique(task.data.indices, return_counts=True)[1].tolist())
+
+
+def test_paper_trains_exactly_its_steps_on_the_classes_of_the_episode():
+    stream, again, other = (
+        built(f"{GAUSSIAN} 10 --seed {seed}", TRAIN, TEST, EPISODES) for seed in (42, 42, 43)
+    )
+    assert stream.class_order == [list(classes) for classes in EPISODES]
+    assert rows(stream) == [[0]] * 4
+    (test_set,) = stream.test_sets
+    assert test_set.classes == stream.classes == (0, 1, 2, 3, 4, 5)  # two in no episode
+    assert (test_set.data.source, test_set.data.indices.tolist()) == (TEST, list(range(30)))
+    for index, task in enumerate(stream.tasks):
+        assert (task.index, task.name, len(task.data)) == (index, f"episode{index + 1}", 10)
+        assert set(TRAIN.targets[task.data.indices]) <= set(task.classes)
+        twice = 2 if len(task.classes) == 1 else 0  # of one class there are eight images
+        assert times_shown(task) == [1] * (10 - 2 * twice) + [2] * twice
+        assert task.data.indices.tolist() == again.tasks[index].data.indices.tolist()
+        assert task.data.indices.tolist() != other.tasks[index].data.indices.tolist()
+    (few,) = built(f"{GAUSSIAN} 35", TRAIN, TEST, [(1,)]).tasks
+    assert times_shown(few) == [4] * 5 + [5] * 3
+
+
+def test_paper_draws_anew_in_every_episode_and_from_all_images_and_the_release_trains_all():
+    stream = built(f"{GAUSSIAN} 4", TRAIN, TEST, [(0, 1)] * 60)
+    counts = np.bincount(joined(t.data.indices.tolist() for t in stream.tasks), minlength=48)
+    shown = counts[np.isin(TRAIN.targets, (0, 1))]
+    assert counts.sum() == shown.sum() == 240
+    assert (shown > 3).all()
+    assert shown.max() < 32
+    for task in built(RELEASED, TRAIN, TEST, EPISODES).tasks:
+        wanted = np.flatnonzero(np.isin(TRAIN.targets, task.classes))
+        assert task.data.indices.tolist() == wanted.tolist()
+
+
+def test_episodes_are_drawn_from_all_classes_which_all_have_images(tmp_path):
+    line, few = f"{GAUSSIAN} 5 --num_tasks 20", tmp_path / "few"
+    stream = built(line, TRAIN, TEST)
+    order = find_scenario(settings_of(line)).class_order(TRAIN.classes)
+    assert stream.class_order == [
+        list(classes) for classes in task_splits.gaussian_episodes(order, 20, 5, 50.0, 42)
+    ]
+    with pytest.raises(DataError, match="no test image of class name3"):
+        built(line, TRAIN, without(TEST, 3), EPISODES[:1])
+    few.write_text("1 2 3")
+    with pytest.raises(ValueError, match="few names 3 of 6 classes: --scenario gaussian takes all"):
+        built(f"{line} --class_order {few}", TRAIN, TEST)
+
+
+DOMAINS = {name: make_source(3, seed=i) for i, name in enumerate(("sun", "rain", "snow"))}
+
+#: Settings and what they split; how many images the joint task has, its classes and test sets.
+JOINT = {
+    "classes": ("--num_tasks 3 --no-shuffle", (TRAIN, TEST), 48, (0, 1, 2, 3, 4, 5), 3),
+    "some": ("--num_tasks 3 --classes_per_task 1", (TRAIN, TEST, [[4, 2, 0]]), 24, (4, 2, 0), 3),
+    "data sets": (SEVERAL, make_parts(), 39, (*range(9), 10, 11), 3),
+    "domains": ("--scenario domain-incremental --dataset CORe50", (DOMAINS, {"all": TEST}),
+                54, tuple(range(6)), 1),
+    "episodes": (RELEASED, (TRAIN, TEST, EPISODES), 32, (0, 2, 3, 1), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_is_one_task_of_every_image_tested_on_everything(name):
+    line, images, number, classes, num_test_sets = JOINT[name]
+    stream, joint = built(line, *images), built(f"{line} --joint", *images)
+    (task,) = joint.tasks
+    assert (task.index, task.name, task.classes) == (0, "all tasks", classes)
+    assert [(s.index, s.name, s.classes) for s in joint.test_sets] == [
+        (s.index, s.name, s.classes) for s in stream.test_sets
+    ]
+    assert rows(joint) == [list(range(num_test_sets))]
+    assert (joint.classes, joint.num_classes) == (stream.classes, stream.num_classes)
+    wanted = sorted(set(joined(one.data.indices.tolist() for one in stream.tasks)))
+    assert (len(task.data), task.data.indices.tolist()) == (number, wanted)
+    assert set(joint.train.targets[wanted].tolist()) == set(classes)
+    assert task.data.source is joint.train
+    if "--scenario" not in line:
+        assert built(f"{line} --scenario joint", *images).class_order == joint.class_order
+
+
+def test_data_sets_in_a_row_are_read_by_their_names(tmp_path):
     TRUE_FORMATS["MNIST"](tmp_path, None)
-    line = f"--dataset digits,MNIST --data-path {tmp_path}"
-    found, named = stream_of(line), stream_of(line, "--scenario dataset-incremental")
-    assert describe(found) == describe(named)
-    assert [task.name for task in found.tasks] == ["digits", "MNIST"]
-    assert found.num_classes == 20
+    stream = stream_of(f"--dataset digits,MNIST --data-path {tmp_path}")
+    assert [task.name for task in stream.tasks] == ["digits", "MNIST"]
+    assert stream.class_order == [[*range(10)], [*range(10, 20)]]
 
 
 def test_classes_that_fill_no_task_are_left_out():
@@ -204,7 +304,7 @@ def test_scenario_that_is_registered_runs_through_the_same_build(monkeypatch):
     stream, joint = stream_of(line), stream_of(line, "--joint")
     assert stream.class_order == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     assert stream.pipeline is not None
-    image, target = stream.tasks[1].data[0, 0]
+    (image,), (target,) = load(stream, TrainKey(1, 0, 0))
     assert (image.shape, image.dtype, target % 2) == ((3, 16, 16), torch.uint8, 1)
     assert (joint.num_tasks, len(joint.test_sets)) == (1, 2)
     fewer = stream_of(line, "--eval_every 2")

@@ -17,13 +17,12 @@ import pytest
 from filelock import FileLock
 from torchvision.datasets import CIFAR100, MNIST
 
-from continual_datasets.readers import storage
-from continual_datasets.readers.registry import SOURCES, count_classes
+from continual_datasets.readers import downloaded, storage
+from continual_datasets.readers.registry import count_classes
 from continual_datasets.readers.storage import new_folder, one_at_a_time
-from helpers import true_formats
 from helpers.data_server import NOWHERE, point
 from helpers.forked_calls import finish, start
-from helpers.true_formats import load_one, rejected
+from helpers.true_formats import digest, load_one, rejected, write
 
 ARCHIVE = "cifar-100-python.tar.gz"
 FOLDER = "cifar-100-python"
@@ -38,14 +37,22 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def sizes(name, data_path):
+    train, test = load_one(name, data_path)
+    return len(train), len(test)
+
+
 def load_and_log(name, data_path, log):
     logging.basicConfig(filename=log, level=logging.INFO, force=True)
     load_one(name, data_path)
 
 
 def start_two(tmp_path, name, data_path):
+    """Two processes that load a data set; and a function that reads what both have logged."""
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    return logs, [start(load_and_log, name, data_path, log) for log in logs]
+    [log.touch() for log in logs]
+    processes = [start(load_and_log, name, data_path, log) for log in logs]
+    return processes, lambda: "".join(log.read_text() for log in logs)
 
 
 def wait_until(condition):
@@ -62,18 +69,16 @@ def test_processes_that_start_together_download_once(cifar, tmp_path, monkeypatc
     monkeypatch.setattr(storage, "_WAIT_UNREPORTED", 0.1)
     cifar.pause()
     data_path = tmp_path / "new" / "data"
-    logs, together = start_two(tmp_path, "CIFAR100", data_path)
-    waiting = f"another process prepares {data_path}: waiting"
-    wait_until(lambda: waiting in "".join(log.read_text() for log in logs if log.exists()))
+    processes, logged = start_two(tmp_path, "CIFAR100", data_path)
+    wait_until(lambda: f"another process prepares {data_path}: waiting" in logged())
     assert cifar.half_sent.wait(20)
     assert not (data_path / FOLDER).exists()
     cifar.go_on.set()
-    for process in together:
-        finish(process)
+    [finish(process) for process in processes]
     assert cifar.downloads == [ARCHIVE]
     assert names(data_path) == [".l2p.lock", FOLDER]
-    assert content(data_path / FOLDER) == content(cifar.folder / FOLDER)
-    assert "".join(log.read_text() for log in logs).count("waiting") == 1
+    assert content(data_path / FOLDER) == content(cifar.data / FOLDER)
+    assert logged().count("waiting") == 1
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
@@ -84,13 +89,12 @@ def test_processes_without_locks_prepare_one_whole_folder(cifar, tmp_path, monke
     monkeypatch.setattr("fcntl.flock", no_locks)
     cifar.pause()
     data_path = tmp_path / "data"
-    logs, together = start_two(tmp_path, "CIFAR100", data_path)
+    processes, logged = start_two(tmp_path, "CIFAR100", data_path)
     wait_until(lambda: len(cifar.downloads) == 2)
     cifar.go_on.set()
-    for process, log in zip(together, logs, strict=True):
-        finish(process)
-        assert f"{data_path} cannot be locked" in log.read_text()
-    assert content(data_path / FOLDER) == content(cifar.folder / FOLDER)
+    [finish(process) for process in processes]
+    assert logged().count(f"{data_path} cannot be locked") == 2
+    assert content(data_path / FOLDER) == content(cifar.data / FOLDER)
     assert set(names(data_path)) <= {".l2p.lock", FOLDER}
 
 
@@ -104,15 +108,15 @@ def test_killed_download_is_not_taken_for_the_data(cifar, tmp_path):
     cifar.go_on.set()
     (left_over,) = data_path.glob(".l2p-unfinished-*")
     assert not (data_path / FOLDER).exists()
-    assert len(load_one("CIFAR100", data_path)[0]) == 200
+    assert sizes("CIFAR100", data_path) == (200, 100)
     assert cifar.downloads == [ARCHIVE] * 2
     assert names(data_path) == sorted([".l2p.lock", left_over.name, FOLDER])
 
 
 def test_complete_folder_is_read_without_lock_or_write(cifar, tmp_path, monkeypatch):
-    shutil.copytree(cifar.folder / FOLDER, tmp_path / "data" / FOLDER)
+    shutil.copytree(cifar.data / FOLDER, tmp_path / "data" / FOLDER)
     folders = [tmp_path / "data" / FOLDER, tmp_path / "data"]
-    monkeypatch.setattr(storage, "one_at_a_time", lambda _: pytest.fail("took the lock"))
+    monkeypatch.setattr(downloaded, "one_at_a_time", lambda _: pytest.fail("took the lock"))
     before = [folder.stat().st_mtime_ns for folder in folders]
     load_one("CIFAR100", tmp_path / "data")
     assert [folder.stat().st_mtime_ns for folder in folders] == before
@@ -121,76 +125,73 @@ def test_complete_folder_is_read_without_lock_or_write(cifar, tmp_path, monkeypa
 
 # What is downloaded
 
-
 IDX = [file for file, _ in MNIST.resources]
 
-#: Files, where they belong, and the number of images.
+#: Files, where they belong, where they come from, and the number of images.
 DOWNLOADS = {
-    "CIFAR10": (["cifar-10-python.tar.gz"], ".", (50, 20)),
-    "CIFAR100": ([ARCHIVE], ".", (200, 100)),
-    "MNIST": (IDX, "MNIST/raw", (50, 20)),
-    "FashionMNIST": (IDX, "FashionMNIST/raw", (50, 20)),
-    "SVHN": (["train_32x32.mat", "test_32x32.mat"], "SVHN", (50, 20)),
-    "Flowers102": (["102flowers.tgz", "imagelabels.mat", "setid.mat"], "flowers-102", (204, 102)),
-}
-
-
-def sizes(name, data_path):
-    train, test = load_one(name, data_path)
-    return len(train), len(test)
+    "CIFAR10": (["cifar-10-python.tar.gz"], ".", "www.cs.toronto.edu", (50, 20)),
+    "CIFAR100": ([ARCHIVE], ".", "www.cs.toronto.edu", (200, 100)),
+    "MNIST": (IDX, "MNIST/raw", "ossci-datasets", (50, 20)),
+    "FashionMNIST": (IDX, "FashionMNIST/raw", "fashion-mnist", (50, 20)),
+    "SVHN": (["train_32x32.mat", "test_32x32.mat"], "SVHN", "ufldl.stanford.edu", (50, 20)),
+    "Flowers102": (["102flowers.tgz", "imagelabels.mat", "setid.mat"], "flowers-102",
+                   "robots.ox.ac.uk", (204, 102)),
+}  # fmt: skip
 
 
 def copy_published(server, name, folder):
     """Copies the published files."""
     folder.mkdir(parents=True)
-    for path in server.folder.rglob("*"):
-        if path.name in DOWNLOADS[name][0]:
-            shutil.copy(path, folder)
-
-
-def test_every_data_set_that_is_downloaded_is_tried():
-    assert DOWNLOADS.keys() == {name for name, spec in SOURCES.items() if spec.downloadable}
+    for file in DOWNLOADS[name][0]:
+        shutil.copy(server.folder / file, folder)
 
 
 @pytest.mark.parametrize("name", DOWNLOADS)
-def test_missing_data_are_downloaded_once_and_files_put_there_are_not(server, tmp_path, name):
+def test_missing_data_are_downloaded_once_and_files_put_there_are_not(
+    server, tmp_path, monkeypatch, name
+):
     server.publish(name)
-    files, place, expected = DOWNLOADS[name]
-    assert sizes(name, tmp_path / "data") == sizes(name, tmp_path / "data") == expected
+    files, place, url, expected = DOWNLOADS[name]
+    data_path = tmp_path / "data"
+    with monkeypatch.context() as offline:
+        point(offline, NOWHERE)
+        message = rejected(load_one, name, data_path)
+    for part in (*files, url, f"put it in {data_path / place}, or", "--data-path", "refused"):
+        assert part in message
+    assert names(data_path) == [".l2p.lock"]
+    assert sizes(name, data_path) == sizes(name, data_path) == expected
     assert server.downloads == files
-    lock, folder = names(tmp_path / "data")
+    lock, folder = names(data_path)
     assert lock == ".l2p.lock"
     if name == "Flowers102":
-        assert names(tmp_path / "data" / folder) == ["imagelabels.mat", "jpg", "setid.mat"]
-    for data_path, put_there in (("belongs", place), ("beside", "")):
-        copy_published(server, name, tmp_path / data_path / put_there)
-        before = content(tmp_path / data_path)
-        assert sizes(name, tmp_path / data_path) == expected
-        assert put_there or before.items() <= content(tmp_path / data_path).items()
+        assert names(data_path / folder) == ["imagelabels.mat", "jpg", "setid.mat"]
+    for other, put_there in (("belongs", place), ("beside", "")):
+        copy_published(server, name, tmp_path / other / put_there)
+        before = content(tmp_path / other)
+        assert sizes(name, tmp_path / other) == expected
+        assert put_there or before.items() <= content(tmp_path / other).items()
     assert server.downloads == files
 
 
-DAMAGED = [
+@pytest.mark.parametrize(("name", "file", "downloads"), [
     ("CIFAR100", f"{FOLDER}/test", ARCHIVE),
+    ("CIFAR100", f"{FOLDER}/meta", ARCHIVE),
     ("SVHN", "SVHN/test_32x32.mat", "test_32x32.mat"),
     ("Flowers102", "flowers-102/setid.mat", "setid.mat"),
     ("MNIST", f"MNIST/raw/{IDX[-1]}", IDX[-1]),
-]
-
-
-@pytest.mark.parametrize(("name", "file", "downloaded"), DAMAGED)
+])  # fmt: skip
 def test_damage_is_moved_aside_and_only_that_downloaded(
-    server, tmp_path, caplog, name, file, downloaded
+    server, tmp_path, caplog, name, file, downloads
 ):
     server.publish(name)
-    _, place, expected = DOWNLOADS[name]
+    _, place, _, expected = DOWNLOADS[name]
     if name == "CIFAR100":
-        shutil.copytree(server.folder / FOLDER, tmp_path / "data" / FOLDER)
+        shutil.copytree(server.data / FOLDER, tmp_path / "data" / FOLDER)
     else:
         copy_published(server, name, tmp_path / "data" / place)
     (tmp_path / "data" / file).write_bytes(b"damaged")
     assert sizes(name, tmp_path / "data") == expected
-    assert server.downloads == [downloaded]
+    assert server.downloads == [downloads]
     (aside,) = (tmp_path / "data").glob("*.damaged-*")
     top, _, below = file.partition("/")
     assert aside.name.startswith(f"{top}.damaged-")
@@ -198,23 +199,13 @@ def test_damage_is_moved_aside_and_only_that_downloaded(
     assert f"{tmp_path}/data/{top} is incomplete or damaged: moved to {aside}" in caplog.text
 
 
-@pytest.mark.parametrize("name", DOWNLOADS)
-def test_failed_download_says_what_to_get_and_where_to_put_it(tmp_path, monkeypatch, name):
-    files, place, _ = DOWNLOADS[name]
-    point(monkeypatch, name, NOWHERE)
-    message = rejected(load_one, name, tmp_path)
-    folder = tmp_path / place
-    for part in (*files, NOWHERE, f"put it in {folder}, or", "--data-path", "Connection refused"):
-        assert part in message
-    assert names(tmp_path) == [".l2p.lock"]
-
-
 def test_every_mirror_is_tried(server, tmp_path, monkeypatch):
     server.publish("MNIST")
-    point(monkeypatch, "MNIST", f"{server.address}gone/", server.address, NOWHERE)
+    gone = f"{server.address}gone/"
+    monkeypatch.setattr(MNIST, "mirrors", [gone, server.address, NOWHERE])
     assert sizes("MNIST", tmp_path / "data") == (50, 20)
     assert server.downloads == IDX
-    point(monkeypatch, "MNIST", f"{server.address}gone/", NOWHERE)
+    monkeypatch.setattr(MNIST, "mirrors", [gone, NOWHERE])
     message = rejected(load_one, "MNIST", tmp_path / "new")
     assert "404" in message
     assert "Connection refused" in message
@@ -231,43 +222,43 @@ class MakesFolder:
         return Path.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("damaged", ["train", "test", "meta"])
-def test_cifar_is_unpickled_only_with_the_right_checksum(cifar, tmp_path, monkeypatch, damaged):
+@pytest.mark.parametrize(("number", "damaged"), [(0, "train"), (1, "test"), (2, "meta")])
+def test_cifar_is_unpickled_only_with_the_right_checksum(
+    cifar, tmp_path, monkeypatch, number, damaged
+):
     path = tmp_path / "data" / FOLDER / damaged
-    shutil.copytree(cifar.folder / FOLDER, path.parent)
-    expected = true_formats.digest(path)
+    shutil.copytree(cifar.data / FOLDER, path.parent)
     path.write_bytes(pickle.dumps(MakesFolder(tmp_path / "unpickled")))
     before = content(path.parent)
-    point(monkeypatch, "CIFAR100", NOWHERE)
+    point(monkeypatch, NOWHERE)
     message = rejected(load_one, "CIFAR100", tmp_path / "data")
-    found = true_formats.digest(path)
-    assert f"{path}: checksum differs, MD5 {found} instead of {expected}" in message
+    expected = [CIFAR100.train_list[0][1], CIFAR100.test_list[0][1], CIFAR100.meta["md5"]][number]
+    assert f"{path}: checksum differs, MD5 {digest(path)} instead of {expected}" in message
     assert not (tmp_path / "unpickled").exists()
     assert content(path.parent) == before
     pickle.loads(path.read_bytes())
     assert (tmp_path / "unpickled").exists()
 
 
-def test_half_an_archive_is_named_and_left_alone(cifar, tmp_path, monkeypatch, caplog):
+def test_archive_with_another_checksum_is_named_and_left_alone(
+    cifar, tmp_path, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO)
-    half = (cifar.folder / ARCHIVE).read_bytes()[:5000]
-    (tmp_path / ARCHIVE).write_bytes(half)
-    named = f"{tmp_path / ARCHIVE}: checksum differs, MD5 {true_formats.digest(tmp_path / ARCHIVE)}"
+    published, half = cifar.folder / ARCHIVE, tmp_path / ARCHIVE
+    right = published.read_bytes()
+    half.write_bytes(right[:5000])
+    named = f"{half}: checksum differs, MD5 {digest(half)} instead of {CIFAR100.tgz_md5}"
     with monkeypatch.context() as offline:
-        point(offline, "CIFAR100", NOWHERE)
-        assert f"is missing or damaged ({named}" in rejected(load_one, "CIFAR100", tmp_path)
+        point(offline, NOWHERE)
+        assert f"is missing or damaged ({named})" in rejected(load_one, "CIFAR100", tmp_path)
+    published.write_bytes(b"log in to the wireless network")
+    again = f" {ARCHIVE}: checksum differs, MD5 {digest(published)} instead of {CIFAR100.tgz_md5})"
+    assert again in rejected(load_one, "CIFAR100", tmp_path)
+    assert names(tmp_path) == [".l2p.lock", ARCHIVE, "server"]
+    published.write_bytes(right)
     assert sizes("CIFAR100", tmp_path) == (200, 100)
     assert named in caplog.text
-    assert (tmp_path / ARCHIVE).read_bytes() == half
-
-
-def test_download_with_another_checksum_is_named(cifar, tmp_path):
-    page = b"log in to the wireless network"
-    (cifar.folder / ARCHIVE).write_bytes(page)
-    message = rejected(load_one, "CIFAR100", tmp_path / "data")
-    found = true_formats.digest(cifar.folder / ARCHIVE)
-    assert f" {ARCHIVE}: checksum differs, MD5 {found} instead of {CIFAR100.tgz_md5})" in message
-    assert names(tmp_path / "data") == [".l2p.lock"]
+    assert half.read_bytes() == right[:5000]
 
 
 def test_file_without_permission_is_named_and_not_downloaded_anew(cifar, tmp_path, monkeypatch):
@@ -282,7 +273,6 @@ def test_file_without_permission_is_named_and_not_downloaded_anew(cifar, tmp_pat
 
 # Archives that people get by hand
 
-
 BY_HAND = {
     "NotMNIST": ("notMNIST", "notMNIST.zip", 10, "Train/<A to J>", "Adversarial-Continual-Learn"),
     "CORe50": ("core50_128x128", "core50_128x128.zip", 50, "s1/o1/", "vlomonaco.github.io/core50"),
@@ -294,10 +284,10 @@ BY_HAND = {
     ("name", "has_top_folder"),
     [("NotMNIST", True), ("CORe50", False), ("Imagenet-R", True), ("Imagenet-R", False)],
 )
-def test_archive_is_unpacked_once(tmp_path, monkeypatch, name, has_top_folder):
+def test_archive_is_unpacked_once(tmp_path, name, has_top_folder):
     folder, archive, published_classes, *_ = BY_HAND[name]
     data_path = tmp_path / "data"
-    true_formats.TRUE_FORMATS[name](data_path, monkeypatch)
+    write(name, data_path)
     num_classes, expected = count_classes(name, data_path), sizes(name, data_path)
     kind, top = ("tar" if archive.endswith("tar") else "zip"), data_path / folder
     root, base = (data_path, folder) if has_top_folder else (top, None)
@@ -307,16 +297,15 @@ def test_archive_is_unpacked_once(tmp_path, monkeypatch, name, has_top_folder):
     before = names(data_path)
     assert count_classes(name, data_path) == published_classes
     assert names(data_path) == before
-    logs, together = start_two(tmp_path, name, data_path)
-    for process in together:
-        finish(process)
-    assert "".join(log.read_text() for log in logs).count("unpacking") == 1
+    processes, logged = start_two(tmp_path, name, data_path)
+    [finish(process) for process in processes]
+    assert logged().count("unpacking") == 1
     assert names(data_path) == sorted([*before, ".l2p.lock", folder])
     assert (count_classes(name, data_path), sizes(name, data_path)) == (num_classes, expected)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_missing_data_name_the_place_the_layout_and_the_origin(tmp_path, name):
+def test_missing_data_and_a_damaged_archive_are_named(tmp_path, name):
     folder, archive, _, layout, url = BY_HAND[name]
     message = rejected(count_classes, name, tmp_path)
     for part in (f"{tmp_path / folder}/{layout}", archive, url):
@@ -324,24 +313,14 @@ def test_missing_data_name_the_place_the_layout_and_the_origin(tmp_path, name):
     assert rejected(load_one, name, tmp_path) == message
     nowhere = rejected(count_classes, name, tmp_path / "nowhere")
     assert nowhere.startswith(message.split(" is not")[0])
-
-
-def flipped_zip():
-    with zipfile.ZipFile(file := io.BytesIO(), "w") as zipped:
+    with zipfile.ZipFile(flipped := io.BytesIO(), "w") as zipped:
         zipped.writestr("Train/A/1.png", b"IDAT")
-    return file.getvalue().replace(b"IDAT", b"JDAT")
-
-
-@pytest.mark.parametrize(
-    ("name", "damaged"), [*((name, b"half of it") for name in BY_HAND), ("NotMNIST", flipped_zip())]
-)
-def test_damaged_archive_is_named(tmp_path, name, damaged):
-    folder, archive, *_ = BY_HAND[name]
-    (tmp_path / archive).write_bytes(damaged)
-    message = rejected(load_one, name, tmp_path)
-    assert message.startswith(f"{tmp_path / archive} cannot be unpacked (")
-    assert f"get it anew, or unpack it yourself so that {tmp_path / folder} is there" in message
-    assert not (tmp_path / folder).exists()
+    for damaged in (b"half of it", flipped.getvalue().replace(b"IDAT", b"JDAT")):
+        (tmp_path / archive).write_bytes(damaged)
+        message = rejected(load_one, name, tmp_path)
+        assert message.startswith(f"{tmp_path / archive} cannot be unpacked (")
+        assert f"get it anew, or unpack it yourself so that {tmp_path / folder} is there" in message
+        assert not (tmp_path / folder).exists()
 
 
 def test_archive_with_a_member_outside_is_rejected(tmp_path):
@@ -350,31 +329,6 @@ def test_archive_with_a_member_outside_is_rejected(tmp_path):
         tar.addfile(tarfile.TarInfo("../evil"))
     assert "'../evil'" in rejected(load_one, "Imagenet-R", tmp_path)
     assert names(tmp_path) == [".l2p.lock", "imagenet-r.tar"]
-
-
-# Locks and folders put in place
-
-
-def test_one_at_a_time_continues_in_a_folder_it_cannot_write(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    (tmp_path / "file").touch()
-    with one_at_a_time(tmp_path / "file" / "data"):
-        entered = True
-    assert entered
-    assert f"{tmp_path}/file/data cannot be locked" in caplog.text
-
-
-def test_one_at_a_time_passes_errors_on_and_ends_the_lock(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    lock = FileLock(tmp_path / ".l2p.lock")  # one that lives on does not end by itself
-    monkeypatch.setattr(storage, "FileLock", lambda *_, **__: lock)
-    with pytest.raises(OSError, match="disk is full"), one_at_a_time(tmp_path):
-        raise OSError("disk is full")
-    monkeypatch.undo()
-    other = FileLock(tmp_path / ".l2p.lock")
-    other.acquire(timeout=0)
-    other.release()
-    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o600), (0o027, 0o777)])
@@ -393,17 +347,23 @@ def test_unpacked_folders_have_the_permissions_of_the_umask(tmp_path, umask, mod
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
+# Locks and folders put in place
+
+
+def test_one_at_a_time_passes_errors_on_and_ends_the_lock(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    lock = FileLock(tmp_path / ".l2p.lock")  # one that lives on does not end by itself
+    monkeypatch.setattr(storage, "FileLock", lambda *_, **__: lock)
+    with pytest.raises(OSError, match="disk is full"), one_at_a_time(tmp_path):
+        raise OSError("disk is full")
+    monkeypatch.undo()
+    with FileLock(tmp_path / ".l2p.lock", timeout=0):
+        assert caplog.text == ""
+
+
 def make(folder, text):
     (folder / "flowers").mkdir(parents=True)
     (folder / "flowers" / "note").write_text(text)
-
-
-def test_new_folder_after_an_error_leaves_what_was_there(tmp_path):
-    make(tmp_path, "old")
-    with pytest.raises(FileExistsError), new_folder(tmp_path / "flowers") as tmp_dir:
-        [make(tmp_dir, "new") for _ in range(2)]
-    assert content(tmp_path) == {"flowers/note": b"old"}
-    assert names(tmp_path) == ["flowers"]
 
 
 @pytest.mark.parametrize("link", [None, "elsewhere/flowers", "nowhere"])
@@ -424,26 +384,12 @@ def test_new_folder_moves_what_was_there_aside(tmp_path, caplog, link):
     assert record[1:] == (logging.WARNING, moved)
 
 
-def test_new_folder_keeps_what_another_process_was_faster_with(tmp_path):
-    with new_folder(tmp_path / "flowers") as tmp_dir:
-        make(tmp_dir, "ours")
-        make(tmp_path, "theirs")
-    assert content(tmp_path) == {"flowers/note": b"theirs"}
-    assert names(tmp_path) == ["flowers"]
-
-
-def test_new_folder_that_was_not_made_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "flowers"):
-        pass
-    assert names(tmp_path) == []
-
-
-def test_new_folder_removes_old_left_overs_only(tmp_path):
+def test_new_folder_removes_old_left_overs_only_and_must_be_made(tmp_path):
     day = 24 * 3600
     ages = {".l2p-unfinished-old": 1.1 * day, ".l2p-unfinished-new": 0.9 * day, ".l2p": 9 * day}
     for name, age in ages.items():
         (tmp_path / name / "part").mkdir(parents=True)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    with new_folder(tmp_path / "flowers") as tmp_dir:
-        make(tmp_dir, "new")
-    assert names(tmp_path) == [".l2p", ".l2p-unfinished-new", "flowers"]
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "flowers"):
+        pass
+    assert names(tmp_path) == [".l2p", ".l2p-unfinished-new"]
