@@ -23,8 +23,7 @@ from cli.flags import flag
 from cli.options import near, take_all
 from cli.parser import UsageError
 from cli.settings import Settings
-from reports import comparison_figures, draw, stored_runs
-from reports.figure_style import NothingToDrawError
+from reports import draw, stored_runs
 from reports.stored_runs import Group
 
 #: Names of all figures.
@@ -37,7 +36,9 @@ _WHERE = "--output_dir is where the comparison goes:"
 class PlotOptions:
     """Options of this program."""
 
-    only: tuple[str, ...] = flag((), f"draw these figures, of {', '.join(_NAMES)} (default: all)")
+    only: tuple[str, ...] = flag(
+        (), f"draw these figures, of {', '.join(_NAMES)} (default: all)", choices=_NAMES
+    )
     output_dir: str | None = flag(
         None, "where the comparison goes (default: comparison, in what holds all the runs)"
     )
@@ -64,21 +65,15 @@ class PlotOptions:
 
     def problems(self) -> list[str]:
         """What is wrong with them together."""
-        problems = [
-            f"--only {name} is no figure{near(name, _NAMES, 99)} (folders go before --only)"
-            for name in self.only
-            if name not in _NAMES
-        ]
-        only = self.only or _NAMES
+        problems, only = [], set(self.only or _NAMES)
         if "accuracy_against" in self.only and not self.against:
             problems.append("--only accuracy_against needs --against, the setting to draw against")
         if self.against and "accuracy_against" not in only:
-            problems.append(
-                "--against draws accuracy_against, which --only leaves out: name it there"
-            )
+            problem = "--against draws accuracy_against, which --only leaves out: name it there"
+            problems.append(problem)
         if self.lines and not self.against:
             problems.append("--lines needs --against, the setting to draw against")
-        if self.output_dir and not set(only) & set(draw.COMPARISONS):
+        if self.output_dir and only.isdisjoint(draw.COMPARISONS):
             names = " or ".join(draw.COMPARISONS)
             problems.append(f"{_WHERE} --only leaves it out: name {names} there")
         return problems
@@ -164,11 +159,9 @@ def _unfit(options: PlotOptions, folders: Sequence[Path], groups: Sequence[Group
     for flag_name, name in unknown.items():
         hint = near(name, sorted(known))
         yield f"--{flag_name} {name}: no configuration has such a setting{hint}"
-    if options.against and not unknown:
-        try:
-            comparison_figures.check_against(groups, *options.axes.values())
-        except NothingToDrawError as error:
-            yield f"--against {options.against}: {error}"
+    axes = options.axes.values()
+    if options.against and not unknown and (why := stored_runs.problem_against(groups, *axes)):
+        yield f"--against {options.against}: {why}"
 
 
 def _rename(groups: list[Group], changes: Sequence[str]) -> list[str]:

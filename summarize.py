@@ -115,14 +115,14 @@ def _over_seeds(options: TableOptions, groups: Sequence[Group]) -> str:
     if not groups:
         raise ResultsError("no run could be used")
     _print_notes(seed_tables.seeds_note(groups))
-    experiments = options.experiments
+    quoted = options.experiments
     if options.quoted == ():
-        experiments = {e for one in groups if (e := published.experiment_of(one.settings))}
-        if not experiments:
+        quoted = {e for one in groups if (e := published.experiment_of(one.settings))}
+        if not quoted:
             _print_notes(["note: no published numbers are known for the experiments of these runs"])
-    known = published.load()
-    own = seed_tables.over_seeds(groups, options.selections, options.columns)
-    return seed_tables.seed_table(own, known[known["experiment"].isin(experiments)], options.format)
+    return seed_tables.seed_table(
+        groups, options.selections, options.columns, quoted, options.format
+    )
 
 
 def _differences(options: TableOptions, groups: Sequence[Group]) -> str:

@@ -4,26 +4,18 @@ Each shows mean and sample standard deviation over the seeds, cut off at 0 and 1
 from `stored_runs.group`. A function raises `NothingToDrawError` if the runs lack what it shows.
 """
 
-from __future__ import annotations
-
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from cli.parser import shown
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
 from reports import figure_style, metrics, stored_runs
 from reports.figure_style import PALETTE, NothingToDrawError, styled
 from reports.metrics import SELECTIONS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
-
-    from reports.stored_runs import Group
-
-#: A selection, the label of an arm, a place on the x axis, the value of one seed.
-Point = tuple[str, str, float, float]
+from reports.stored_runs import Group
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -36,16 +28,17 @@ def average_accuracy(groups: Sequence[Group]) -> Figure:
     """
     if not groups:
         raise NothingToDrawError("there are no finished runs to compare")
-    num_tasks = max(map(_num_tasks, groups))
-    points: list[Point] = []
-    for name, group, matrix in _matrices(groups):
-        for point in metrics.accuracy_curve(matrix, _num_tasks(group) - 1):
-            tasks = range(1, num_tasks + 1) if _num_tasks(group) == 1 else [point["after_task"]]
-            points += [(name, group.label, task, point["accuracy"]) for task in tasks]
-    figure = _draw("average accuracy", "over the tasks", groups, points, bands=num_tasks > 1)
-    what = "tasks learned" if num_tasks > 1 else "all tasks learned at once"
+    most = max(run.num_tasks for group in groups for run in group.runs)
+    points = [
+        (name, label, task, point["accuracy"])
+        for name, label, matrix in _matrices(groups)
+        for point in metrics.accuracy_curve(matrix, matrix.shape[1] - 1)
+        for task in ([point["after_task"]] if matrix.shape[1] > 1 else range(1, most + 1))
+    ]
+    figure = _draw("average accuracy", "over the tasks", groups, points, bands=most > 1)
     for axes in figure.axes:
-        figure_style.label_tasks(axes, num_tasks, what)
+        what = "tasks learned" if most > 1 else "all tasks learned at once"
+        figure_style.label_tasks(axes, most, what)
     return figure
 
 
@@ -56,19 +49,19 @@ def forgetting(groups: Sequence[Group]) -> Figure:
     if not groups:
         raise NothingToDrawError("no finished run has forgetting: tasks have no test sets")
     points = [
-        (name, group.label, task, drop)
-        for name, group, matrix in _matrices(groups)
+        (name, label, task, drop)
+        for name, label, matrix in _matrices(groups)
         for task, drop in enumerate(metrics.forgetting_by_task(matrix, len(matrix) - 1), start=1)
     ]
-    num_tasks = max(map(_num_tasks, groups)) - 1
-    figure = _draw("forgetting", "of each task", groups, points, bands=num_tasks > 20)
+    most = max(task for _, _, task, _ in points)
+    figure = _draw("forgetting", "of each task", groups, points, bands=most > 20)
     for axes in figure.axes:
-        figure_style.label_tasks(axes, num_tasks, "test set of task")
+        figure_style.label_tasks(axes, most, "test set of task")
     return figure
 
 
 @styled
-def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = None) -> Figure:
+def accuracy_against(groups: Sequence[Group], setting: str, lines: str = "") -> Figure:
     """The average accuracy after the last task against the value of a setting.
 
     Args:
@@ -76,13 +69,14 @@ def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = 
         setting: Name of the setting on the x axis.
         lines: Name of another setting, whose values get a line each.
     """
-    check_against(groups, setting, lines)
+    if problem := stored_runs.problem_against(groups, setting, lines):
+        raise NothingToDrawError(problem)
     ordered = sorted(groups, key=lambda group: _order(group.settings.get(setting)))
-    values = list(dict.fromkeys(shown(group.settings.get(setting)) for group in ordered))
+    values = list(dict.fromkeys(group.shown(setting) for group in ordered))
     points = [
-        (name, f"{lines} {shown(group.settings.get(lines))}" if lines else "", place, accuracy)
-        for group in sorted(ordered, key=lambda group: _order(group.settings.get(lines or "")))
-        for place in [values.index(shown(group.settings.get(setting))) + 1]
+        (name, f"{lines} {group.shown(lines)}" if lines else "", place, accuracy)
+        for group in sorted(ordered, key=lambda group: _order(group.settings.get(lines)))
+        for place in [values.index(group.shown(setting)) + 1]
         for name in SELECTIONS
         for accuracy in group.values(name, "average_accuracy").values()
     ]
@@ -93,38 +87,14 @@ def accuracy_against(groups: Sequence[Group], setting: str, lines: str | None = 
     return figure
 
 
-def check_against(groups: Sequence[Group], setting: str, lines: str | None = None) -> None:
-    """Checks that `accuracy_against` can draw some groups.
-
-    Raises:
-        NothingToDrawError: If a setting has one value, or groups differ in other settings, too.
-    """
-    for name in filter(None, (setting, lines)):
-        values = {shown(group.settings.get(name)) for group in groups}
-        if len(values) < 2:
-            found = f"all have {values.pop()}" if values else "there are none"
-            raise NothingToDrawError(
-                f"{name} needs at least two values among the finished runs: {found}"
-            )
-    seen: dict[tuple[str, str], Group] = {}
-    for group in groups:
-        value = shown(group.settings.get(setting))
-        twin = seen.setdefault((value, shown(group.settings.get(lines or ""))), group)
-        if twin is not group:
-            differ = ", ".join(stored_runs.differing([twin.settings, group.settings]))
-            raise NothingToDrawError(
-                f"several configurations have {setting} {value}: they differ in {differ}; name "
-                f"runs that differ in {setting} alone, or give --lines"
-            )
-
-
 def _draw(
-    quantity: str, how: str, groups: Sequence[Group], points: Sequence[Point], bands: bool = False
+    quantity: str, how: str, groups: Sequence[Group], points: Sequence[tuple], bands: bool = False
 ) -> Figure:
-    """A panel for each selection with all arms, and one legend."""
-    import pandas as pd
+    """A panel for each selection with all arms, and one legend.
 
-    frame = pd.DataFrame(points, columns=["selection", "arm", "place", "value"])
+    A point is a selection, the label of an arm, a place on the x axis, and the value of one seed.
+    """
+    frame = DataFrame(points, columns=["selection", "arm", "place", "value"])
     lines = frame.groupby(["selection", "arm", "place"])["value"].agg(["mean", "std", "size"])
     arms = {arm: _with_seeds(arm, lines.loc["batch", arm]["size"]) for arm in frame["arm"].unique()}
     num_columns = max(1, min(4, 140 // (max(map(len, arms.values())) + 8)))
@@ -136,7 +106,7 @@ def _draw(
     for axes, name in zip(panels, SELECTIONS, strict=True):
         for number, (arm, label) in enumerate(arms.items()):
             side = 0 if bands else 0.3 * ((number + 0.5) / len(arms) - 0.5)
-            _draw_line(axes, lines.loc[name, arm], side, bands, label=label, **_style(number))
+            _draw_line(axes, lines.loc[name, arm], side, bands, label=label, **_look(number))
         axes.set_title(f"{name.capitalize()}-wise")
         axes.grid(True, axis="y")
     panels[0].set_ylabel(f"{quantity} (%)")
@@ -147,18 +117,18 @@ def _draw(
     return figure
 
 
-def _draw_line(axes: Axes, line: DataFrame, side: float, band: bool, **style: Any) -> None:
+def _draw_line(axes: Axes, line: DataFrame, side: float, band: bool, **look: Any) -> None:
     """Mean and standard deviation at each place; a single run has no deviation."""
     places, mean, sd = line.index.to_numpy() + side, line["mean"].clip(0, 100), line["std"]
     low, high = (mean - sd).clip(0, 100), (mean + sd).clip(0, 100)
     if band:
-        axes.plot(places, mean, markevery=max(1, len(places) // 15), **style)
-        axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(places, mean, markevery=max(1, len(places) // 15), **look)
+        axes.fill_between(places, low, high, color=look["color"], alpha=0.18, linewidth=0)
     else:
-        axes.errorbar(places, mean, [mean - low, high - mean], capsize=2.5, elinewidth=0.8, **style)
+        axes.errorbar(places, mean, [mean - low, high - mean], capsize=2.5, elinewidth=0.8, **look)
 
 
-def _style(number: int) -> dict[str, Any]:
+def _look(number: int) -> dict[str, Any]:
     """How the n-th arm is drawn; it repeats after 56."""
     kinds = {"color": PALETTE, "marker": _MARKERS, "linestyle": ("-", "--", "-.", ":")}
     return {name: values[number % len(values)] for name, values in kinds.items()}
@@ -170,21 +140,15 @@ def _with_seeds(arm: str, sizes: Any) -> str:
     return textwrap.fill(f"{arm} (n = {n})" if arm else f"n = {n}", 120)
 
 
+def _matrices(groups: Sequence[Group]) -> Iterator[tuple[str, str, metrics.Matrix]]:
+    """The matrices of all runs, with their selection and the label of their group."""
+    for group in groups:
+        for run in group.runs:
+            for name, matrix in run.matrices.items():
+                yield name, group.label, matrix
+
+
 def _order(value: Any) -> tuple[bool, float]:
     """What sorts values: words first, as they come, then numbers."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number, value if is_number else 0
-
-
-def _matrices(groups: Sequence[Group]) -> list[tuple[str, Group, metrics.Matrix]]:
-    """The matrices of all runs, with their selection and group."""
-    return [
-        (name, group, matrix)
-        for group in groups
-        for run in group.runs
-        for name, matrix in run.matrices.items()
-    ]
-
-
-def _num_tasks(group: Group) -> int:
-    return group.runs[0].matrices["batch"].shape[1]

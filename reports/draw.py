@@ -1,35 +1,23 @@
 """Writes the figures of one run, or of several compared, into files.
 
-matplotlib takes long to import, so only the functions that draw import it.
+matplotlib and pandas take long to import, so only the functions that draw import the figures.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reports import comparison_figures, figures, files
-from reports.figure_style import NothingToDrawError
+from reports import files
+from reports.stored_runs import Group
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+#: Figures of one run, functions of `figures`.
+RUN_FIGURES = (
+    "overview", "accuracy_matrix", "average_accuracy", "forgetting", "prompt_selection",
+    "key_similarity", "training_curves",
+)  # fmt: skip
 
-    from reports.stored_runs import Group
-
-#: Figures of one run, by file name.
-RUN_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
-    "overview": figures.overview,
-    "accuracy_matrix": figures.accuracy_matrix,
-    "average_accuracy": figures.average_accuracy,
-    "forgetting": figures.forgetting,
-    "prompt_selection": figures.prompt_selection,
-    "key_similarity": figures.key_similarity,
-    "training_curves": figures.training_curves,
-}
-
-#: Figures that compare runs.
+#: Figures that compare runs, functions of `comparison_figures`.
 COMPARISONS = ("average_accuracy", "forgetting", "accuracy_against")
 
 #: File formats, each with the metadata that would differ from time to time; those by default.
@@ -47,8 +35,10 @@ def draw_run(
     formats: Collection[str] = DEFAULT_FORMATS,
 ) -> Drawn:
     """Draws every figure of a run, or `only` some, for which its results.json has the data."""
-    drawings = {name: partial(draw, results) for name, draw in RUN_FIGURES.items()}
-    return _draw_all(drawings, folder, only, formats)
+    from reports import figures
+
+    drawings = {name: partial(getattr(figures, name), results) for name in RUN_FIGURES}
+    return _write(drawings, folder, only, formats)
 
 
 def draw_comparison(
@@ -58,34 +48,33 @@ def draw_comparison(
     only: Collection[str] = (),
     formats: Collection[str] = DEFAULT_FORMATS,
 ) -> Drawn:
-    """Draws several configurations together, all of `COMPARISONS` or `only` some.
+    """Draws all `COMPARISONS` of finished runs by configuration, or `only` some.
 
-    Args:
-        groups: Finished runs by configuration.
-        folder: Where the files go.
-        *against: Settings of `accuracy_against`, see there; none: it is not drawn.
-        only: Names of `COMPARISONS`.
-        formats: Names of `FORMATS`.
+    `against` are the settings of `accuracy_against`, which is left out if there are none.
     """
-    names = COMPARISONS if against else COMPARISONS[:-1]
-    own = {"accuracy_against": against}
-    drawings = {
-        name: partial(getattr(comparison_figures, name), groups, *own.get(name, ()))
-        for name in names
-    }
-    return _draw_all(drawings, folder, only, formats)
+    from reports import comparison_figures
+
+    drawings = {name: partial(getattr(comparison_figures, name), groups) for name in COMPARISONS}
+    accuracy_against = drawings.pop("accuracy_against")
+    if against:
+        drawings["accuracy_against"] = partial(accuracy_against, *against)
+    return _write(drawings, folder, only, formats)
 
 
-def _draw_all(
-    drawings: dict[str, partial[Figure]],
+def _write(
+    drawings: Mapping[str, Callable[[], Any]],
     folder: Path,
     only: Collection[str],
     formats: Collection[str],
 ) -> Drawn:
-    """Draws figures; those of an earlier call are replaced, or removed where there is none now.
+    """Writes figures; those of an earlier call are replaced, or removed where there is none now.
 
     The same figure gives the same bytes.
     """
+    import matplotlib
+
+    from reports.figure_style import NothingToDrawError
+
     paths, left_out = [], []
     for name in [name for name in drawings if not only or name in only]:
         try:
@@ -95,8 +84,6 @@ def _draw_all(
             for form in FORMATS:
                 (folder / f"{name}.{form}").unlink(missing_ok=True)
             continue
-        import matplotlib
-
         with matplotlib.rc_context({"svg.hashsalt": name, "pdf.fonttype": 42}):
             for form in formats:
                 save = partial(figure.savefig, format=form, dpi=150, metadata=FORMATS[form])

@@ -5,44 +5,29 @@ are in inches. All is plain matplotlib: seaborn would save a dozen lines, and im
 0.7 s to the 2 s in which a run draws its figures.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib.style
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
-
-Parameters = ParamSpec("Parameters")
-Array = NDArray[np.float64]
+from reports.metrics import Matrix
 
 #: The palette of Okabe and Ito, with grey in place of black and without yellow, which is hard to
 #: see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a command may hold a dollar sign
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.h_pad": 0.07,
-    "figure.constrained_layout.w_pad": 0.07,
-}
+_STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 class NothingToDrawError(ValueError):
@@ -65,17 +50,15 @@ SHARE = Quantity("selected by (% of images)", "prompt", 0, "Purples", False, 0)
 SIMILARITY = Quantity("mean cosine similarity", "key", 0, "RdBu_r", True, 2)
 
 
-def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorates a function: its figure gets our style, and one layout for all file formats."""
 
     @functools.wraps(draw)
-    def draw_styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
-        import matplotlib
-
+    def draw_styled(*given: Any) -> Figure:
         if "matplotlib.pyplot" not in sys.modules:  # who has imported it has chosen a backend
             matplotlib.use("Agg")
-        with matplotlib.rc_context(_STYLE):
-            figure = draw(*args, **kwargs)
+        with matplotlib.style.context(_STYLE):
+            figure = draw(*given)
             figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
             figure.set_layout_engine("none")
         return figure
@@ -85,8 +68,6 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
 
 def new_figure(title: str, width: float, height: float) -> Figure:
     """An empty figure below a title of at most two lines."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height))
     lines = textwrap.fill(title, int(11 * width), max_lines=2, placeholder=" …")
     figure.suptitle(lines, x=0.07 / width, ha="left", fontsize=10, fontweight="bold")
@@ -98,19 +79,17 @@ def room(number: int, least: float, most: float) -> float:
     return min(most, max(least, 0.4 * number))
 
 
-def heat_map(axes: Axes, values: Array, names: Sequence[str], shows: Quantity) -> QuadMesh:
+def heat_map(axes: Axes, values: Matrix, names: Sequence[str], shows: Quantity) -> QuadMesh:
     """Draws a row of values for each test set as colours, with their numbers if they are few.
 
     Not-a-number is hatched.
     """
-    from matplotlib.colors import CenteredNorm, Normalize
-
     num_rows, num_columns = values.shape
     are_few = max(values.shape) <= 20
     colors = axes.pcolormesh(
         np.arange(num_columns + 1) + shows.first - 0.5,
         np.arange(num_rows + 1) + 0.5,
-        np.ma.masked_invalid(values),
+        values,
         cmap=shows.colors,
         norm=CenteredNorm() if shows.is_signed else Normalize(0, 100),
         edgecolors="white" if are_few else "none",
@@ -128,9 +107,9 @@ def heat_map(axes: Axes, values: Array, names: Sequence[str], shows: Quantity) -
     for (row, column), value in np.ndenumerate(values if are_few else values[:0]):
         if np.isfinite(value):
             text = f"{value:z.{decimals}f}".replace("100.0", "100").replace("-", "\u2212")
-            style: dict[str, Any] = {"color": "white" if is_dark[row, column] else "black"}
-            style |= {"ha": "center", "va": "center", "fontsize": 7.5, "in_layout": False}
-            axes.text(column + shows.first, row + 1, text, **style)
+            color = "white" if is_dark[row, column] else "black"
+            where: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}
+            axes.text(column + shows.first, row + 1, text, color=color, fontsize=7.5, **where)
     return colors
 
 
@@ -153,8 +132,6 @@ def label_tasks(axes: Axes, num_tasks: int, label: str = "tasks learned") -> Non
 
 def round_ticks(axis: Axis, most: int = 15, whole: bool = True) -> None:
     """Puts round numbers on an axis, at most so many."""
-    from matplotlib.ticker import MaxNLocator
-
     axis.set_major_locator(MaxNLocator(most, integer=whole, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
@@ -168,5 +145,6 @@ def limit_percent(axes: Axes) -> None:
 
 def legend_below(axes: Axes, title: str, num_columns: int = 2) -> None:
     """Puts the legend of a panel below its figure."""
-    where: dict[str, Any] = {"loc": "outside lower center", "ncols": num_columns, "title": title}
-    axes.figure.legend(*axes.get_legend_handles_labels(), **where)
+    handles, labels = axes.get_legend_handles_labels()
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": num_columns}
+    axes.figure.legend(handles, labels, title=title, **where)

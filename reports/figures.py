@@ -4,23 +4,24 @@ Each names its data set and run, and the last evaluated task if the run is not f
 raises `NothingToDrawError` if the results lack what it shows.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from cli.parser import command_words
 from continual_datasets.stream import display_names
-from reports import figure_style, metrics
-from reports.figure_style import PALETTE, Array, NothingToDrawError, new_figure, room, styled
-from reports.metrics import SELECTIONS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from reports import figure_style as style
+from reports import metrics
+from reports.figure_style import PALETTE, NothingToDrawError, new_figure, room, styled
+from reports.metrics import SELECTIONS, Matrix
 
 #: Where the curves coincide, the batch-wise one is seen by its larger, hollow markers.
 _LINES: dict[str, dict[str, Any]] = {
@@ -37,19 +38,19 @@ def overview(results: dict[str, Any]) -> Figure:
     run that does not select any.
     """
     matrix, names = _matrices(results)["instance"], _names(results)
-    maps = {"Accuracy (%)": (matrix, names, figure_style.ACCURACY)} if len(matrix) > 1 else {}
+    maps = {"Accuracy (%)": (matrix, names, style.ACCURACY)} if len(matrix) > 1 else {}
+    place = len(maps)  # of the average accuracy, between the heat maps
     with suppress(NothingToDrawError):
         shares, used = _shares(results)["instance"], _used_names(results)
-        maps["Prompts selected (%)"] = (shares, used, figure_style.SHARE)
+        maps["Prompts selected (%)"] = (shares, used, style.SHARE)
     widths = [room(values.shape[1], 2.8, 4.0) for values, *_ in maps.values()]
-    place = 1 if len(matrix) > 1 else 0  # of the average accuracy, between the heat maps
     widths.insert(place, 3.0)
     labels = len(widths) * (0.5 + 0.06 * max(map(len, names)))
     figure = new_figure(_title(results), sum(widths) + labels, room(len(matrix), 2.2, 3.2) + 1.4)
     panels = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     _draw_averages(panels.pop(place), results)
     for axes, (title, shown) in zip(panels, maps.items(), strict=True):
-        colors = figure_style.heat_map(axes, *shown)
+        colors = style.heat_map(axes, *shown)
         axes.set_title(f"{title}, instance-wise")
         if not axes.texts:
             figure.colorbar(colors, ax=axes)
@@ -62,7 +63,7 @@ def accuracy_matrix(results: dict[str, Any]) -> Figure:
     matrices = _matrices(results)
     if len(matrices["batch"]) == 1:
         raise NothingToDrawError("these results have a single test set: see average_accuracy")
-    return _heat_maps(results, matrices, _names(results), figure_style.ACCURACY)
+    return _heat_maps(results, matrices, _names(results), style.ACCURACY)
 
 
 @styled
@@ -92,15 +93,15 @@ def forgetting(results: dict[str, Any]) -> Figure:
     figure = new_figure(_title(results), 6.0, room(last, 1.2, 5.0) + 1.4)
     axes = figure.subplots()
     for name, side in (("batch", -0.2), ("instance", 0.2)):
-        style = {"label": f"{name}-wise: {drops[name].mean():.1f}", "color": _LINES[name]["color"]}
-        bars = axes.barh(np.arange(1, last + 1) + side, drops[name], 0.4, **style)
+        look = {"label": f"{name}-wise: {drops[name].mean():.1f}", "color": _LINES[name]["color"]}
+        bars = axes.barh(np.arange(1, last + 1) + side, drops[name], 0.4, **look)
         if last <= 10:
             axes.bar_label(bars, fmt="{:.1f}", padding=2, fontsize=7)
     axes.margins(x=0.1)
     axes.set(xlim=(0, max(1.0, axes.get_xlim()[1])), ylim=(last + 0.6, 0.4))
     axes.set(xlabel="forgetting (%)", title=f"Forgetting of each task after task {last + 1}")
-    figure_style.label_rows(axes, _names(results)[:last])
-    figure_style.legend_below(axes, "mean")
+    style.label_rows(axes, _names(results)[:last])
+    style.legend_below(axes, "mean")
     return figure
 
 
@@ -111,7 +112,7 @@ def prompt_selection(results: dict[str, Any]) -> Figure:
     Batch-wise counts the prompts after the vote, instance-wise each image's own choice. Percent of
     the images; K prompts are selected for each.
     """
-    return _heat_maps(results, _shares(results), _used_names(results), figure_style.SHARE)
+    return _heat_maps(results, _shares(results), _used_names(results), style.SHARE)
 
 
 @styled
@@ -120,24 +121,16 @@ def key_similarity(results: dict[str, Any]) -> Figure:
 
     The K prompts that most of its images select are outlined.
     """
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
     usage, top_k = _usage(results), results["config"]["top_k"]
     if any(not entry.get("key_similarity") for entry in usage):
         raise NothingToDrawError("these results were written before key similarities were stored")
     values = np.array([entry["key_similarity"] for entry in usage], dtype=np.float64)
-    figure = _heat_maps(results, {"": values}, _used_names(results), figure_style.SIMILARITY)
-    boxes = [
-        Rectangle((key - 0.44, row + 0.56), 0.88, 0.88)
-        for row, entry in enumerate(usage)
-        for key in np.argsort(-np.array(entry["instance"]), kind="stable")[:top_k]
-    ]
-    width = min(1.2, 30 / len(usage))
-    outlines = PatchCollection(boxes, facecolor="none", edgecolor="black", linewidth=width)
-    figure.axes[0].add_collection(outlines)
-    title = f"Similarity of queries and keys\n(outlined: the {top_k} most selected)"
-    figure.axes[0].set_title(title)
+    figure = _heat_maps(results, {"": values}, _used_names(results), style.SIMILARITY)
+    axes, width = figure.axes[0], min(1.2, 30 / len(usage))
+    axes.set_title(f"Similarity of queries and keys\n(outlined: the {top_k} most selected)")
+    for row, entry in enumerate(usage):
+        for key in np.argsort(-np.array(entry["instance"]), kind="stable")[:top_k]:
+            axes.add_patch(Rectangle((key - 0.44, row + 0.56), 0.88, 0.88, fill=False, lw=width))
     return figure
 
 
@@ -155,29 +148,28 @@ def training_curves(results: dict[str, Any]) -> Figure:
     figure = new_figure(_title(results), 9.0, 1.0 + 1.5 * len(panels))
     rows = figure.subplots(len(panels), sharex=True)
     tasks = [point["task"] for point in points]
-    starts = np.flatnonzero(np.diff(tasks)) + 1  # where a line ends and that of a task begins
-    epochs = np.insert(np.arange(1.0, len(points) + 1), starts, np.nan)
-    begins = [0, *starts]
-    begins_shown = begins[:: math.ceil(len(begins) / 20)]  # at most twenty tasks are labelled
+    starts = [0, *np.flatnonzero(np.diff(tasks)) + 1]  # each task has a line of its own
+    labelled = starts[:: math.ceil(len(starts) / 20)]  # at most twenty tasks
     for axes, (name, label) in zip(rows, panels.items(), strict=True):
-        values = np.insert([float(point[name]) for point in points], starts, np.nan)
-        axes.plot(epochs, values, ".-", color=PALETTE[0], linewidth=1.2)
+        for epochs in np.split(np.arange(len(points)), starts[1:]):
+            values = [points[epoch][name] for epoch in epochs]
+            axes.plot(epochs + 1, values, ".-", color=PALETTE[0], linewidth=1.2)
         axes.set_ylabel(label)
         axes.yaxis.set_label_coords(-0.06, 0.5)
         axes.grid(True, axis="y")
-        for begin in begins_shown:
-            axes.axvline(begin + 0.5, color="#b0b0b0", linewidth=0.8)
-    for begin in begins_shown:
-        text = f"task {tasks[begin]}" if len(begins) <= 12 else tasks[begin]
-        rows[0].text(begin + 0.6, 1.03, text, transform=rows[0].get_xaxis_transform())
-    figure_style.limit_percent(rows[1])
+        for start in labelled:
+            axes.axvline(start + 0.5, color="#b0b0b0", linewidth=0.8)
+    for start in labelled:
+        text = f"task {tasks[start]}" if len(starts) <= 12 else tasks[start]
+        rows[0].text(start + 0.6, 1.03, text, transform=rows[0].get_xaxis_transform())
+    style.limit_percent(rows[1])
     rows[-1].set(xlabel="epoch of the run", xlim=(0.5, len(points) + 0.5))
-    figure_style.round_ticks(rows[-1].xaxis, 30)
+    style.round_ticks(rows[-1].xaxis, 30)
     return figure
 
 
 def _heat_maps(
-    results: dict[str, Any], maps: dict[str, Array], names: list[str], shows: figure_style.Quantity
+    results: dict[str, Any], maps: dict[str, Matrix], names: list[str], shows: style.Quantity
 ) -> Figure:
     """Heat maps beside each other, by selection, with one scale of colours."""
     num_rows, num_columns = next(iter(maps.values())).shape
@@ -185,7 +177,7 @@ def _heat_maps(
     figure = new_figure(_title(results), width * len(maps) + 2.2, height + 1.2)
     panels = list(figure.subplots(1, len(maps), squeeze=False)[0])
     for axes, (name, values) in zip(panels, maps.items(), strict=True):
-        colors = figure_style.heat_map(axes, values, names, shows)
+        colors = style.heat_map(axes, values, names, shows)
         axes.set_title(f"{name.capitalize()}-wise")
         axes.label_outer()
     figure.colorbar(colors, ax=panels, label=shows.label, fraction=0.05, pad=0.02)
@@ -201,31 +193,29 @@ def _draw_averages(axes: Axes, results: dict[str, Any]) -> None:
     for name, matrix in matrices.items():
         curve = metrics.accuracy_curve(matrix, num_tasks - 1)
         tasks, averages = zip(*(point.values() for point in curve), strict=True)
-        style = {**_LINES.get(name, _LINES["instance"]), "markevery": max(1, len(tasks) // 15)}
-        axes.plot(tasks, averages, label=f"{name}-wise: {averages[-1]:.1f}", **style)
-    figure_style.label_tasks(axes, num_tasks)
-    figure_style.limit_percent(axes)
+        look = {**_LINES.get(name, _LINES["instance"]), "markevery": max(1, len(tasks) // 15)}
+        axes.plot(tasks, averages, label=f"{name}-wise: {averages[-1]:.1f}", **look)
+    style.label_tasks(axes, num_tasks)
+    style.limit_percent(axes)
     what = "accuracy" if num_rows == 1 else "average accuracy"
     axes.set_title(f"{what.capitalize()} (%)")
     when = ", all tasks learned at once" if num_tasks == 1 else f" after task {tasks[-1]}"
-    figure_style.legend_below(axes, f"{what}{when}")
+    style.legend_below(axes, f"{what}{when}")
 
 
-def _draw_tasks(axes: Axes, matrix: metrics.Matrix, names: list[str]) -> None:
+def _draw_tasks(axes: Axes, matrix: Matrix, names: list[str]) -> None:
     """The accuracy on each task since it was learned, lines from light (first) to dark."""
-    from matplotlib import cm, colormaps, colors
-
-    shades = colors.ListedColormap(colormaps["viridis_r"](np.linspace(0.15, 1, len(matrix))))
+    shades = ListedColormap(colormaps["viridis_r"](np.linspace(0.15, 1, len(matrix))))
     for task, values in enumerate(matrix):
         tasks = np.flatnonzero(np.isfinite(values))
         axes.plot(tasks + 1, values[tasks], ".-", color=shades(task), linewidth=1.2)
-    figure_style.label_tasks(axes, len(matrix))
+    style.label_tasks(axes, len(matrix))
     axes.set_title("Accuracy (%) on each task, instance-wise")
-    scale = cm.ScalarMappable(colors.Normalize(0.5, len(matrix) + 0.5), shades)
-    figure_style.label_rows(axes.figure.colorbar(scale, ax=axes).ax, names)
+    scale = ScalarMappable(Normalize(0.5, len(matrix) + 0.5), shades)
+    style.label_rows(axes.figure.colorbar(scale, ax=axes).ax, names)
 
 
-def _matrices(results: dict[str, Any]) -> dict[str, metrics.Matrix]:
+def _matrices(results: dict[str, Any]) -> dict[str, Matrix]:
     """The accuracy matrices by selection."""
     found = metrics.matrices_of(results)
     if not np.isfinite(found["batch"]).any():
@@ -249,7 +239,7 @@ def _usage(results: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: entry["test_set"])
 
 
-def _shares(results: dict[str, Any]) -> dict[str, Array]:
+def _shares(results: dict[str, Any]) -> dict[str, Matrix]:
     """Percent of a test set's images for which each prompt is selected, (test sets, prompts)."""
     counts = {name: np.array([own[name] for own in _usage(results)]) for name in SELECTIONS}
     whole = 100 * results["config"]["top_k"]  # an image counts K times
@@ -279,4 +269,4 @@ def _title(results: dict[str, Any]) -> str:
         last = max(metrics.evaluated_tasks(matrix), default=-1) + 1
         title += f", after task {last} of {matrix.shape[1]}"
     command = command_words(results["command"]) if results.get("command") else ""
-    return f"{title}: {command}" if command else title
+    return f"{title}: {command}".removesuffix(": ")

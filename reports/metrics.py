@@ -106,7 +106,7 @@ def to_lists(matrix: Matrix) -> list[list[float | None]]:
 
 def from_lists(rows: list[list[float | None]]) -> Matrix:
     """The inverse of `to_lists`."""
-    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=np.float64)
+    return np.array(rows, dtype=np.float64)  # None becomes not-a-number
 
 
 def matrices_of(results: Mapping[str, Any]) -> dict[str, Matrix]:

@@ -5,12 +5,9 @@ An experiment is what is learned and tested (data, scenario, number of tasks), n
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 #: Names of the experiments in the paper, and the beginning of the names of their configurations.
 EXPERIMENTS = {
@@ -34,24 +31,20 @@ _ALIASES = {
 _FIVE_DATASETS = {"cifar10", "mnist", "svhn", "notmnist", "fashionmnist"}
 
 
-def load() -> "DataFrame":
+def load() -> list[dict[str, Any]]:
     """All of `published.yaml`: experiment, method, source, metric, mean and sd (percent).
 
     The metrics are accuracy (average accuracy after the last task; with one test set, the accuracy
     on it) and forgetting; what was not published is left out.
     """
-    import pandas as pd
-
-    tables = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
-    columns = ["experiment", "method", "source", "metric", "mean", "sd"]
-    rows = [
-        (table["experiment"], method, table["source"], metric, own[metric], own.get(f"{metric}_sd"))
-        for table in tables
+    return [
+        {"experiment": table["experiment"], "method": method, "source": table["source"]}
+        | {"metric": metric, "mean": own[metric], "sd": own.get(f"{metric}_sd")}
+        for table in yaml.safe_load(_FILE.read_text(encoding="utf-8"))
         for method, own in table["methods"].items()
         for metric in ("accuracy", "forgetting")
         if metric in own
     ]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def experiment_named(name: str) -> str:
@@ -66,26 +59,25 @@ def experiment_of(settings: dict[str, Any]) -> str | None:
         return None  # an easier problem: the task of a test image is given
     names = [name.strip() for name in str(settings.get("dataset")).lower().split(",")]
     data = {_ALIASES.get(name, name) for name in names}
-    is_ten_tasks = _is(settings, "num_tasks", 10)
     match settings.get("scenario"):
         case "class-incremental" | "dataset-incremental" | "joint":
             if data in ({"5-datasets"}, _FIVE_DATASETS):
                 return "5-datasets"
-            if data == {"cifar100"} and is_ten_tasks and _is(settings, "classes_per_task", 10):
+            if data == {"cifar100"} and _has(settings, num_tasks=10, classes_per_task=10):
                 return "Split CIFAR-100"
-            if data == {"imagenet-r"} and is_ten_tasks and _is(settings, "classes_per_task", 20):
+            if data == {"imagenet-r"} and _has(settings, num_tasks=10, classes_per_task=20):
                 return "Split ImageNet-R"
         case "domain-incremental" if data == {"core50"} and settings.get("domains") is None:
             return "CORe50"
-        case "gaussian" if data == {"cifar100"} and _is(settings, "num_tasks", 200):
+        case "gaussian" if data == {"cifar100"} and _has(settings, num_tasks=200):
             return "Gaussian CIFAR-100"
     return None
 
 
-def _is(settings: dict[str, Any], name: str, value: int) -> bool:
-    """Whether a setting has this value or is left to the data; any value is right with --joint."""
+def _has(settings: dict[str, Any], **values: int) -> bool:
+    """Whether settings have these values or leave them to the data; with --joint any are right."""
     is_joint = settings.get("joint") or settings.get("scenario") == "joint"
-    return bool(is_joint) or settings.get(name) in (None, value)
+    return bool(is_joint) or all(settings.get(n) in (None, value) for n, value in values.items())
 
 
 def _plain(name: str) -> str:

@@ -9,11 +9,12 @@ import re
 import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from reports import published
 from reports.metrics import METRIC_NAMES
 from reports.stored_runs import Group
 
@@ -30,41 +31,69 @@ SELECTIONS = {"instance": "instance-wise", "batch": "batch-wise"}
 
 FORMATS = ("text", "markdown", "csv", "latex")
 
+#: Columns of a table of differences.
+_COLUMNS = {"mean_a": "A", "mean_b": "B", "difference": "B - A",
+            "standard_error": "standard error", "interval": "95 % interval",
+            "verdict": "the interval"}  # fmt: skip
+
 #: Differences below this are rounding errors, percentage points.
 _ROUNDING = 1e-9
 
 
-def text_table(groups: Sequence[Group]) -> str:
-    """The table that `summarize.py` prints by default; there is at least one group."""
-    return _rendered(_seed_table(over_seeds(groups, list(SELECTIONS), DEFAULT_METRICS)), "text")
+def seed_table(
+    groups: Sequence[Group],
+    selections: Collection[str] = SELECTIONS.keys(),
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    quoted: Collection[str] = (),
+    form: str = "text",
+) -> str:
+    """Mean and sample standard deviation (sd) over the seeds, a row for each group.
 
-
-def over_seeds(
-    groups: Sequence[Group], selections: Sequence[str], metrics: Sequence[str]
-) -> "DataFrame":
-    """Mean and sample standard deviation (sd): a row for each group, selection and metric."""
+    Args:
+        groups: At least one.
+        selections: Some of `SELECTIONS`.
+        metrics: Some of `METRICS`.
+        quoted: Experiments whose published numbers are shown, too.
+        form: One of `FORMATS`; CSV has a row for each group, selection and metric.
+    """
     import pandas as pd
 
     keys = ["group", "label", "seeds", "n", "selection", "metric"]
     values = [
-        (number, group.label, _seeds(group), str(len(group.runs)), *name, run.value(*name))
+        (number, group.label, group.seeds, str(len(group.runs)), *name, run.value(*name))
         for (number, group), *name in itertools.product(enumerate(groups), selections, metrics)
         for run in group.runs
     ]
     frame = pd.DataFrame(values, columns=[*keys, "value"]).astype({"value": float})
-    return frame.groupby(keys, sort=False)["value"].agg(mean="mean", sd="std").reset_index()
+    own = frame.groupby(keys, sort=False)["value"].agg(mean="mean", sd="std").reset_index()
+    known = pd.DataFrame(published.load()).query("experiment in @quoted")
+    if form == "csv":
+        label = known["experiment"] + ": " + known["method"]
+        both = pd.concat([own.assign(quoted="no"), known.assign(label=label, quoted="yes")])
+        columns = ["label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"]
+        return both.to_csv(columns=columns, index=False, lineterminator="\n")
+    named = own.replace({"selection": SELECTIONS, "metric": METRICS})
+    table = _by_column(named, ["group", "label", "n"], ["selection", "metric"])
+    table = table.droplevel("group").reset_index(col_level="metric")
+    document = ["Mean ± sample standard deviation over n seeds, percent.", table]
+    for experiment, ones in known.groupby("experiment", sort=False):
+        table = _by_column(ones, ["method", "source"], ["metric"]).reset_index()
+        table = table.rename(columns={"source": "quoted from"})
+        columns = ["method", "accuracy", "forgetting", "quoted from"]
+        document.append(f"Quoted, not measured with this program: {experiment}, percent.")
+        document.append(table.reindex(columns=columns, fill_value="-"))
+    return _rendered(document, form)
 
 
-def seed_table(own: "DataFrame", quoted: "DataFrame", form: str) -> str:
-    """What `over_seeds` and `published.load` give, in one of `FORMATS`."""
-    import pandas as pd
-
-    if form != "csv":
-        return _rendered([*_seed_table(own), *_quoted_tables(quoted)], form)
-    label = quoted["experiment"] + ": " + quoted["method"]
-    both = [own.assign(quoted="no"), quoted.assign(label=label, quoted="yes")]
-    columns = ["label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"]
-    return pd.concat(both).to_csv(columns=columns, index=False, lineterminator="\n")
+def seeds_note(groups: Sequence[Group]) -> Iterator[str]:
+    """A line if not all groups have the same seeds."""
+    labels = defaultdict(list)
+    for group in groups:
+        labels[group.seeds].append(group.label)
+    if len(labels) > 1:
+        lists = [f"{seeds}: {', '.join(names)}" for seeds, names in labels.items()]
+        text = textwrap.shorten("; ".join(lists), 200, placeholder=" ...")
+        yield f"note: these were not run on the same seeds, which differ in difficulty: {text}"
 
 
 def differences(
@@ -118,8 +147,6 @@ def difference(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
 
 def difference_table(found: "DataFrame", form: str) -> str:
     """What `differences` gives, in one of `FORMATS`: how it was computed, and the numbers."""
-    import pandas as pd
-
     if form == "csv":
         return found.to_csv(index=False, lineterminator="\n")
     document = [
@@ -127,52 +154,14 @@ def difference_table(found: "DataFrame", form: str) -> str:
         f"B: {found['b'][0]} (seeds {found['seeds_b'][0]})",
         *dict.fromkeys(map(_method, found["method"], found["seeds_a"], found["seeds_b"])),
     ]
-    ends = found["low"].map(_number) + " to " + found["high"].map(_number)
-    for selection, ones in found.groupby("selection", sort=False):
-        columns = {
-            SELECTIONS[selection]: ones["metric"].map(METRICS),
-            "A": ones["mean_a"].map(_number),
-            "B": ones["mean_b"].map(_number),
-            "B - A": ones["difference"].map(_number),
-            "standard error": ones["standard_error"].map(_number),
-            "95 % interval": ends[ones.index].replace("- to -", "-"),
-            "the interval": ones["verdict"],
-        }
-        document.append(pd.DataFrame(columns))
+    cells = found.select_dtypes(float).map(_number)
+    cells["interval"] = (cells["low"] + " to " + cells["high"]).replace("- to -", "-")
+    cells["verdict"] = found["verdict"]
+    for selection, ones in cells.groupby(found["selection"], sort=False):
+        table = ones[[*_COLUMNS]].rename(columns=_COLUMNS)
+        table.insert(0, SELECTIONS[selection], found["metric"].map(METRICS))
+        document.append(table)
     return _rendered(document, form)
-
-
-def seeds_note(groups: Sequence[Group]) -> Iterator[str]:
-    """A line if not all groups have the same seeds."""
-    labels = defaultdict(list)
-    for group in groups:
-        labels[_seeds(group)].append(group.label)
-    if len(labels) > 1:
-        lists = [f"{seeds}: {', '.join(names)}" for seeds, names in labels.items()]
-        text = textwrap.shorten("; ".join(lists), 200, placeholder=" ...")
-        yield f"note: these were not run on the same seeds, which differ in difficulty: {text}"
-
-
-def _seed_table(own: "DataFrame") -> "list[str | DataFrame]":
-    named = {"selection": own["selection"].map(SELECTIONS), "metric": own["metric"].map(METRICS)}
-    table = _by_column(own.assign(**named), ["group", "label", "n"], ["selection", "metric"])
-    table = table.droplevel("group").reset_index(col_level="metric")
-    return ["Mean ± sample standard deviation over n seeds, percent.", table]
-
-
-def _quoted_tables(quoted: "DataFrame") -> "Iterator[str | DataFrame]":
-    columns = ["method", "accuracy", "forgetting", "quoted from"]
-    for experiment, ones in quoted.groupby("experiment", sort=False):
-        yield f"Quoted, not measured with this program: {experiment}, percent."
-        ones = ones.rename(columns={"source": "quoted from"})
-        table = _by_column(ones, ["method", "quoted from"], ["metric"])
-        yield table.reset_index().reindex(columns=columns, fill_value="-")
-
-
-def _by_column(long: "DataFrame", rows: list[str], columns: list[str]) -> "DataFrame":
-    """Formatted numbers, in the order of their first occurrence."""
-    cells = long.assign(cell=list(map(_number, long["mean"], long["sd"])))
-    return cells.pivot_table("cell", rows, columns, aggfunc="first", sort=False).fillna("-")
 
 
 def _t_test(a: np.ndarray, b: np.ndarray, is_paired: bool) -> tuple[float, float, float]:
@@ -197,15 +186,16 @@ def _method(method: str, seeds_a: str, seeds_b: str) -> str:
     return f"No uncertainty from {few}: the difference alone, too little to tell."
 
 
-def _seeds(group: Group) -> str:
-    return " ".join(map(str, group.seeds))
+def _by_column(long: "DataFrame", rows: list[str], columns: list[str]) -> "DataFrame":
+    """Formatted numbers, in the order of their first occurrence."""
+    cells = long.assign(cell=list(map(_number, long["mean"], long["sd"])))
+    return cells.pivot_table("cell", rows, columns, aggfunc="first", sort=False).fillna("-")
 
 
 def _number(mean: float, sd: float = float("nan")) -> str:
     """A number with its standard deviation; not-a-number where there is none."""
-    if mean != mean:
-        return "-"
-    return f"{mean:z.2f}" if sd != sd else f"{mean:z.2f} ± {sd:.2f}"
+    text = "-" if mean != mean else f"{mean:z.2f}"
+    return text if sd != sd else f"{text} ± {sd:.2f}"
 
 
 def _rendered(document: "Iterable[str | DataFrame]", form: str) -> str:

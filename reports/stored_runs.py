@@ -3,6 +3,10 @@
 A run is a folder with a results.json. Runs whose settings are equal but for the seed form a group;
 settings of where and how fast a run is computed (roles `place` and `compute`) are not compared.
 What cannot be used (damaged, unfinished, the same seed twice) is left out and reported.
+
+The key of a configuration is written by hand: equal experiments may be written in several ways
+(`--lr` and `--batch_size` that give one learning rate, aliases of a data set), and different ones
+in the same way (an edited configuration, other weights or images under the same name).
 """
 
 import json
@@ -31,8 +35,8 @@ _NOT_CONFIGURATION = frozenset(names_of("command", "compute", "place"))
 #: Settings from which learning rate and images of a step follow.
 _RATE = ("batch_size", "lr", "lr_scale")
 
-#: Settings in whose place `_key` compares what follows from them.
-_COMPARED_OTHERWISE = (*_RATE, "dataset", "num_tasks", "class_order", "file_lists")
+#: Settings in whose place the key has what follows from them.
+_COMPARED_OTHERWISE = {*_RATE, "dataset", "num_tasks", "class_order", "file_lists"}
 
 
 class ResultsError(ValueError):
@@ -41,53 +45,44 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The part of a finished run that tables and figures need.
-
-    Attributes:
-        folder: Its folder.
-        written: When its results were written, seconds since the epoch.
-        seed: Its seed.
-        name: Its configurations and flags as on a command line, without seed and places.
-        key: Text that is equal for runs of the same configuration only.
-        digest: Digest of its training images; None: early versions did not store it.
-        settings: Its settings by name, without those that are no part of a configuration.
-        matrices: Accuracy matrix for each of `metrics.SELECTIONS`, percent.
-    """
+    """The part of a finished run that tables and figures need."""
 
     folder: Path
-    written: float
+    written: float  # when its results were written, seconds since the epoch
     seed: int
-    name: str
-    key: str
-    digest: str | None
-    settings: dict[str, Any]
-    matrices: dict[str, metrics.Matrix]
+    name: str  # configurations and flags as on a command line, without seed and places
+    key: str  # equal for runs of the same configuration only
+    digest: str | None  # of its training images; None: early versions did not store it
+    settings: dict[str, Any]  # without those that are no part of a configuration
+    matrices: dict[str, metrics.Matrix]  # accuracy by selection, percent
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks it learned."""
+        return self.matrices["batch"].shape[1]
 
     def value(self, selection: str, metric: str) -> float | None:
         """A metric of `METRIC_NAMES` (or `accuracy`, the average) after the last task, percent."""
-        matrix = self.matrices[selection]
         name = "average_accuracy" if metric == "accuracy" else metric
-        return metrics.summarize(matrix, matrix.shape[1] - 1).get(name)
+        return metrics.summarize(self.matrices[selection], self.num_tasks - 1).get(name)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, one for each seed, in the order of seeds.
+    """Runs of one configuration, one for each seed, in the order of seeds."""
 
-    Attributes:
-        label: Short name of the configuration, unique among the groups.
-        settings: Settings that the runs have in common, by name.
-        runs: At least one.
-    """
-
-    label: str
-    settings: dict[str, Any]
-    runs: tuple[StoredRun, ...]
+    label: str  # short name of the configuration, unique among the groups
+    settings: dict[str, Any]  # that the runs have in common
+    runs: tuple[StoredRun, ...]  # at least one
 
     @property
-    def seeds(self) -> list[int]:
-        """Seeds of the runs, ascending."""
-        return [run.seed for run in self.runs]
+    def seeds(self) -> str:
+        """Seeds of the runs, ascending, for people."""
+        return " ".join(str(run.seed) for run in self.runs)
+
+    def shown(self, setting: str) -> str:
+        """The value of a setting as on a command line."""
+        return shown(self.settings.get(setting))
 
     def values(self, selection: str, metric: str) -> dict[int, float]:
         """`StoredRun.value` by seed; without runs where it is undefined."""
@@ -102,7 +97,7 @@ def find_groups(paths: Iterable[Path]) -> tuple[list[Path], list[Group], list[st
         The folders of runs with results, each once, sorted within each path; the finished runs in
         groups, see `group`; and one line for each path or run that is left out, with the reason.
     """
-    found: dict[str, Path] = {}
+    found: dict[Path, Path] = {}
     runs, problems = [], []
     for path in map(folder_of, paths):
         folders = list(_walk(path))
@@ -111,7 +106,7 @@ def find_groups(paths: Iterable[Path]) -> tuple[list[Path], list[Group], list[st
             problems.append(f"{path}: {why if path.is_dir() else 'there is no such folder'}")
         for folder in folders:
             if (folder / "results.json").exists():
-                found.setdefault(os.path.realpath(folder), folder)
+                found.setdefault(folder.resolve(), folder)
             else:
                 why = "has no results.json yet, its first task is not finished"
                 problems.append(f"{folder}: {why}")
@@ -135,8 +130,8 @@ def load_results(folder: Path) -> dict[str, Any]:
     Raises:
         ResultsError: If it is missing, damaged, or no such file.
     """
-    with _errors_named(folder / "results.json"):
-        content = json.loads((folder / "results.json").read_bytes())
+    with _errors_named(folder / "results.json") as path:
+        content = json.loads(path.read_bytes())
         matrices = np.stack(list(metrics.matrices_of(content).values()))
         is_sound = matrices.ndim == 3 and matrices.size > 0
         is_sound &= isinstance(content["config"], dict) and isinstance(content["seed"], int)
@@ -151,22 +146,27 @@ def read(folder: Path) -> StoredRun:
     Raises:
         ResultsError: If its results are missing, damaged, or those of an unfinished run.
     """
-    path = folder / "results.json"
     results = load_results(folder)
-    matrices = metrics.matrices_of(results)
-    if not all(map(metrics.is_finished, matrices.values())):
-        last = max(metrics.evaluated_tasks(matrices["batch"]), default=-1) + 1
-        raise ResultsError(
-            f"{path}: the run is not finished, task {last} of {matrices['batch'].shape[1]} was the "
-            "last: the command of the run with --resume auto resumes it"
-        )
-    with _errors_named(path):
-        settings = _settings(results)
+    with _errors_named(folder / "results.json") as path:
+        settings, key = _configuration(results)
         command = results.get("command")  # early versions did not store it
-        name = command_words(command) or "defaults" if command else str(settings["dataset"])
-        digest = str(results.get("run", {}).get("train_digest") or "") or None
-        key, written = _key(results, settings), path.stat().st_mtime
-        return StoredRun(folder, written, results["seed"], name, key, digest, settings, matrices)
+        run = StoredRun(
+            folder=folder,
+            written=path.stat().st_mtime,
+            seed=results["seed"],
+            name=command_words(command) or "defaults" if command else str(settings["dataset"]),
+            key=key,
+            digest=str(results.get("run", {}).get("train_digest") or "") or None,
+            settings=settings,
+            matrices=metrics.matrices_of(results),
+        )
+    if not all(map(metrics.is_finished, run.matrices.values())):
+        last = max(metrics.evaluated_tasks(run.matrices["batch"]), default=-1) + 1
+        raise ResultsError(
+            f"{path}: the run is not finished, task {last} of {run.num_tasks} was the last: the "
+            "command of the run with --resume auto resumes it"
+        )
+    return run
 
 
 def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
@@ -204,12 +204,30 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [n for n in names if any(one.get(n) != settings[0].get(n) for one in settings)]
 
 
+def problem_against(groups: Sequence[Group], setting: str, lines: str = "") -> str:
+    """Why groups cannot be compared by the values of a setting, or of two; empty if they can."""
+    for name in filter(None, (setting, lines)):
+        values = {group.shown(name) for group in groups}
+        if len(values) < 2:
+            found = f"all have {values.pop()}" if values else "there are none"
+            return f"{name} needs at least two values among the finished runs: {found}"
+    seen: dict[tuple[str, str], Group] = {}
+    for group in groups:
+        twin = seen.setdefault((group.shown(setting), group.shown(lines)), group)
+        if twin is not group:
+            differ = ", ".join(differing([twin.settings, group.settings]))
+            return (
+                f"several configurations have {setting} {group.shown(setting)}: they differ in "
+                f"{differ}; name runs that differ in {setting} alone, or give --lines"
+            )
+    return ""
+
+
 def _walk(path: Path) -> Iterator[Path]:
     """Folders of runs at or below a path, of those without results yet, too; links are followed."""
     seen = set()
     for folder, below, files in os.walk(path, followlinks=True):
-        status = os.stat(folder)
-        if (place := (status.st_dev, status.st_ino)) in seen:  # a link to a folder above it
+        if (place := os.path.realpath(folder)) in seen:  # a link to a folder above it
             below.clear()
             continue
         seen.add(place)
@@ -221,10 +239,10 @@ def _walk(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _errors_named(path: Path) -> Iterator[Path]:
     """Reports what fails as the fault of a results.json."""
     try:
-        yield
+        yield path
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -233,36 +251,30 @@ def _errors_named(path: Path) -> Iterator[None]:
         raise ResultsError(f"{path}: is damaged, or not the results of a run") from error
 
 
-def _settings(results: dict[str, Any]) -> dict[str, Any]:
+def _configuration(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The settings that make the configuration, for people; and its key.
+
+    The key is the same however the configuration was written on the command line.
+    """
     config = {**_DEFAULTS, **results["config"]}  # early versions lack settings that came later
-    run = results.get("run", {})
-    return {
-        **{name: value for name, value in config.items() if name not in _NOT_CONFIGURATION},
-        "backbone": _backbone(results)[:8],
-        "images_per_step": run.get("images_per_step"),
-        "data": str(run.get("train_digest"))[:8],
-    }
-
-
-def _backbone(results: dict[str, Any]) -> str:
-    """The checksum of the backbone's weights, unless these are drawn for each seed."""
-    backbone = results.get("backbone", {})
-    return "random" if backbone.get("source") == "random" else str(backbone.get("sha256"))
-
-
-def _key(results: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What identifies a configuration, however it was written on the command line."""
-    left_out = (*_COMPARED_OTHERWISE, "images_per_step")
-    key = {name: value for name, value in settings.items() if name not in left_out}
-    key["backbone"] = _backbone(results)
-    names = sorted(results.get("class_names", []))
-    key["data"] = [str(settings["dataset"]).lower(), names, results.get("test_sets")]
-    order = results.get("class_order", [])
-    key["tasks"] = len(order) if settings["class_order"] is None else order
-    run, rate = results.get("run", {}), ("learning_rate", "images_per_step")
+    settings = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
+    compared = {name: settings[name] for name in settings.keys() - _COMPARED_OTHERWISE}
+    backbone, run = results.get("backbone", {}), results.get("run", {})
+    is_random = backbone.get("source") == "random"  # drawn for each seed
+    weights = "random" if is_random else str(backbone.get("sha256"))
+    rate = ("learning_rate", "images_per_step")
     is_stored = run.keys() >= set(rate)
-    key["steps"] = [run[name] for name in rate] if is_stored else [settings[n] for n in _RATE]
-    return json.dumps(key, sort_keys=True)
+    names, order = sorted(results.get("class_names", [])), results.get("class_order", [])
+    key = {
+        **compared,
+        "backbone": weights,
+        "data": [str(settings["dataset"]).lower(), names, results.get("test_sets")],
+        "tasks": len(order) if settings["class_order"] is None else order,
+        "steps": [run[name] for name in rate] if is_stored else [settings[n] for n in _RATE],
+    }
+    settings["backbone"], settings["data"] = weights[:8], str(run.get("train_digest"))[:8]
+    settings["images_per_step"] = run.get("images_per_step")
+    return settings, json.dumps(key, sort_keys=True)
 
 
 def _labels(runs: Sequence[StoredRun]) -> list[str]:

@@ -1,4 +1,8 @@
-"""Results of all kinds of runs, with numbers that are easy to follow through a figure."""
+"""Results of all kinds of runs, with numbers that are easy to follow through tables and figures."""
+
+import json
+
+from cli.settings import Settings
 
 #: Accuracy on test set (row) after task (column), percent.
 BATCH = [[90.0, 70.0, 40.0], [None, 80.0, 60.0], [None, None, 100.0]]
@@ -28,32 +32,41 @@ def curve_of(num_tasks=3, epochs=2, rate=lambda epoch: 0.1):
     ]
 
 
-def make_results(batch=BATCH, instance=INSTANCE, **changes):
-    """Results of a small run with everything that is stored."""
-    return {
+def make_results(batch=BATCH, instance=INSTANCE, settings=None, **parts):
+    """Results of a small run with everything that is stored.
+
+    Settings are those that are given on the command line; parts that are dictionaries are merged.
+    """
+    flags = {"seed": 42, "output_dir": "out", **(settings or {})}
+    results = {
         "batch": {"accuracy_matrix": batch},
         "instance": {"accuracy_matrix": instance},
-        "command": {"configurations": ["digits_l2p"], "flags": {}},
+        "command": {"configurations": ["digits_l2p"], "flags": flags},
+        "run": {"processes": 1, "images_per_step": 16},
+        "backbone": {"name": "vit", "sha256": "ab"},
         "test_sets": [f"task{row + 1}" for row in range(len(batch))],
         "training_curve": curve_of(),
         "prompt_usage": usage_of(),
-        "seed": 42,
-        "config": {"dataset": "Digits", "top_k": 2, "size": 4, "prompt_pool": True},
-        **changes,
+        "seed": flags["seed"],
+        "config": {**Settings().stored(), "dataset": "Digits", "top_k": 2, "size": 4, **flags},
     }
+    for name, part in parts.items():
+        results[name] = results[name] | part if isinstance(part, dict) else part
+    return results
 
 
-def rising(scale):
-    """Matrices of a run that gets better and better."""
-    batch = [[20.0 * scale, 60.0 * scale, 100.0 * scale]] * 3
-    return {"batch": batch, "instance": [[0.9 * value for value in row] for row in batch]}
+def write(folder, results=None, batch=BATCH, instance=INSTANCE, **settings):
+    """Writes the results of a run, or of a small one with some settings; gives its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = make_results(batch, instance, settings) if results is None else results
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
 
 
-def joint(**changes):
+def joint():
     """A run that learned three named data sets at once."""
     names = ["SVHN", "MNIST", "a data set with a very long name"]
-    usage = usage_of(after_task=1)
-    given = {"test_sets": names, "prompt_usage": usage, "training_curve": curve_of(1), **changes}
+    given = {"test_sets": names, "prompt_usage": usage_of(1), "training_curve": curve_of(1)}
     return make_results([[90.0], [60.0], [30.0]], [[80.0], [50.0], [20.0]], **given)
 
 
@@ -65,31 +78,31 @@ def long_run():
     return make_results([row], [row], prompt_usage=usage, training_curve=curve_of(200, 1))
 
 
-def begun(scale=1.0, **changes):
+def begun(**parts):
     """A run of three tasks that ended after the second."""
-    batch = [[90.0 * scale, 70.0 * scale, None], [None, 80.0 * scale, None], [None] * 3]
-    instance = [[80.0 * scale, 0.0, None], [None, 70.0 * scale, None], [None] * 3]
-    given = {"prompt_usage": usage_of(2, USAGE[:2]), "training_curve": curve_of(2), **changes}
+    batch = [[90.0, 70.0, None], [None, 80.0, None], [None] * 3]
+    instance = [[80.0, 0.0, None], [None, 70.0, None], [None] * 3]
+    given = {"prompt_usage": usage_of(2, USAGE[:2]), "training_curve": curve_of(2), **parts}
     return make_results(batch, instance, **given)
 
 
 def whole_pool():
     """A run in which every image is served by the whole pool."""
-    config = {"dataset": "Digits", "top_k": 4, "size": 4, "prompt_pool": True}
-    return make_results(INSTANCE, INSTANCE, config=config)
+    return make_results(INSTANCE, INSTANCE, {"top_k": 4})
 
 
 def without_pool():
     """A run that has no prompts to choose from."""
-    config = {"dataset": "Digits", "top_k": 2, "size": 4, "prompt_pool": False}
-    return make_results(prompt_usage=[], config=config)
+    return make_results(settings={"prompt_pool": False}, prompt_usage=[])
 
 
 def old():
     """Results of the first versions."""
     results = make_results()
-    for name in ("command", "training_curve", "test_sets"):
+    for name in ("command", "run", "training_curve", "test_sets"):
         del results[name]
+    for name in ("tf32", "norm", "vote_ties"):  # settings that came later
+        del results["config"][name]
     for entry in results["prompt_usage"]:
         del entry["key_similarity"]
     return results

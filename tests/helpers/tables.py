@@ -1,4 +1,10 @@
-"""Tables of cases as text: a command line, and below it, indented, what is expected of it."""
+"""Tables of cases as text: a command line, and below it what is expected of it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
 
 
 def cases(text):
@@ -20,3 +26,16 @@ def assert_says(messages, expected):
         for piece in pieces.split(" .. "):
             assert piece in rest, (piece, message)
             rest = rest.partition(piece)[2]
+
+
+def transcripts(name):
+    """Cases: arguments of the commands in tests/reports/NAME.txt, each with all that it prints.
+
+    A command is a line that begins with `$`; one that begins with `#` is a comment.
+    """
+    text = (Path(__file__).parents[1] / "reports" / f"{name}.txt").read_text(encoding="utf-8")
+    parts = re.split(r"^\$ \S+ ?(.*)\n", re.sub(r"^#.*\n", "", text, flags=re.M), flags=re.M)
+    return [
+        pytest.param(shlex.split(command), output.rstrip("\n") + "\n", id=command)
+        for command, output in zip(parts[1::2], parts[2::2], strict=True)
+    ]

@@ -28,36 +28,24 @@ def no_warnings():
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        (0, {
-            "average_accuracy": 90.0,
-            "forgetting": None,
-            "forgetting_literature": None,
-            "backward_transfer": None,
-            "learning_accuracy": 90.0,
-            "average_incremental_accuracy": 90.0,
-        }),
-        (1, {
-            "average_accuracy": 70.0,
-            "forgetting": 30.0,
-            "forgetting_literature": 30.0,
-            "backward_transfer": -30.0,
-            "learning_accuracy": 85.0,
-            "average_incremental_accuracy": 80.0,
-        }),
-        (2, {
-            "average_accuracy": (70 + 50 + 40) / 3,
-            "forgetting": ((90 - 70) + (80 - 50)) / 2,
-            "forgetting_literature": ((90 - 70) + (80 - 50)) / 2,
-            "backward_transfer": ((70 - 90) + (50 - 80)) / 2,
-            "learning_accuracy": (90 + 80 + 40) / 3,
-            "average_incremental_accuracy": (90 + (60 + 80) / 2 + (70 + 50 + 40) / 3) / 3,
-        }),
+        (0, [90, None, None, None, 90, 90]),
+        (1, [70, 30, 30, -30, 85, 80]),
+        (2, [
+            (70 + 50 + 40) / 3,
+            ((90 - 70) + (80 - 50)) / 2,
+            ((90 - 70) + (80 - 50)) / 2,
+            ((70 - 90) + (50 - 80)) / 2,
+            (90 + 80 + 40) / 3,
+            (90 + (60 + 80) / 2 + (70 + 50 + 40) / 3) / 3,
+        ]),
     ],
 )  # fmt: skip
 def test_metrics_equal_hand_computation(task, expected):
     found = metrics.summarize(FORGETS, task)
-    assert list(found) == list(metrics.METRIC_NAMES)
-    assert found == {n: None if v is None else pytest.approx(v) for n, v in expected.items()}
+    names = ["average_accuracy", "forgetting", "forgetting_literature", "backward_transfer",
+             "learning_accuracy", "average_incremental_accuracy"]  # fmt: skip
+    assert list(found) == list(metrics.METRIC_NAMES) == names
+    assert list(found.values()) == [v if v is None else pytest.approx(v) for v in expected]
     later_columns_unknown = metrics.empty_matrix(3, 3)
     later_columns_unknown[:, : task + 1] = FORGETS[:, : task + 1]
     assert metrics.summarize(later_columns_unknown, task) == found
@@ -117,17 +105,18 @@ def test_without_a_test_set_of_each_task_there_are_accuracy_and_curve_alone(
     }
 
 
-def test_square_matrices_of_several_tasks_have_a_test_set_per_task():
-    assert metrics.has_test_set_per_task(FORGETS)
-
-
 @pytest.mark.parametrize(
-    ("matrix", "evaluated", "is_finished"),
-    [(ONE_ROW, [1, 3, 4], True), (ONE_ROW[:, :3], [1], False), (FORGETS, [0, 1, 2], True)],
+    ("matrix", "evaluated", "is_finished", "has_test_set_per_task"),
+    [
+        (ONE_ROW, [1, 3, 4], True, False),
+        (ONE_ROW[:, :3], [1], False, False),
+        (FORGETS, [0, 1, 2], True, True),
+    ],
 )
-def test_run_is_finished_when_its_last_task_is_evaluated(matrix, evaluated, is_finished):
+def test_what_was_evaluated(matrix, evaluated, is_finished, has_test_set_per_task):
     assert metrics.evaluated_tasks(matrix) == evaluated
     assert metrics.is_finished(matrix) == is_finished
+    assert metrics.has_test_set_per_task(matrix) == has_test_set_per_task
 
 
 def test_empty_matrix_is_all_missing():
@@ -136,14 +125,11 @@ def test_empty_matrix_is_all_missing():
     assert np.isnan(matrix).all()
 
 
-def test_to_lists_holds_plain_numbers_and_none():
-    rows = metrics.to_lists(FORGETS)
-    assert rows == [[90.0, 60.0, 70.0], [None, 80.0, 50.0], [None, None, 40.0]]
-    assert {type(v) for row in rows for v in row} == {float, type(None)}
-
-
 @pytest.mark.parametrize("matrix", [FORGETS, metrics.empty_matrix(2, 3), np.array([[1 / 3]])])
-def test_from_lists_inverts_to_lists(matrix):
-    found = metrics.from_lists(metrics.to_lists(matrix))
+def test_lists_hold_plain_numbers_and_none_and_are_read_again(matrix):
+    rows = metrics.to_lists(matrix)
+    assert {type(v) for row in rows for v in row} <= {float, type(None)}
+    assert [[v is None for v in row] for row in rows] == np.isnan(matrix).tolist()
+    found = metrics.from_lists(rows)
     assert found.dtype == np.float64
     assert np.array_equal(found, matrix, equal_nan=True)
