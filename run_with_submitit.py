@@ -8,23 +8,36 @@ or loses a node is requeued and resumes by itself from the state that it saved.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
 
+from cli.flags import flag
+from cli.options import take
 from cli.parser import UsageError, parse
 from launch import submitit_jobs
-from launch.options import SubmitOptions, take
+from launch.submitit_jobs import JobOptions
+
+
+@dataclass(frozen=True)
+class SubmitOptions(JobOptions):
+    """Options of this program."""
+
+    shared_folder: str = flag("", "folder that all nodes see; jobs get DIR/JOBID")
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong with them together."""
+        missing = ["--shared_folder is missing: name a folder that all nodes see"]
+        return [*super().problems(), *missing * (not self.shared_folder)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Submits one command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
+    """Submits one command line, that of the process if `argv` is None.
 
     Returns:
-        0 when it is submitted, or with `--wait` the exit code of the job; 2 if it is rejected.
+        0 when it is submitted, or with `--wait` the exit code of the job; 1 if it could not be
+        submitted; 2 if it is rejected.
     """
     options, rest, problems = take(
         SubmitOptions,
@@ -55,15 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 def submit(
     options: SubmitOptions, rest: Sequence[str], problems: Sequence[str] = ()
 ) -> submitit.Job:
-    """Submits a job to Slurm, or starts it on this machine.
+    """Submits a job to Slurm, or starts it on this machine, with the rest for main.py.
 
-    Args:
-        options: Options of this program.
-        rest: Arguments of main.py.
-        problems: What is known to be wrong already.
-
-    Raises:
-        UsageError: With everything that is wrong, as far as it can be checked on this machine.
+    Raises UsageError with everything that is wrong, as far as it can be checked on this machine.
     """
     from experiment.validate import validate
 
@@ -73,9 +80,8 @@ def submit(
         found.append("--resume auto: a new job has a new folder; give --output_dir or --resume DIR")
     validate(settings, [*problems, *found], elsewhere=True)
     folder = Path(options.shared_folder).expanduser().absolute()
-    run = list(rest), output_dir
-    (job,) = submitit_jobs.submit(options, folder, [run], settings.data.num_workers)
-    return job
+    runs = [(list(rest), output_dir)]
+    return submitit_jobs.submit(options, folder, runs, settings.data.num_workers)[0]
 
 
 if __name__ == "__main__":

@@ -15,28 +15,20 @@ Exit code: 0 done or submitted, 1 a run failed, 2 command line rejected, 75 stop
 
 import shlex
 import sys
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
+from cli.options import take
 from cli.parser import UsageError
 from launch import local_runs, submitit_jobs, sweep_plan
-from launch.options import SweepOptions, take
-from launch.sweep_plan import Sweep
+from launch.sweep_plan import Sweep, SweepOptions
 from reports import draw, seed_tables, stored_runs
-from reports.stored_runs import ResultsError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line.
-
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Runs one command line, that of the process if `argv` is None; returns the exit code."""
     options, base, problems = take(
         SweepOptions,
         sys.argv[1:] if argv is None else argv,
@@ -51,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         sweep = sweep_plan.make_sweep(options, base, problems)
-        if options.dry_run:
-            return run_sweep(sweep, options)
-        with FileLock(options.folder / ".sweep.lock", timeout=0):
+        lock = FileLock(options.folder / ".sweep.lock", timeout=0)
+        with nullcontext() if options.dry_run else lock:
             return run_sweep(sweep, options)
     except UsageError as error:
         print(error.message("sweep.py"), end="", file=sys.stderr)
@@ -72,11 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_sweep(sweep: Sweep, options: SweepOptions) -> int:
     """Runs or submits what is left of a sweep, prints and draws its results.
 
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: If the folder of a run holds a run with other settings.
+    Returns the exit code; raises UsageError if the folder of a run holds one with other settings.
     """
     processes = options.nodes * options.processes_per_node if options.submitit else 1
     done = sweep_plan.finished(sweep.runs, processes)
@@ -92,10 +79,11 @@ def run_sweep(sweep: Sweep, options: SweepOptions) -> int:
             print(f"  {shlex.join(['python', 'main.py', *run.argv])}")
         return 0
     if left and options.submitit:
-        arguments = [(run.argv, str(run.folder)) for run in left]
-        workers, parallel = left[0].settings.data.num_workers, options.max_parallel
-        folder = options.folder / "jobs"
-        new = submitit_jobs.submit(options, folder, arguments, workers, parallel)
+        runs = [(run.argv, str(run.folder)) for run in left]
+        workers = left[0].settings.data.num_workers
+        new = submitit_jobs.submit(
+            options, options.folder / "jobs", runs, workers, options.max_parallel
+        )
         jobs |= {run.name: job for run, job in zip(left, new, strict=True)}
     for name, job in jobs.items():
         print(f"  {name}: job {job.job_id}, follow tail -F {job.task(0).paths.stdout}", flush=True)
@@ -110,10 +98,7 @@ def run_sweep(sweep: Sweep, options: SweepOptions) -> int:
 
 def report(sweep: Sweep, options: SweepOptions) -> None:
     """Prints a table of the finished runs, a row for each arm, and draws them."""
-    finished = []
-    for run in sweep.runs:
-        with suppress(ResultsError):
-            finished.append(stored_runs.read(run.folder))
+    finished = [results for run in sweep.runs if (results := run.results())]
     if not finished:
         return
     found, notes = stored_runs.group(finished)
@@ -126,7 +111,7 @@ def report(sweep: Sweep, options: SweepOptions) -> None:
         notes += draw.draw_comparison(groups, options.folder / "comparison", *axes)[1]
         notes.append(f"Drawn in {options.folder / 'comparison'}")
     notes.append(f"As a file: python summarize.py {shlex.quote(str(options.folder))} --format csv")
-    print("", seed_tables.text_table(groups), *notes, sep="\n")
+    print("", seed_tables.seed_table(groups), *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,23 +23,7 @@ T = TypeVar("T")
 Role = Literal["method", "place", "compute", "command"]
 
 #: A range: what the message says of it, and the test of a value.
-Range = tuple[str, Callable[[Any], bool]]
-
-POSITIVE: Range = ("must be positive and finite", lambda x: 0 < x < math.inf)
-LIMIT: Range = ("must be positive and finite (none: no limit)", POSITIVE[1])
-NOT_NEGATIVE: Range = ("must be a finite number that is not negative", lambda x: 0 <= x < math.inf)
-SHARE: Range = ("must be in [0, 1)", lambda x: 0 <= x < 1)
-PROBABILITY: Range = ("must be a probability, in [0, 1]", lambda x: 0 <= x <= 1)
-QUALITY: Range = ("must be a quality, in [1, 100]", lambda x: 1 <= x <= 100)
-SEED: Range = ("must be in [0, 2^32)", lambda x: 0 <= x < 2**32)
-CROP_AREA: Range = (
-    "must be two rising shares of the image, in (0, 1]",
-    lambda x: 0 < x[0] <= x[1] <= 1,
-)
-ASPECT_RATIO: Range = (
-    "must be two rising, positive numbers",
-    lambda x: 0 < x[0] <= x[1] < math.inf,
-)
+Range = tuple[str, Callable[[Any], Any]]
 
 #: Names that the original writes with dashes.
 _DASHED = {
@@ -50,12 +35,6 @@ _DASHED = {
 
 _YES_NO = {"true": True, "yes": True, "on": True, "1": True}
 _YES_NO |= {"false": False, "no": False, "off": False, "0": False}
-_MISSING = object()
-
-
-def at_least(least: int) -> Range:
-    """The range of a count."""
-    return f"must be at least {least}", lambda x: x >= least
 
 
 @dataclass(frozen=True)
@@ -84,18 +63,16 @@ class Flag:
     @property
     def most_values(self) -> float:
         """How many values may follow it."""
-        origin, args = typing.get_origin(self._several), typing.get_args(self._several)
-        if origin is dict or (origin is tuple and args[-1] is ...):
-            return math.inf
-        return len(args) if origin is tuple else 1
+        return self._shape[1]
 
-    @property
-    def takes_text(self) -> bool:
-        """Whether any word may be a value, also one that looks like a configuration's name."""
-        if typing.get_origin(self._several) is dict:  # of words with an equals sign
+    def accepts(self, word: str) -> bool:
+        """Whether a word may be meant as its value, or as one of several."""
+        kind = self._shape[0]
+        try:
+            value = _read_one(kind, word)
+        except ValueError:
             return False
-        element = (typing.get_args(self._several) or (self._several,))[0]
-        return element not in (int, float)
+        return kind is not str or self.range is None or bool(self.range[1](value))
 
     def read(self, words: Sequence[str]) -> Any:
         """The value that words of a command line or of a configuration stand for.
@@ -103,9 +80,12 @@ class Flag:
         Raises ValueError with one line that names the flag, the words, and what is allowed.
         """
         given = " ".join([self.spelling, *words])
-        none = self._none()
-        if none is not _MISSING and [word.lower() for word in words] == ["none"]:
-            return none
+        can_be_none = types.NoneType in typing.get_args(self.kind)
+        if [word.lower() for word in words] == ["none"]:
+            if can_be_none:
+                return None
+            if not self.at_least_one or self.default == "":
+                return type(self.default)()
         try:
             value = self._value(words)
         except ValueError as error:
@@ -113,43 +93,35 @@ class Flag:
         several = value if self.most_values == math.inf else [value]
         unknown = [v for v in several if v not in self.choices and not isinstance(v, bool)]
         if self.choices and unknown:
-            known = [*(["none"] if none is None else []), *self.choices]
-            known += ["true", "false"] if self.kind == bool | str else []
+            known = ["none"] * can_be_none + [*self.choices]
+            known += ["true", "false"] * (self.kind == bool | str)
             raise ValueError(f"{given} is unknown: choose one of {', '.join(known)}")
         if self.range is not None and not all(map(self.range[1], several)):
             raise ValueError(f"{given}: {self.range[0]}")
         return value
 
     @property
-    def _several(self) -> Any:
-        """The annotation without `| None`."""
-        match typing.get_args(self.kind):
-            case (kind, none) if none is type(None):
-                return kind
-        return self.kind
-
-    def _none(self) -> Any:
-        """The value that `none` stands for, if it is one."""
-        if type(None) in typing.get_args(self.kind):
-            return None
-        if not self.at_least_one:
-            return {} if typing.get_origin(self.kind) is dict else ()
-        return "" if self.default == "" else _MISSING
+    def _shape(self) -> tuple[Any, float]:
+        """The type of one value, dict for `name=value`, and how many values there may be."""
+        kinds = typing.get_args(self.kind)
+        kind = kinds[0] if types.NoneType in kinds else self.kind
+        origin, elements = typing.get_origin(kind), typing.get_args(kind)
+        if origin is tuple:
+            return elements[0], math.inf if ... in elements else len(elements)
+        return (dict, math.inf) if origin is dict else (kind, 1)
 
     def _value(self, words: Sequence[str]) -> Any:
-        number = self.most_values
-        if number == 1:
-            if len(words) != 1:
-                raise ValueError("needs a value" if not words else "takes one value")
-            return _read_one(self._several, words[0])
-        if number < math.inf and len(words) != number:
+        kind, number = self._shape
+        if 1 < number < math.inf and len(words) != number:
             raise ValueError(f"takes {number} values")
-        if not words and self.at_least_one:
+        if not words and (self.at_least_one or number == 1):
             raise ValueError("needs a value")
-        if typing.get_origin(self.kind) is dict:
-            return dict(map(_key_value, words))
-        element = typing.get_args(self._several)[0]
-        return tuple(_read_one(element, word) for word in words)
+        if len(words) > number:
+            raise ValueError("takes one value")
+        values = [_read_one(kind, word) for word in words]
+        if number == 1:
+            return values[0]
+        return dict(values) if kind is dict else tuple(values)
 
 
 def flag(default: Any, help: str, **kwargs: Any) -> Any:
@@ -183,20 +155,15 @@ def choose(table: Mapping[str, T], flag: str, name: str) -> T:
     return table[name]
 
 
-def read_yes_no(text: str) -> bool:
-    """Reads a yes/no word; raises ValueError on any other."""
-    if text.lower() not in _YES_NO:
-        raise ValueError("is not true or false")
-    return _YES_NO[text.lower()]
-
-
 def _read_one(kind: Any, word: str) -> Any:
-    """A word as a value of a type: bool, int, float, str, or `bool | str`."""
-    if kind == bool | str:
-        return _YES_NO.get(word.lower(), word)
+    """A word as a value of a type: bool, int, float, str, `bool | str`, or a pair for a dict."""
+    if kind is dict:
+        return _key_value(word)
+    if kind in (bool, bool | str) and word.lower() in _YES_NO:
+        return _YES_NO[word.lower()]
     if kind is bool:
-        return read_yes_no(word)
-    if kind is str:
+        raise ValueError("is not true or false")
+    if kind == bool | str:
         return word
     try:
         return kind(word)

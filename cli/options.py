@@ -55,8 +55,9 @@ def take(
             others.append(word)
             continue
         words = [value] if has_value else ["true"] if one.is_switch else []
-        while not words or (len(words) < one.most_values and one.name not in once):
-            if has_value or one.is_switch or not rest or FLAG.match(rest[0]):
+        most = 0 if words else 1 if one.name in once else one.most_values
+        while len(words) < most and rest and not FLAG.match(rest[0]):
+            if words and not one.accepts(rest[0]):
                 break
             words.append(rest.pop(0))
         _read(one, words, values, problems)

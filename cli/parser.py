@@ -15,27 +15,25 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from cli import configurations
-from cli.flags import Flag, flags_of, read_yes_no
-from cli.settings import (
-    GROUPS,
-    LEGACY_FLAGS,
-    REMOVED_FLAGS,
-    Given,
-    Settings,
-    all_flags,
-    find_flag,
-    is_setting,
-    names_of,
-)
+from cli.flags import Flag, flags_of
+from cli.settings import FLAGS, GROUPS, LEGACY_FLAGS, REMOVED_FLAGS, Given, Settings, names_of
 
 #: What the first characters of a flag look like; a negative number is a value.
 FLAG = re.compile(r"--?[A-Za-z]")
+
+#: What can be written: settings, and the original's other names, some of which are yes/no flags.
+_SWITCH: dict[str, Any] = {"kind": bool, "choices": ()}
+_WRITTEN = FLAGS | {
+    old: replace(FLAGS[new], name=old, **(_SWITCH if values else {}))
+    for old, (new, values) in LEGACY_FLAGS.items()
+}
 
 #: Other words for settings, for "did you mean".
 SYNONYMS = Path(__file__).with_name("synonyms.yaml")
@@ -60,13 +58,22 @@ def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     Returns:
         The settings, with defaults in the place of what could not be read; and all that is wrong.
     """
+    if {"-h", "--help"} & {*argv}:
+        sys.stdout.write(_help())
+        raise SystemExit(0)
     problems: list[str] = []
     names, occurrences = _split(argv, problems)
     flags = _read(occurrences, problems)
     configured: dict[str, Any] = {}
     problems.extend(configurations.problems_of_order(names))
     for name in names:
-        configured |= _read_configuration(name, problems)
+        try:
+            values, found = read_mapping(configurations.load(name))
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            configured |= values
+            problems += [f"{name}: {problem}" for problem in found]
     given = Given(tuple(names), flags, frozenset({*configured, *flags}))
     return Settings().replace(given, **(configured | flags)), problems
 
@@ -77,8 +84,8 @@ def read_mapping(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]
     occurrences = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if is_setting(name) or name in LEGACY_FLAGS:
-            occurrences.append(_Occurrence(name, f"--{key}", _words(value)))
+        if name in _WRITTEN:
+            occurrences.append(_Occurrence(name, f"--{key}", words_of(value)))
         elif name not in REMOVED_FLAGS or value:  # older configurations have them, without effect
             problems.append(_unknown(f"--{key}"))
     return _read(occurrences, problems), problems
@@ -86,7 +93,7 @@ def read_mapping(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]
 
 def shown(value: Any) -> str:
     """A value as people write it on the command line."""
-    return " ".join(_words(value)) or "none"
+    return " ".join(words_of(value)) or "none"
 
 
 def command_words(command: Mapping[str, Any]) -> str:
@@ -110,37 +117,29 @@ class _Occurrence(NamedTuple):
     def read(self) -> tuple[str, Any]:
         """Name of the setting and its value; raises ValueError with one line for people."""
         name, values = LEGACY_FLAGS.get(self.name, (self.name, None))
-        if values is None:
-            return name, find_flag(name).read(self.words)
-        try:
-            return name, values[read_yes_no(" ".join(self.words))]
-        except ValueError as error:
-            raise ValueError(f"{self}: {error}") from None
+        value = _WRITTEN[self.name].read(self.words)
+        return name, values[value] if values else value
 
 
 def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_Occurrence]]:
     """Configurations, and flags with their words."""
     names: list[str] = []
     occurrences: list[_Occurrence] = []
+    switches = {name for name, one in _WRITTEN.items() if one.is_switch}
     rest = list(argv)
     while rest:
         token = rest.pop(0)
+        spelling, has_value, value = token.partition("=")
+        name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
         if not FLAG.match(token):
             names.append(token)
-            continue
-        spelling, has_value, value = token.partition("=")
-        if spelling in ("-h", "--help"):
-            if not has_value:
-                _print_help()
-                raise SystemExit(0)
-            problems.append(f"{token}: takes no value")
-            continue
-        name = spelling[2:].replace("-", "_") if spelling.startswith("--") else ""
-        if is_setting(name) or name in LEGACY_FLAGS:
-            words = [value] if has_value else _take_words(name, rest)
+        elif name in _WRITTEN:
+            words = [value] if has_value else _take_words(_WRITTEN[name], rest)
             occurrences.append(_Occurrence(name, spelling, words))
-        elif name.startswith("no_") and _is_switch(name[3:]) and not has_value:
+        elif name.startswith("no_") and name[3:] in switches and not has_value:
             occurrences.append(_Occurrence(name[3:], f"--{spelling[5:]}", ["false"]))
+        elif spelling in ("-h", "--help"):
+            problems.append(f"{token}: takes no value")
         else:
             problems.append(_unknown(spelling))
             while rest and not FLAG.match(rest[0]) and not _is_configuration(rest[0]):
@@ -148,25 +147,19 @@ def _split(argv: Sequence[str], problems: list[str]) -> tuple[list[str], list[_O
     return names, occurrences
 
 
-def _take_words(name: str, rest: list[str]) -> list[str]:
+def _take_words(one: Flag, rest: list[str]) -> list[str]:
     """Takes the values of a flag from the rest of a command line.
 
     Any surplus word but a configuration is taken too, so that a message can name the flag.
     """
-    one = find_flag(LEGACY_FLAGS.get(name, (name,))[0])
-    most = 0 if _is_switch(name) else one.most_values
+    most = 0 if one.is_switch else one.most_values
     words: list[str] = []
     while rest and not FLAG.match(rest[0]):
-        complete = len(words) >= most or words == ["none"]
-        if _is_configuration(rest[0]) and (complete or not one.takes_text):
+        is_complete = len(words) >= most or words == ["none"]
+        if _is_configuration(rest[0]) and (is_complete or not one.accepts(rest[0])):
             break
         words.append(rest.pop(0))
-    return words or (["true"] if most == 0 else [])
-
-
-def _is_switch(name: str) -> bool:
-    name, values = LEGACY_FLAGS.get(name, (name, None))
-    return values is not None or (is_setting(name) and find_flag(name).is_switch)
+    return words or ["true"] * (most == 0)
 
 
 def _is_configuration(word: str) -> bool:
@@ -200,8 +193,7 @@ def _unknown(spelling: str) -> str:
     bare = spelling.lstrip("-").replace("-", "_").lower()
     if bare in REMOVED_FLAGS:
         return f"{spelling} is no option: {REMOVED_FLAGS[bare]}"
-    names = {one.name: one.spelling for one in all_flags() if one.help}
-    names |= {old: f"--{old}" for old in LEGACY_FLAGS}
+    names = {name: one.spelling for name, one in _WRITTEN.items() if one.help}
     synonyms = yaml.safe_load(SYNONYMS.read_text(encoding="utf-8"))
     words = names | {w: names[name] for name, line in synonyms.items() for w in line.split()}
     near = difflib.get_close_matches(bare, words, n=1, cutoff=0.8)
@@ -210,19 +202,7 @@ def _unknown(spelling: str) -> str:
     return f"{spelling} is no option: {hint}"
 
 
-def _read_configuration(name: str, problems: list[str]) -> dict[str, Any]:
-    """Settings of a configuration; what is wrong with it goes to `problems`, under its name."""
-    try:
-        content = configurations.load(name)
-    except ValueError as error:
-        problems.append(str(error))
-        return {}
-    values, found = read_mapping(content)
-    problems.extend(f"{name}: {problem}" for problem in found)
-    return values
-
-
-def _words(value: Any) -> list[str]:
+def words_of(value: Any) -> list[str]:
     """A value of a configuration as the words that say the same on the command line."""
     if isinstance(value, dict):
         return [f"{key}={one}" for key, one in value.items()]
@@ -233,8 +213,8 @@ def _words(value: Any) -> list[str]:
     return [str(value)]
 
 
-def _print_help() -> None:
-    """Prints what `--help` shows, from the declarations of the settings."""
+def _help() -> str:
+    """What `--help` shows, from the declarations of the settings."""
     parser = argparse.ArgumentParser(
         prog="main.py",
         usage="main.py [CONFIG ...] [--flags]",
@@ -243,30 +223,20 @@ def _print_help() -> None:
         "underscores are the same. "
         "Example: main.py digits_l2p linear_probe --seeds 42 43 --output_dir output",
     )
-    names = ", ".join(configurations.names())
-    parser.add_argument(
-        "config", nargs="*", metavar="CONFIG", help=f"configurations, merged left to right: {names}"
-    )
+    names = f"configurations, merged left to right: {', '.join(configurations.names())}"
+    parser.add_argument("config", nargs="*", metavar="CONFIG", help=names)
     for group in GROUPS.values():
         add = parser.add_argument_group((group.__doc__ or "").rstrip(".")).add_argument
         for one in flags_of(group):
+            metavar = "BOOL" if one.is_switch else one.name.upper() + " ..." * (one.most_values > 1)
+            is_named = (re.search(rf"(?<!\w){re.escape(c)}(?!\w)", one.help) for c in one.choices)
+            choices = "" if all(is_named) else f"; one of {', '.join(one.choices)}"
+            text = f"{one.help}{choices} (default: {shown(one.default)})".replace("%", "%%")
             if one.help:
-                add(one.spelling, metavar=_metavar(one), help=_help(one))
+                add(one.spelling, metavar=metavar, help=text)
             for old, (new, values) in LEGACY_FLAGS.items():
                 if new == one.name:
                     means = [f"; {shown(key)}: {value}" for key, value in (values or {}).items()]
                     text = f"{one.spelling} of the original{''.join(means)}"
-                    add(f"--{old}", metavar="BOOL" if values else _metavar(one), help=text)
-    sys.stdout.write(parser.format_help())
-
-
-def _metavar(one: Flag) -> str:
-    if one.is_switch:
-        return "BOOL"
-    return one.name.upper() + (" ..." if one.most_values > 1 else "")
-
-
-def _help(one: Flag) -> str:
-    unnamed = [c for c in one.choices if not re.search(rf"(?<!\w){re.escape(c)}(?!\w)", one.help)]
-    choices = f"; one of {', '.join(one.choices)}" if unnamed else ""
-    return f"{one.help}{choices} (default: {shown(one.default)})".replace("%", "%%")
+                    add(f"--{old}", metavar="BOOL" if values else metavar, help=text)
+    return parser.format_help()

@@ -6,7 +6,7 @@ and methods here.
 """
 
 import dataclasses
-import functools
+import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -14,26 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.flags import (
-    ASPECT_RATIO,
-    CROP_AREA,
-    LIMIT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    PROBABILITY,
-    QUALITY,
-    SEED,
-    SHARE,
-    Flag,
-    Role,
-    at_least,
-    command,
-    compute,
-    flag,
-    flags_of,
-    place,
-)
+from cli.flags import Range, Role, command, compute, flag, flags_of, place
 from cli.paths import ROOT
+
+#: What values must be.
+COUNT: Range = ("must be at least 1", lambda x: x >= 1)
+NATURAL: Range = ("must be at least 0", lambda x: x >= 0)
+POSITIVE: Range = ("must be positive and finite", lambda x: 0 < x < math.inf)
+LIMIT: Range = ("must be positive and finite (none: no limit)", POSITIVE[1])
+NOT_NEGATIVE: Range = ("must be a finite number that is not negative", lambda x: 0 <= x < math.inf)
+SHARE: Range = ("must be in [0, 1)", lambda x: 0 <= x < 1)
+PROBABILITY: Range = ("must be a probability, in [0, 1]", lambda x: 0 <= x <= 1)
+QUALITY: Range = ("must be a quality, in [1, 100]", lambda x: 1 <= x <= 100)
+SEED: Range = ("must be in [0, 2^32)", lambda x: 0 <= x < 2**32)
+AREA: Range = ("must be two rising shares of the image, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1)
+RATIO: Range = ("must be two rising, positive numbers", lambda x: 0 < x[0] <= x[1] < math.inf)
 
 #: Other names of settings, which the original has: the setting's name, and its value for each
 #: value of the other name; None: the same values.
@@ -74,7 +69,7 @@ class RunSettings:
 class OutputSettings:
     """Output."""
 
-    print_freq: int = compute(10, "steps between two progress lines of a log", range=at_least(1))
+    print_freq: int = compute(10, "steps between two progress lines of a log", range=COUNT)
     plots: bool = command(True, "draw figures at the end of a run")
     tensorboard: bool = command(False, "log to TensorBoard, in --output_dir/tensorboard")
     wandb: bool = command(False, "log to Weights & Biases, if wandb is installed")
@@ -98,13 +93,13 @@ class DataSettings:
     file_lists: str | None = flag(
         None, "CORe50: folder of published file lists that define the domains; none: its sessions"
     )
-    num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=at_least(0))
+    num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=NATURAL)
     pin_mem: bool = compute(True, "page-locked memory for faster copies to a GPU")
     data_on_device: bool | str = compute(
         "auto", "store and transform all images on the device (auto: a GPU)", choices=("auto",)
     )
     eval_batch_size: int | None = compute(
-        None, "test images of a batch; none: --batch-size, on a GPU at least 256", range=at_least(1)
+        None, "test images of a batch; none: --batch-size, on a GPU at least 256", range=COUNT
     )
     test_cache: float = compute(2.0, "GB of test images that a process caches", range=NOT_NEGATIVE)
 
@@ -122,22 +117,24 @@ class TaskSettings:
         None,
         "tasks that the classes are split into, or episodes of the gaussian scenario; none: 10, "
         "200 episodes, or as many as there are data sets or domains",
-        range=at_least(1),
+        range=COUNT,
     )
-    classes_per_task: int | None = flag(None, "classes of a task; none: all classes, evenly")
+    classes_per_task: int | None = flag(
+        None, "classes of a task; none: all classes, evenly", range=COUNT
+    )
     shuffle: bool = flag(True, "shuffle the classes by --seed before the split")
     class_order: str | None = flag(None, "file of the classes' order: ids or names, JSON or text")
     train_mask: bool = flag(True, "training predicts the task's own classes only")
     task_inc: bool = flag(False, "evaluation predicts among the classes of the image's task only")
     joint: bool = flag(False, "all tasks at once: the upper bound")
-    eval_every: int = flag(1, "evaluate after every N-th task and the last", range=at_least(1))
+    eval_every: int = flag(1, "evaluate after every N-th task and the last", range=COUNT)
     gaussian_reading: str = flag(
         "paper",
         "variant of the gaussian schedule: episodes of --steps_per_task steps, every batch once "
         "(paper), or of whole epochs on all images of their classes (released)",
         choices=("paper", "released"),
     )
-    steps_per_task: int = flag(5, "steps of an episode of the paper's variant", range=at_least(1))
+    steps_per_task: int = flag(5, "steps of an episode of the paper's variant", range=COUNT)
     gaussian_sigma: float = flag(50.0, "sigma of a class's presence, in steps", range=POSITIVE)
 
     @property
@@ -156,12 +153,10 @@ class TaskSettings:
 class ReplaySettings:
     """Replay."""
 
-    buffer_size: int | None = flag(
-        None, "images of earlier tasks to store in all", range=at_least(1)
-    )
-    buffer_per_class: int | None = flag(None, "images to store of each class", range=at_least(1))
+    buffer_size: int | None = flag(None, "images of earlier tasks to store in all", range=COUNT)
+    buffer_per_class: int | None = flag(None, "images to store of each class", range=COUNT)
     replay_batch: int | None = flag(
-        None, "replayed images of a step, of each process; none: --batch-size", range=at_least(1)
+        None, "replayed images of a step, of each process; none: --batch-size", range=COUNT
     )
 
     @property
@@ -220,9 +215,9 @@ class PromptSettings:
     """Prompts."""
 
     prompt_pool: bool = flag(True, "learn prompts; false: the head and what is not frozen alone")
-    size: int = flag(10, "prompts in the pool (M)", range=at_least(1))
-    length: int = flag(5, "tokens of a prompt (L)", range=at_least(1))
-    top_k: int = flag(5, "prompts selected for an image (K)", range=at_least(1))
+    size: int = flag(10, "prompts in the pool (M)", range=COUNT)
+    length: int = flag(5, "tokens of a prompt (L)", range=COUNT)
+    top_k: int = flag(5, "prompts selected for an image (K)", range=COUNT)
     initializer: str = flag(
         "uniform",
         "initial prompts: U(-1, 1), zeros, or U(0, 0.01) as the JAX release",
@@ -239,7 +234,7 @@ class PromptSettings:
     shared_prompt_key: bool = flag(False, "a task's keys start from those of the previous task")
     batchwise_prompt: bool = flag(True, "a vote group shares its most frequent prompts")
     vote_group_size: int | None = flag(
-        None, "images that vote together; none: --batch-size", range=at_least(1)
+        None, "images that vote together; none: --batch-size", range=COUNT
     )
     vote_ties: str = flag(
         "lowest", "who wins a tied vote: lowest id, or topk (original)", choices=("lowest", "topk")
@@ -262,9 +257,9 @@ class PromptSettings:
 class OptimizerSettings:
     """Optimizer and learning rate."""
 
-    batch_size: int = flag(16, "images of a step, of each process", range=at_least(1))
+    batch_size: int = flag(16, "images of a step, of each process", range=COUNT)
     drop_last: bool = flag(False, "drop the last step of an epoch if its batch is incomplete")
-    epochs: int = flag(5, "epochs of each task", range=at_least(1))
+    epochs: int = flag(5, "epochs of each task", range=COUNT)
     opt: str = flag("adam", "any optimizer of timm")
     opt_eps: float = flag(1e-8, "epsilon of the optimizer", range=POSITIVE)
     opt_betas: tuple[float, ...] | None = flag(None, "betas of the optimizer")
@@ -293,8 +288,8 @@ class OptimizerSettings:
     min_lr: float = flag(1e-5, "lowest learning rate of cyclic schedules", range=NOT_NEGATIVE)
     decay_epochs: float = flag(30.0, "epochs between two decays (step)")
     decay_milestones: tuple[int, ...] = flag((30, 60), "epochs of the decays (multistep)")
-    warmup_epochs: int = flag(5, "epochs of warm-up (all but constant)", range=at_least(0))
-    cooldown_epochs: int = flag(10, "epochs at the lowest rate after a cycle", range=at_least(0))
+    warmup_epochs: int = flag(5, "epochs of warm-up (all but constant)", range=NATURAL)
+    cooldown_epochs: int = flag(10, "epochs at the lowest rate after a cycle", range=NATURAL)
     patience_epochs: int = flag(10, "epochs without gain before a decay (plateau)")
     decay_rate: float = flag(0.1, "factor of a decay", range=POSITIVE)
 
@@ -311,16 +306,16 @@ class OptimizerSettings:
 class TransformSettings:
     """Image transforms."""
 
-    input_size: int = flag(224, "pixels a side; the patch size must divide it", range=at_least(1))
-    scale: tuple[float, float] = flag((0.08, 1.0), "range of the crop's area", range=CROP_AREA)
-    ratio: tuple[float, float] = flag((3 / 4, 4 / 3), "range of width/height", range=ASPECT_RATIO)
+    input_size: int = flag(224, "pixels a side; the patch size must divide it", range=COUNT)
+    scale: tuple[float, float] = flag((0.08, 1.0), "range of the crop's area", range=AREA)
+    ratio: tuple[float, float] = flag((3 / 4, 4 / 3), "range of width/height", range=RATIO)
     hflip: float = flag(0.5, "probability of a horizontal flip", range=PROBABILITY)
     train_interpolation: str = flag(
         "bilinear",
         "resampling of the crop; random: bilinear or bicubic for each image",
         choices=("nearest", "bilinear", "bicubic", "random"),
     )
-    train_resize: int | None = flag(None, "pixels a side before the crop", range=at_least(1))
+    train_resize: int | None = flag(None, "pixels a side before the crop", range=COUNT)
     train_jpeg: int | None = flag(None, "quality of a JPEG round trip before crops", range=QUALITY)
     test_interpolation: str = flag(
         "bicubic", "resampling of test images (JAX: bilinear)", choices=("bilinear", "bicubic")
@@ -329,7 +324,7 @@ class TransformSettings:
     aa: str | None = flag(None, "timm's augmentation policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = flag(0.0, "probability of random erasing", range=PROBABILITY)
     remode: str = flag("pixel", "what fills an erased box", choices=("const", "rand", "pixel"))
-    recount: int = flag(1, "number of erased boxes", range=at_least(1))
+    recount: int = flag(1, "number of erased boxes", range=COUNT)
     norm: str = flag(
         "none",
         "pixel values: none ([0, 1], the original), half ([-1, 1]) or imagenet",
@@ -383,15 +378,15 @@ class Settings:
 
     def __getitem__(self, name: str) -> Any:
         """A setting by the name of its flag."""
-        return getattr(getattr(self, _declared()[name][0]), name)
+        return getattr(getattr(self, _GROUP_OF[name]), name)
 
     def replace(self, given: Given | None = None, **values: Any) -> "Settings":
         """The same settings with other values, by name."""
         groups: dict[str, Any] = {"given": given or self.given}
         for name, value in values.items():
-            group = _declared()[name][0]
+            group = groups.get(_GROUP_OF[name], getattr(self, _GROUP_OF[name]))
             new = {name: tuple(value) if isinstance(value, list) else value}
-            groups[group] = dataclasses.replace(groups.get(group, getattr(self, group)), **new)
+            groups[_GROUP_OF[name]] = dataclasses.replace(group, **new)
         return dataclasses.replace(self, **groups)
 
     def for_seed(self, seed: int) -> "Settings":
@@ -400,12 +395,12 @@ class Settings:
 
     def stored(self) -> dict[str, Any]:
         """Settings that describe the run, by name, as plain values for files."""
-        return {one.name: plain(self[one.name]) for one in all_flags() if one.role != "command"}
+        return {name: plain(self[name]) for name in names_of("method", "place", "compute")}
 
     def command(self) -> dict[str, Any]:
         """Configurations and flags of the command line that say what is learned, and where."""
-        names = [name for name in self.given.flags if find_flag(name).role in ("method", "place")]
-        flags = {name: plain(self.given.flags[name]) for name in names}
+        stored = {*names_of("method", "place")}
+        flags = {name: plain(v) for name, v in self.given.flags.items() if name in stored}
         return {"configurations": list(self.given.configurations), "flags": flags}
 
     @property
@@ -432,31 +427,14 @@ GROUPS: dict[str, type] = {
     name: kind for name, kind in typing.get_type_hints(Settings).items() if name != "given"
 }
 
-
-@functools.cache
-def _declared() -> dict[str, tuple[str, Flag]]:
-    """Every setting with the name of its group, by name, group by group."""
-    return {one.name: (name, one) for name, group in GROUPS.items() for one in flags_of(group)}
-
-
-def all_flags() -> list[Flag]:
-    """Every setting, group by group."""
-    return [one for _, one in _declared().values()]
-
-
-def is_setting(name: str) -> bool:
-    """Whether there is a setting of that name."""
-    return name in _declared()
-
-
-def find_flag(name: str) -> Flag:
-    """The declaration of a setting."""
-    return _declared()[name][1]
+#: Every setting by name, group by group; and the name of its group.
+FLAGS = {one.name: one for group in GROUPS.values() for one in flags_of(group)}
+_GROUP_OF = {one.name: name for name, group in GROUPS.items() for one in flags_of(group)}
 
 
 def names_of(*roles: Role) -> Iterator[str]:
     """Names of the settings of some roles."""
-    return (one.name for one in all_flags() if one.role in roles)
+    return (name for name, one in FLAGS.items() if one.role in roles)
 
 
 def plain(value: Any) -> Any:

@@ -54,15 +54,9 @@ class _Child:
 
 
 def run_here(runs: Sequence[Run], num_jobs: int, logs: Path) -> int:
-    """Runs on this machine, and prints how each run ends.
+    """Runs so many at a time on this machine, with their output in `logs`; prints how each ends.
 
-    Args:
-        runs: At least one.
-        num_jobs: How many run at a time.
-        logs: Folder of their output; it is made.
-
-    Returns:
-        0, 1 if a run failed, 130 after Ctrl-C, or 75 after another signal.
+    Returns 0, 1 if a run failed, 130 after Ctrl-C, or 75 after another signal.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [(run, f"[{number}/{len(runs)}] {run.name}") for number, run in enumerate(runs, 1)]

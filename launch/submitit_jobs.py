@@ -1,4 +1,4 @@
-"""Jobs of submitit: what runs in one, how they are submitted, and how they end."""
+"""Jobs of submitit: what they ask for, what runs in one, and how they end."""
 
 import logging
 import os
@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cloudpickle
 import submitit
 
+from cli.flags import flag
 from cli.paths import ROOT
-from launch.options import JobOptions
+from cli.settings import COUNT, NATURAL
 
 #: What submitit and the commands of Slurm raise when jobs cannot be submitted or found.
 SUBMISSION_ERRORS = (RuntimeError, OSError, subprocess.CalledProcessError)
@@ -27,28 +29,59 @@ POLL_SECONDS = 5.0
 _REQUEUE_SECONDS = 600
 
 
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job asks for; None leaves it to Slurm and its variables, such as SBATCH_ACCOUNT."""
+
+    cluster: str | None = flag(
+        None, "slurm or local (default: slurm where there is srun)", choices=("slurm", "local")
+    )
+    nodes: int = flag(1, "nodes of the job", range=COUNT)
+    gpus_per_node: int = flag(1, "GPUs of a node", range=NATURAL)
+    tasks_per_node: int | None = flag(None, "processes of a node (default: GPUs)", range=COUNT)
+    cpus_per_task: int | None = flag(None, "cores (default: --num_workers + 1)", range=COUNT)
+    mem_gb: float | None = flag(None, "memory of a node, GB")
+    timeout: int = flag(2800, "time limit, minutes", range=COUNT)
+    partition: str | None = flag(None, "partition of Slurm")
+    nodelist: str | None = flag(None, "nodes that the job must get")
+    comment: str | None = flag(None, "comment of the job, as some clusters demand it")
+    use_volta32: bool = flag(False, "only GPUs with the feature volta32gb")
+    max_requeues: int = flag(30, "times that it may run out of time", range=NATURAL)
+    job_name: str = flag("l2p", "name of the job")
+    wait: bool = flag(False, "wait for the end of what is submitted")
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes of a node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the job runs on this machine."""
+        return (self.cluster or submitit.AutoExecutor.which()) == "local"
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong with them together."""
+        if self.nodes == 1 or not self.is_local:
+            return []
+        why = "" if self.cluster else ", and there is no Slurm here"
+        return [f"--nodes {self.nodes}: --cluster local is this machine alone{why}"]
+
+
 class Trainer:
-    """One process of a job: main.py with the job's arguments.
+    """One process of a job: main.py, in the folder `program`, with the job's arguments.
 
     A job unpickles it before it finds the program, so it is pickled with its code, and only its
     methods import modules of the program.
-
-    Args:
-        program: Folder of main.py.
     """
 
     def __init__(self, program: Path) -> None:
         self.program = program
 
     def __call__(self, argv: list[str], output_dir: str | None) -> None:
-        """Runs main.py among the processes of the job.
+        """Runs main.py among the processes of the job, with results in the job's folder if None.
 
-        Args:
-            argv: Arguments of main.py.
-            output_dir: Folder of the results; None: the job's own folder.
-
-        Raises:
-            RuntimeError: If it does not end with exit code 0.
+        Raises RuntimeError if it does not end with exit code 0.
         """
         logging.getLogger("submitit").propagate = False  # it has its own handlers
         job = submitit.JobEnvironment()
@@ -100,25 +133,23 @@ def submit(
     executor = submitit.AutoExecutor(
         folder=folder / "%j", cluster=options.cluster, slurm_max_num_timeout=options.max_requeues
     )
-    wanted = {
-        "name": options.job_name,
-        "nodes": options.nodes,
-        "gpus_per_node": options.gpus_per_node or None,
-        "tasks_per_node": options.processes_per_node,
-        "cpus_per_task": options.cpus_per_task or num_workers + 1,
-        "mem_gb": options.mem_gb,
-        "timeout_min": options.timeout,
-        "slurm_partition": options.partition,
-        "slurm_nodelist": options.nodelist,
-        "slurm_comment": options.comment,
-        "slurm_constraint": "volta32gb" if options.use_volta32 else None,
-        "slurm_array_parallelism": max_parallel,
-        "slurm_signal_delay_s": 120,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a failed process ends the others
-        "slurm_additional_parameters": {"requeue": True},
-    }
-    given = {name: value for name, value in wanted.items() if value is not None}
-    executor.update_parameters(**given)
+    executor.update_parameters(  # None leaves a parameter out
+        name=options.job_name,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node or None,
+        tasks_per_node=options.processes_per_node,
+        cpus_per_task=options.cpus_per_task or num_workers + 1,
+        mem_gb=options.mem_gb,
+        timeout_min=options.timeout,
+        slurm_partition=options.partition,
+        slurm_nodelist=options.nodelist,
+        slurm_comment=options.comment,
+        slurm_constraint="volta32gb" if options.use_volta32 else None,
+        slurm_array_parallelism=max_parallel,
+        slurm_signal_delay_s=120,
+        slurm_srun_args=["--kill-on-bad-exit=1"],  # a failed process ends the others
+        slurm_additional_parameters={"requeue": True},
+    )
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # see `Trainer`
     return executor.map_array(Trainer(ROOT), *zip(*runs, strict=True))
 
@@ -138,16 +169,15 @@ def wait(job: submitit.Job, title: str = "") -> int:
     while not job.done():
         time.sleep(POLL_SECONDS)
         job.get_info(mode="force")  # else submitit notices much later that Slurm ended the job
+    title, first = title or f"job {job.job_id}", job.task(0)
     tasks = [job.task(number) for number in range(job.num_tasks)]
     tasks.sort(key=lambda task: not task.paths.result_pickle.exists())  # others are waited for
     failure = next(filter(None, (task.exception() for task in tasks)), None)
-    title = title or f"job {job.job_id}"
     if failure is None:
         print(f"Finished: {title}", flush=True)
         return 0
     match = re.search(r"main.py ended with exit code (\d+)", str(failure))
     code = int(match[1]) if match else 1
-    first = job.task(0)
     log = f"{first.stdout() or ''}\n{first.stderr() or ''}".splitlines()
     errors = [line for line in log if line.startswith(("error:", "  - "))] or log[-10:]
     headline = f"error: {title} failed (exit code {code}), see {first.paths.stderr}"

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from cli import configurations
-from cli.parser import UsageError, parse, shown
+from cli.flags import Range, flag, flags_of
+from cli.parser import UsageError, parse, shown, words_of
 from cli.paths import ROOT
-from cli.settings import Settings, names_of
-from launch.options import SweepOptions
+from cli.settings import COUNT, SEED, Settings, names_of
+from continual_datasets.class_order import read_class_order
+from launch.submitit_jobs import JobOptions
 from reports import stored_runs
-from reports.stored_runs import ResultsError
+from reports.stored_runs import ResultsError, StoredRun
 
 SWEEP_DIR = ROOT / "configs" / "sweeps"
+
+#: How an axis of `--grid` is written.
+GRID: Range = ("must be NAME=VALUE,...", re.compile(r"[A-Za-z][\w-]*=").match)
 
 #: Settings that sweep.py gives to each run.
 _GIVEN = ("seed", "seeds", "output_dir", "resume")
@@ -26,37 +32,63 @@ _UNFIT = re.compile(r"[^\w.+-]+")
 
 
 @dataclass(frozen=True)
+class SweepOptions(JobOptions):
+    """Options of sweep.py."""
+
+    grid: tuple[str, ...] | None = flag(
+        None,
+        "settings and their values, NAME=VALUE,..., all of which are combined; no SWEEP then",
+        range=GRID,
+    )
+    output_dir: str = flag("", "folder of the sweep: each run goes to OUTPUT_DIR/ARM/seedSEED")
+    seeds: tuple[int, ...] = flag((42,), "seeds of each arm", range=SEED)
+    jobs: int | None = flag(None, "local runs at a time, which share cores and GPUs", range=COUNT)
+    list: bool = flag(False, "show the sweeps, and stop")
+    dry_run: bool = flag(False, "show what would run, and stop")
+    submitit: bool = flag(False, "run as an array of jobs")
+    max_parallel: int | None = flag(None, "jobs of the array that run at a time", range=COUNT)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the sweep."""
+        return Path(self.output_dir).expanduser().absolute()
+
+    def problems(self) -> Sequence[str]:
+        """What is wrong with them together."""
+        problems = ["--output_dir is missing: name the folder of the sweep"] * (not self.output_dir)
+        if not self.submitit:
+            names = [*(one.name for one in flags_of(JobOptions)), "max_parallel"]
+            given = [name for name in names if getattr(self, name) != getattr(SweepOptions, name)]
+            return problems + [f"--{name} is for jobs: give --submitit, too" for name in given]
+        if self.jobs is not None:
+            problems.append("--jobs is for runs of this machine: give --max_parallel instead")
+        return [*problems, *super().problems()]
+
+
+@dataclass(frozen=True)
 class Run:
-    """One arm with one seed.
+    """One arm with one seed."""
 
-    Attributes:
-        name: ARM/seedSEED, its folder relative to that of the sweep.
-        folder: Folder of its results.
-        argv: Arguments of main.py.
-        settings: The settings that they stand for.
-    """
+    name: str  # ARM/seedSEED, its folder relative to that of the sweep
+    folder: Path  # of its results
+    argv: list[str]  # of main.py
+    settings: Settings  # that they stand for
 
-    name: str
-    folder: Path
-    argv: list[str]
-    settings: Settings
+    def results(self) -> StoredRun | None:
+        """Its results; None: it is not finished."""
+        with suppress(ResultsError):
+            return stored_runs.read(self.folder)
+        return None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs that a command line asks for.
+    """The runs that a command line asks for."""
 
-    Attributes:
-        name: Name of the sweep file, or --grid.
-        runs: A run for each arm and seed.
-        left_out: Names of impossible arms by the reason.
-        axes: Settings on the x axis and for the lines of the figure `accuracy_against`.
-    """
-
-    name: str
+    name: str  # of the sweep file, or --grid
     runs: list[Run]
-    left_out: dict[str, list[str]]
-    axes: Sequence[str]
+    left_out: dict[str, list[str]]  # names of impossible arms by the reason
+    axes: list[str]  # settings on the x axis and for the lines of the figure `accuracy_against`
 
 
 def list_sweeps() -> str:
@@ -68,37 +100,40 @@ def list_sweeps() -> str:
 
 
 def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[str] = ()) -> Sweep:
-    """Finds the runs of a sweep.
-
-    Args:
-        options: Options of sweep.py.
-        base: The rest of the command line: the sweep, unless `--grid` gives it, and arguments of
-            main.py that all runs share.
-        problems: What is known to be wrong already.
+    """Finds the runs of a sweep, of which `base` has the name, and arguments that all runs share.
 
     Raises:
-        UsageError: If something cannot be read, or no arm is possible, with everything wrong.
+        UsageError: If something cannot be read, or no arm is possible, with everything wrong and
+            the problems that are known already.
     """
     from experiment.validate import validate
 
     name, *base = ["--grid", *base] if options.grid else base or [""]
-    arms, axes = expand(name, read_grid(options.grid) if options.grid else read_file(name))
+    try:
+        arms, axes = expand(name, read_grid(options.grid) if options.grid else read_file(name))
+    except UsageError as error:
+        raise UsageError([*problems, *error.problems]) from error
     runs: list[Run] = []
-    reasons: dict[str, list[str]] = {}
+    reasons = defaultdict[str, list[str]](list)
     is_readable = True
     for arm, values in arms.items():
-        argv = [*base, *(word for item in values.items() for word in _words(*item))]
+        argv = [*base, *_arguments(values)]
         settings, found = parse(argv)
-        given = [name for name in settings.given.flags if name in _GIVEN]
+        given = [name for name in _GIVEN if name in settings.given.flags]
         found = [*problems, *found, *(f"--{n}: sweep.py sets it: leave it out" for n in given)]
         is_readable &= not found
-        own = [_make_run(arm, seed, argv, options.folder) for seed in dict.fromkeys(options.seeds)]
+        own = []
+        for seed in dict.fromkeys(options.seeds):
+            folder = options.folder / arm / f"seed{seed}"
+            last: dict[str, Any] = {"seed": seed, "output_dir": str(folder), "resume": "auto"}
+            words = [*argv, *_arguments(last)]
+            own.append(Run(f"{arm}/seed{seed}", folder, words, settings.replace(**last)))
         try:
             validate(own[0].settings, found, elsewhere=options.submitit)
             runs += own
         except UsageError as error:
             for problem in error.problems:
-                reasons.setdefault(problem, []).append(arm)
+                reasons[problem].append(arm)
     if not (is_readable and runs):
         raise UsageError(
             problem if len(own_arms) == len(arms) else f"{', '.join(own_arms)}: {problem}"
@@ -114,29 +149,25 @@ def read_file(name: str) -> dict[str, Any]:
         UsageError: If there is none, or it cannot be read.
     """
     path = name if configurations.is_file_name(name) else str(SWEEP_DIR / f"{name}.yaml")
-    if not Path(path).expanduser().is_file():
-        problem = f"{name!r} is no sweep: begin with one of --list, or a file that ends in .yaml"
-        raise UsageError([f"{problem}, or give --grid"])
     try:
-        return configurations.load(path)
+        if configurations.exists(path):
+            return configurations.load(path)
+        problem = f"{name!r} is no sweep: begin with one of --list, or a file that ends in .yaml"
+        raise ValueError(f"{problem}, or give --grid")
     except ValueError as error:
         raise UsageError([str(error)]) from error
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, Any]:
     """The same from texts of the form `name=value,value`."""
-    grid: dict[str, list[str]] = {}
+    grid = defaultdict[str, list[str]](list)
     for name, _, values in (text.partition("=") for text in texts):
-        grid.setdefault(name.replace("-", "_"), []).extend(values.split(","))
-    return {"grid": grid}
+        grid[name.replace("-", "_")] += values.split(",")
+    return {"grid": dict(grid)}
 
 
 def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Combines the arms of a sweep, if any, with all values of its grid, if any.
-
-    Args:
-        name: Name of the sweep.
-        content: `arms`, `grid`, and the axes `against` and `lines`; all are optional.
 
     Returns:
         The settings of each arm, by the name that its folder gets; and the axes, see `Sweep`.
@@ -164,8 +195,8 @@ def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
         if full_name in combined:
             raise UsageError([f"{name}: two arms have the name and the folder {full_name}"])
         combined[full_name] = {**(own or {}), **values}
-    varied = [setting for setting, values in grid.items() if len(values) > 1]
     axes = [content[axis] for axis in ("against", "lines") if axis in content]
+    varied = [setting for setting, values in grid.items() if len(values) > 1]
     if not arms and len(varied) <= 2:
         axes += [setting for setting in varied if setting not in axes]
     return combined, axes[:2]
@@ -177,29 +208,23 @@ def finished(runs: Sequence[Run], num_processes: int) -> list[Run]:
     Raises:
         UsageError: If the folder of a run holds a run with other settings, with the differences.
     """
-    done, problems = [], []
-    for run in runs:
-        with suppress(ResultsError):  # main.py itself compares the settings of an unfinished run
-            stored_runs.read(run.folder)
-            done.append(run)
-            if differences := "; ".join(_differences(run, num_processes)):
-                problem = f"{run.folder} holds a run with other settings: {differences}; "
-                problems.append(problem + "give another --output_dir, or move it away")
+    problems = []
+    done = [run for run in runs if run.results()]
+    for run in done:  # main.py itself compares the settings of an unfinished run
+        if differences := "; ".join(_differences(run, num_processes)):
+            problem = f"{run.folder} holds a run with other settings: {differences}; "
+            problems.append(problem + "give another --output_dir, or move it away")
     if problems:
         raise UsageError(problems)
     return done
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """A setting as arguments of main.py."""
-    words = shown(value).split() if isinstance(value, dict | list) else [shown(value)]
-    return [f"--{name}", *words]
-
-
-def _make_run(arm: str, seed: int, argv: list[str], folder: Path) -> Run:
-    name = f"{arm}/seed{seed}"
-    own = ["--seed", str(seed), "--output_dir", str(folder / name), "--resume", "auto"]
-    return Run(name, folder / name, [*argv, *own], parse([*argv, *own])[0])
+def _arguments(settings: dict[str, Any]) -> list[str]:
+    """Settings as arguments of main.py."""
+    argv = []
+    for name, value in settings.items():
+        argv += [f"--{name}", *([word for word in words_of(value) if word] or ["none"])]
+    return argv
 
 
 def _differences(run: Run, num_processes: int) -> Iterator[str]:
@@ -215,19 +240,12 @@ def _differences(run: Run, num_processes: int) -> Iterator[str]:
         if "imagefolder" in str(config["dataset"]).lower():
             free -= {"data_path"}
             config["data_path"] = str(Path(config["data_path"]).expanduser().resolve())
-    if wanted["class_order"] is not None:
-        stored["class_order"] = list(itertools.chain(*results["class_order"]))
-        wanted["class_order"] = _read_order(Path(wanted["class_order"]), results)
+    if path := wanted["class_order"]:
+        wanted["class_order"], learned = [], list(itertools.chain(*results["class_order"]))
+        stored["class_order"] = learned
+        with suppress(ValueError, OSError):  # a file that main.py will reject
+            order = read_class_order(Path(path), results["class_names"])
+            wanted["class_order"] = order[: len(learned)]
     for name in sorted(wanted.keys() - free):
         if stored.get(name) != wanted[name]:
             yield f"{name} {shown(stored.get(name))} in place of {shown(wanted[name])}"
-
-
-def _read_order(path: Path, results: dict[str, Any]) -> list[int]:
-    """The class order of a file, as far as a run has learned its classes."""
-    from continual_datasets.class_order import read_class_order
-
-    with suppress(ValueError, OSError):  # a file that main.py will reject
-        order = read_class_order(path, results["class_names"])
-        return order[: sum(map(len, results["class_order"]))]
-    return []

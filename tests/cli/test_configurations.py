@@ -4,7 +4,7 @@ import pytest
 
 from cli import configurations
 from helpers.command_lines import problems_of, rejections, settings_of
-from helpers.tables import cases
+from helpers.tables import assert_says, cases
 
 
 @pytest.fixture
@@ -29,71 +29,65 @@ def test_names_are_those_of_the_files():
 def test_missing_configuration_is_named_and_guessed(tmp_path):
     """Whose data are not checked."""
     for name in ("digit_l2p", "Digits_L2P", "digits-l2p"):
-        assert problems_of(name) == [
+        wanted = [
             f"{name!r} is neither a configuration nor the value of a flag: did you mean digits_l2p?"
             " --list shows the configurations; a file of your own must end in .yaml"
         ]
-    (problem,) = problems_of(tmp_path / "own.yaml")
+        assert problems_of(name) == rejections(name) == wanted
+    (problem,) = rejections(tmp_path / "own.yaml")
     assert problem.startswith(f"there is no file {tmp_path / 'own.yaml'}: ")
-    for name in ("digit_l2p", "own.yaml"):
-        (problem,) = rejections(name)
-        assert name in problem
 
 
-def test_file_is_found_from_the_home_directory(tmp_path, monkeypatch, own):
+def test_file_may_be_in_the_home_directory_and_empty(tmp_path, monkeypatch, own):
     monkeypatch.setenv("HOME", str(tmp_path))
-    own("size: 3\n")
-    assert configurations.load("~/own.yaml") == {"size": 3}
+    for text, content in {
+        "size: 3": {"size": 3},
+        "": {},
+        "# no\n": {},
+        "{}": {},
+        "null": {},
+    }.items():
+        own(text)
+        assert configurations.load("~/own.yaml") == content
 
 
-def test_empty_file_sets_nothing(own):
-    for text in ("", "# nothing\n", "{}\n", "null\n"):
-        assert configurations.load(str(own(text))) == {}
-
-
-#: Content of a file; what is said of it, behind or in front of its name.
+#: Content of a file; what is said of it, behind its name.
 WRONG = """
 sizes: 3
-  --sizes is no option: did you mean --size?
+  : --sizes is no option: did you mean --size?
 size: null
-  --size none: 'none' is not a whole number
+  : --size none: 'none' is not a whole number
 - 1
   must hold `name: value` lines
 a: [
-  is no YAML
+  is no YAML: .. expected the node content
 epochs: [1, 2]
-  --epochs 1 2: takes one value
+  : --epochs 1 2: takes one value
 epochs: []
-  --epochs: needs a value
+  : --epochs: needs a value
 scale: 0.5
-  --scale 0.5: takes 2 values
+  : --scale 0.5: takes 2 values
 model_kwargs: [depth]
-  --model-kwargs depth: 'depth' is not of the form name=value
+  : --model-kwargs depth: 'depth' is not of the form name=value
+{size: 3, lr: 1, size: 3}
+  sets size twice: once is enough
+{batch_size: 3, batch-size: 4}
+  sets batch_size twice: once is enough
+{top-k: 3, size: 1, top_k: 4, size: 2}
+  sets size, top_k twice: once is enough
+model_kwargs: {depth: 1, depth: 2}
+  sets depth twice: once is enough
+{aa: size, size: 3, length: 3}
 """
 
 
 def test_wrong_content_is_named_with_its_file(own):
-    for text, (message,) in cases(WRONG):
+    for text, problems in [*cases(WRONG), (b"\xff\xfe\x00size: 1", ["is no YAML: "])]:
         path = own(text)
-        (problem,) = problems_of(path)
-        assert problem.startswith(f"{path}: {message}") or problem.startswith(f"{path} {message}")
-    path = own(b"\xff\xfe\x00size: 1")
-    (problem,) = problems_of(path)
-    assert problem.startswith(f"{path} is no YAML: ")
+        assert_says(problems_of(path), [f"{path} .. {problem}" for problem in problems])
 
 
-def test_key_that_is_given_twice_is_rejected(own):
-    for text, twice in {
-        "size: 3\nlr: 1\nsize: 3\n": "size",
-        "batch_size: 3\nbatch-size: 4\n": "batch_size",
-        "top-k: 3\nsize: 1\ntop_k: 4\nsize: 2\n": "size, top_k",
-        "model_kwargs: {depth: 1, depth: 2}\n": "depth",
-    }.items():
-        path = own(text)
-        assert problems_of(path) == [f"{path} sets {twice} twice: once is enough"]
-    assert problems_of(own("aa: size\nsize: 3\nlength: 3\n")) == []
-
-
+#: A command line with one's own configuration; what is wrong with it.
 ORDERS = """
 digits_l2p
 joint
@@ -101,22 +95,19 @@ digits_l2p single_prompt joint
 OWN digits_l2p
 digits_l2p OWN joint OWN
 digits_l2p digits_l2p
-  digits_l2p and digits_l2p are full configurations
+  digits_l2p and digits_l2p are full configurations, of which a run has one: leave all but one out
 single_prompt digits_l2p joint
   single_prompt is an overlay: put it behind digits_l2p, which would overwrite it
 digits_l2p joint cifar100_l2p
   joint is an overlay: put it behind cifar100_l2p, which would overwrite it
-  digits_l2p and cifar100_l2p are full configurations
+  digits_l2p and cifar100_l2p are full .. (--list shows which ones are overlays)
 """
-OF_WHICH = ", of which a run has one: leave all but one out (--list shows which ones are overlays)"
 
 
 def test_a_run_has_one_full_configuration_and_overlays_behind_it(own):
     path = str(own("size: 7\n"))
     for line, problems in cases(ORDERS):
-        argv = line.replace("OWN", path).split()
-        wanted = [p + OF_WHICH if p.endswith("configurations") else p for p in problems]
-        assert list(configurations.problems_of_order(argv)) == problems_of(*argv) == wanted
+        assert_says(problems_of(line.replace("OWN", path)), problems)
     settings = settings_of("digits_l2p", path, "joint")
     found = settings.prompts.size, settings.data.dataset, settings.tasks.joint
     assert found == (7, "digits", True)

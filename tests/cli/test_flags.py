@@ -1,15 +1,15 @@
 """How a setting is declared, and how words become its value."""
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 
-from cli import flags
-from cli.flags import CROP_AREA, LIMIT, POSITIVE, at_least, flag, flags_of, read_yes_no
+from cli import settings
+from cli.flags import flag, flags_of
+from cli.settings import AREA, COUNT, LIMIT, NATURAL, POSITIVE
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Group:
     """One field of every kind."""
 
     switch: bool = flag(True, "a switch")
-    count: int = flag(3, "a count", range=at_least(1))
-    opt_eps: int | None = flag(None, "a count or none", range=at_least(1))
+    count: int = flag(3, "a count", range=COUNT)
+    opt_eps: int | None = flag(None, "a count or none", range=COUNT)
     rate: float = flag(0.5, "a number", range=POSITIVE)
     limit: float | None = flag(None, "a number or none", range=LIMIT)
     word: str = flag("b", "a word")
@@ -28,40 +28,42 @@ class Group:
     maybe_choice: str | None = flag(None, "one of two, or none", choices=("one", "two"))
     switch_or_path: bool | str = flag(True, "a switch or a path")
     switch_or_auto: bool | str = flag("auto", "a switch or auto", choices=("auto",))
-    pair: tuple[float, float] = flag((0.1, 1.0), "two numbers", range=CROP_AREA)
-    counts: tuple[int, ...] | None = flag(None, "counts or none", range=at_least(0))
+    pair: tuple[float, float] = flag((0.1, 1.0), "two numbers", range=AREA)
+    counts: tuple[int, ...] | None = flag(None, "counts or none", range=NATURAL)
     words: tuple[str, ...] = flag(("a", "b"), "words", at_least_one=False)
+    rated: tuple[str, ...] = flag((), "words", range=("must end in !", re.compile(".*!").match))
     mapping: dict[str, Any] = flag({}, "names with values", at_least_one=False)  # noqa: RUF009
 
 
 FLAGS = {one.name: one for one in flags_of(Group)}
 
 
-def test_flags_of_a_group_are_its_fields_in_order():
-    assert list(FLAGS) == [field.name for field in dataclasses.fields(Group)]
-    assert FLAGS["limit"].kind == float | None
-    assert FLAGS["limit"].help == "a number or none"
+def test_flags_of_a_group_are_its_fields():
+    assert list(FLAGS) == [field.name for field in fields(Group)]
+    limit = FLAGS["limit"]
+    assert (limit.kind, limit.help, limit.spelling) == (float | None, "a number or none", "--limit")
     assert FLAGS["pair"].default == Group().pair == (0.1, 1.0)
-    one, other = Group(), Group()
-    assert one.mapping == other.mapping == {}
-    assert one.mapping is not other.mapping
-
-
-def test_kind_of_a_flag_follows_from_name_and_annotation():
-    """Dashes where the original has them; numbers and mappings are no configurations."""
-    assert FLAGS["opt_eps"].spelling == "--opt-eps"
-    assert FLAGS["empty_word"].spelling == "--empty_word"
+    assert Group().mapping == {}
+    assert Group().mapping is not Group().mapping
+    assert FLAGS["opt_eps"].spelling == "--opt-eps"  # as in the original
     assert {name for name, one in FLAGS.items() if one.is_switch} == {"switch"}
-    several = {"pair": 2, "counts": math.inf, "words": math.inf, "mapping": math.inf}
-    assert {name: one.most_values for name, one in FLAGS.items()} == {
-        name: several.get(name, 1) for name in FLAGS
-    }
-    of_numbers = set("count opt_eps rate limit pair counts mapping".split())
-    assert {name for name, one in FLAGS.items() if not one.takes_text} - {"switch"} == of_numbers
+    many = dict.fromkeys(("counts", "words", "rated", "mapping"), math.inf) | {"pair": 2}
+    assert {name: one.most_values for name, one in FLAGS.items()} == dict.fromkeys(FLAGS, 1) | many
+
+
+def test_word_is_accepted_by_its_type():
+    """Numbers out of range, too; text, unless it has a form of its own."""
+    of_numbers = set("count opt_eps rate limit pair counts".split())
+    for word, rejecting in {
+        "x": {*of_numbers, "switch", "rated", "mapping"}, "-1": {"switch", "rated", "mapping"},
+        "a=x!": {*of_numbers, "switch"},
+    }.items():  # fmt: skip
+        assert {name for name, one in FLAGS.items() if not one.accepts(word)} == rejecting
 
 
 VALUES = {
-    "switch": {"true": True, "No": False},
+    "switch": dict.fromkeys("true yes on 1 TRUE Yes oN".split(), True)
+    | dict.fromkeys("false no off 0 FALSE No oFf".split(), False),
     "count": {"7": 7},
     "opt_eps": {"7": 7, "none": None, "None": None},
     "rate": {"1e-3": 0.001, "2": 2.0},
@@ -89,6 +91,10 @@ def test_words_become_the_value_of_the_annotation():
 
 PROBLEMS = """
 --switch true false: takes one value
+--switch maybe: is not true or false
+--switch 2: is not true or false
+--switch t: is not true or false
+--switch none: is not true or false
 --count x: 'x' is not a whole number
 --count 1.5: '1.5' is not a whole number
 --count 0: must be at least 1
@@ -116,41 +122,28 @@ PROBLEMS = """
 
 def test_words_that_are_no_value_name_the_flag():
     for problem in PROBLEMS.strip().splitlines():
-        spelling, *words = re.split(": | is ", problem)[0].split()
+        spelling, *words = re.split(": | is (?!not)", problem)[0].split()
         with pytest.raises(ValueError) as caught:
             FLAGS[spelling[2:].replace("-", "_")].read(words)
         assert str(caught.value) == problem
 
 
-def test_yes_no_words_in_any_letter_case():
-    for words, value in (("true yes on 1", True), ("false no off 0", False)):
-        for word in words.split():
-            for spelled in (word, word.upper(), word.capitalize()):
-                assert read_yes_no(spelled) is value
-    for word in ("", "maybe", "2", "t", "none"):
-        with pytest.raises(ValueError, match="is not true or false"):
-            read_yes_no(word)
-
-
-#: What is inside; what is outside.
-RANGES = {
-    "POSITIVE": ([1e-9, 3], [0, -1, math.inf, math.nan]),
-    "LIMIT": ([1e-9, 3], [0, -1, math.inf, math.nan]),
-    "NOT_NEGATIVE": ([0, 3], [-1e-9, math.inf, math.nan]),
-    "SHARE": ([0, 0.99], [-0.1, 1, math.nan]),
-    "PROBABILITY": ([0, 1], [-0.1, 1.1, math.nan]),
-    "QUALITY": ([1, 100], [0, 101]),
-    "SEED": ([0, 2**32 - 1], [-1, 2**32]),
-    "CROP_AREA": ([(0.1, 0.1), (0.5, 1)], [(0, 1), (0.5, 0.4), (0.5, 1.1), (math.nan, 1)]),
-    "ASPECT_RATIO": ([(1, 1), (0.5, 2)], [(0, 1), (2, 1), (1, math.inf), (math.nan, 1)]),
-    "at_least(2)": ([2, 9], [1, -3]),
-}
-
-
-@pytest.mark.parametrize("name", RANGES)
-def test_ranges_hold_what_they_say(name):
-    text, holds = at_least(2) if name == "at_least(2)" else getattr(flags, name)
-    assert text.startswith("must be ")
-    assert [list(map(holds, values)) for values in RANGES[name]] == [
-        [inside] * len(values) for inside, values in zip((True, False), RANGES[name], strict=True)
-    ]
+def test_ranges_hold_what_they_say():
+    nan, inf = math.nan, math.inf
+    for name, (inside, outside) in {
+        "POSITIVE": ([1e-9, 3], [0, -1, inf, nan]),
+        "LIMIT": ([1e-9, 3], [0, -1, inf, nan]),
+        "NOT_NEGATIVE": ([0, 3], [-1e-9, inf, nan]),
+        "SHARE": ([0, 0.99], [-0.1, 1, nan]),
+        "PROBABILITY": ([0, 1], [-0.1, 1.1, nan]),
+        "QUALITY": ([1, 100], [0, 101]),
+        "SEED": ([0, 2**32 - 1], [-1, 2**32]),
+        "AREA": ([(0.1, 0.1), (0.5, 1)], [(0, 1), (0.5, 0.4), (0.5, 1.1), (nan, 1)]),
+        "RATIO": ([(1, 1), (0.5, 2)], [(0, 1), (2, 1), (1, inf), (nan, 1)]),
+        "COUNT": ([1, 9], [0, -3]),
+        "NATURAL": ([0, 9], [-1]),
+    }.items():
+        text, holds = getattr(settings, name)
+        assert text.startswith("must be ")
+        wanted = [True] * len(inside) + [False] * len(outside)
+        assert [holds(value) for value in (*inside, *outside)] == wanted, name

@@ -1,68 +1,43 @@
 """The settings: what is declared, what they default to, and what follows from them."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
 from cli import configurations
+from cli.parser import words_of
 from cli.paths import ROOT
-from cli.settings import (
-    GROUPS,
-    LEGACY_FLAGS,
-    Settings,
-    all_flags,
-    find_flag,
-    flags_of,
-    is_setting,
-    names_of,
-    plain,
-)
+from cli.settings import FLAGS, GROUPS, LEGACY_FLAGS, Settings, flags_of, names_of, plain
 from continual_datasets.scenarios import SCENARIOS
 from helpers.command_lines import settings_of
 from prompt import SELECTION_RULES
 from vision_transformer import POOLINGS
 
-NAMES = [one.name for one in all_flags()]
 
-
-def words_of(value):
-    """A value as words of a command line."""
-    if isinstance(value, dict):
-        return [f"{key}={one}" for key, one in value.items()]
-    if isinstance(value, tuple):
-        return list(map(str, value))
-    return ["none" if value is None else str(value)]
-
-
-def test_every_setting_is_declared_once():
-    assert len(set(NAMES)) == len(NAMES) > 90
-    assert [one.name for group in GROUPS.values() for one in flags_of(group)] == NAMES
-    assert [field.name for field in dataclasses.fields(Settings)] == [*GROUPS, "given"]
-
-
-def test_declaration_has_a_help_and_a_default_in_its_own_range():
+def test_every_setting_is_declared_once_with_a_help_and_a_sound_default():
     """The launchers' own option has no help."""
-    for one in all_flags():
-        assert one.read(words_of(one.default)) == one.default == Settings()[one.name]
-        assert bool(one.help) == (one.name != "local_rank")
-        assert not one.help.endswith("."), one.name
+    assert [one.name for group in GROUPS.values() for one in flags_of(group)] == list(FLAGS)
+    assert len(FLAGS) > 90
+    assert [field.name for field in dataclasses.fields(Settings)] == [*GROUPS, "given"]
+    for name, one in FLAGS.items():
+        assert one.read(words_of(one.default)) == one.default == Settings()[name]
+        assert bool(one.help) == (name != "local_rank")
+        assert not one.help.endswith("."), name
     registries = {"scenario": SCENARIOS, "diversify": SELECTION_RULES, "head_type": POOLINGS}
     for name, registry in registries.items():
-        for registered in registry:
-            assert registered in find_flag(name).help
-
-
-def test_legacy_names_stand_for_settings_and_their_choices():
+        assert [word for word in registry if word not in FLAGS[name].help] == []
     for old, (name, values) in LEGACY_FLAGS.items():
-        assert not is_setting(old)
-        for value in (values or {}).values():
-            assert find_flag(name).read([value]) == value
+        assert old not in FLAGS
+        assert [FLAGS[name].read([v]) for v in (values or {}).values()] == [
+            *(values or {}).values()
+        ]
 
 
 def test_roles_part_the_settings():
     roles = {role: list(names_of(role)) for role in ("method", "place", "compute", "command")}
-    assert sorted(name for names in roles.values() for name in names) == sorted(NAMES)
+    assert sorted(name for names in roles.values() for name in names) == sorted(FLAGS)
     assert set(roles["place"]) == {"seed", "data_path", "pretrained"}
     assert set(roles["compute"]) == set(
         "output_dir device num_workers pin_mem print_freq compile grad_checkpointing "
@@ -96,23 +71,16 @@ def test_defaults_are_the_originals():
 
 def test_settings_are_changed_in_a_copy_alone():
     settings = Settings()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.optimizer.lr = 1.0
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.optimizer = None
-    other = settings.replace(lr=1.0, freeze=["head"], num_tasks=3)
+    for owner, name in ((settings.optimizer, "lr"), (settings, "optimizer")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(owner, name, None)
+    other = settings.replace(lr=1.0, freeze=["head"], num_tasks=3, opt="sgd")
     assert (other.optimizer.lr, other.model.freeze, other.tasks.num_tasks) == (1.0, ("head",), 3)
+    assert other.optimizer.opt == "sgd"
     assert settings == Settings()
     assert other.prompts is settings.prompts
     with pytest.raises(KeyError):
         settings.replace(learning_rate=1.0)
-
-
-def test_stored_settings_are_plain_and_leave_out_what_a_command_does():
-    stored = Settings().stored()
-    assert set(stored) == set(NAMES) - set(names_of("command"))
-    assert yaml.safe_load(yaml.safe_dump(stored)) == stored
-    assert [plain(value) for value in ((1, 2), (), None, "a", {})] == [[1, 2], [], None, "a", {}]
 
 
 LINES = """
@@ -126,15 +94,19 @@ cifar100_l2p_official_v2 diversified --model-kwargs depth=3 a=[1,2] b=none c=Tru
 
 
 def test_stored_settings_are_a_configuration_of_the_same_values(tmp_path):
+    """Without what a command does."""
     path = tmp_path / "config.yaml"
     for line in [*LINES.splitlines(), *configurations.names()]:
         settings = settings_of(line)
-        path.write_text(configurations.to_yaml(settings.stored()))
-        assert list(yaml.safe_load(path.read_text())) == sorted(settings.stored())
+        stored = settings.stored()
+        path.write_text(configurations.to_yaml(stored))
+        assert yaml.safe_load(path.read_text()) == stored
+        assert list(yaml.safe_load(path.read_text())) == sorted({*FLAGS} - {*names_of("command")})
         again = settings_of(path)
-        assert again.stored() == settings.stored()
-        assert {one.name for one in all_flags() if again[one.name] != settings[one.name]} == set()
-        assert again.given.explicit == set(settings.stored())
+        assert again.stored() == stored
+        assert [name for name in FLAGS if again[name] != settings[name]] == []
+        assert again.given.explicit == set(stored)
+    assert [plain(value) for value in ((1, 2), (), None, "a", {})] == [[1, 2], [], None, "a", {}]
 
 
 def test_command_is_what_was_said_of_the_run():
@@ -145,53 +117,38 @@ def test_command_is_what_was_said_of_the_run():
     }
 
 
-def test_values_follow_from_the_settings():
-    """Learning rate by the batch; vote groups with replayed images; gaussian episodes; pull."""
-    for line, rate in {
-        "": 0.03 * 16 / 256,
-        "--lr 0.5 --batch-size 128": 0.25,
-        "--lr 0.5 --lr_scale none": 0.5,
-        "--lr 0.5 --lr_scale global": 0.5 * 64 / 256,
-    }.items():
-        assert settings_of(line).optimizer.learning_rate(64) == pytest.approx(rate, rel=1e-12)
-    for line, wanted in {
-        "": (16, 0, False),
-        "--replay_batch 8": (16, 0, False),
-        "--buffer_size 9": (16, 16, True),
+GLYPH = "assets/glyph_vit.safetensors"
+
+#: What follows from settings; its value by the command line.
+FOLLOWING = [
+    (lambda s: s.optimizer.learning_rate(64), {
+        "": 0.03 * 16 / 256, "--lr 0.5 --batch-size 128": 0.25, "--lr 0.5 --lr_scale none": 0.5,
+        "--lr 0.5 --lr_scale global": 0.125,
+    }),
+    (lambda s: (s.vote_group_size, s.replayed_per_group, s.replay.has_buffer), {
+        "": (16, 0, False), "--replay_batch 8": (16, 0, False), "--buffer_size 9": (16, 16, True),
         "--buffer_per_class 9 --replay_batch 8 --vote_group_size 4": (4, 2, True),
         "--batch-size 32 --vote_group_size 8": (8, 0, False),
-    }.items():
-        one = settings_of(line)
-        found = (one.vote_group_size, one.replayed_per_group, one.replay.has_buffer)
-        assert found == wanted, line
-    for line, wanted in {
-        "": (5, 5 * 64),
-        "--steps_per_task 3": (3, 3 * 64),
+    }),
+    (lambda s: (s.tasks.schedule_steps, s.tasks.images_per_episode(64)), {
+        "": (5, 5 * 64), "--steps_per_task 3": (3, 3 * 64), "--joint": (5, None),
         "--gaussian_reading released": (1, None),
-        "--joint": (5, None),
-    }.items():
-        tasks = settings_of(line).tasks
-        assert (tasks.schedule_steps, tasks.images_per_episode(64)) == wanted, line
-    assert settings_of().prompts.pull_coeff == 0.1
-    assert settings_of("--no-pull_constraint").prompts.pull_coeff == 0.0
-    for amp, scaled in (("none", False), ("bf16", False), ("fp16", True)):
-        assert settings_of("--amp", amp).precision.loss_scaling is scaled
+    }),
+    (lambda s: s.prompts.pull_coeff, {"": 0.1, "--no-pull_constraint": 0}),
+    (lambda s: s.precision.loss_scaling, {"": False, "--amp bf16": False, "--amp fp16": True}),
+    (lambda s: s.output_folder, {"--output_dir=": None, "--output_dir a": Path("a")}),
+    (lambda s: str(s.for_seed(4).run.output_dir), {"--output_dir a": "a/seed4"}),
+    (lambda s: s.for_seed(4).run.seed, {"--seeds 3 4": 4}),
+    (lambda s: (s.model.weight_file, s.model.weight_source), {
+        "": (None, "timm"), "--pretrained false": (None, "random"),
+        "--pretrained nowhere/w.npz": (Path("nowhere/w.npz"), "w.npz"),
+        f"--pretrained {GLYPH}": (ROOT / GLYPH, "glyph_vit.safetensors"),  # from any folder
+    }),
+]  # fmt: skip
 
 
-def test_weights_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_values_follow_from_the_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    glyph = "assets/glyph_vit.safetensors"
-    for pretrained, file, source in (
-        ("true", None, "timm"),
-        ("false", None, "random"),
-        ("nowhere/w.npz", "nowhere/w.npz", "w.npz"),
-        (glyph, ROOT / glyph, "glyph_vit.safetensors"),
-    ):
-        model = settings_of("--pretrained", pretrained).model
-        assert (str(model.weight_file), model.weight_source) == (str(file), source)
-
-
-def test_each_seed_has_a_folder_of_its_own():
-    run = settings_of("--seeds 3 4 --output_dir out").for_seed(4)
-    assert (run.run.seed, str(run.output_folder)) == (4, "out/seed4")
-    assert settings_of("--output_dir=").output_folder is None
+    for value, by_line in FOLLOWING:
+        for line, wanted in by_line.items():
+            assert value(settings_of(line)) == wanted, line

@@ -6,10 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import main
+from cli.paths import ROOT
 from helpers.launcher_environment import launcher_names
-
-ROOT = Path(main.__file__).resolve().parent
 
 
 def start(*words, **environment):
@@ -24,18 +22,14 @@ def start(*words, **environment):
     )  # fmt: skip
 
 
-def end(process, timeout=300):
-    """Waits for a command and returns it, with its output."""
+def command(*words, timeout=300, **environment):
+    """Runs a command from another folder and returns it, with its output."""
+    process = start(*words, **environment)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def command(*words, **environment):
-    """Runs a command from another folder and returns it, with its output."""
-    return end(start(*words, **environment))
 
 
 def wait_until(is_true, seconds=60):

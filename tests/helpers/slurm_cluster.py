@@ -1,89 +1,75 @@
-"""The `slurm` fixture: a real Slurm cluster of two nodes for the tests of a session.
-
-A test module gets it by
-
-    pytest_plugins = ["helpers.slurm_cluster"]
-
-and not by an import, by which each module would start a cluster of its own.
-"""
+"""The `slurm` fixture: a real Slurm cluster on this machine for the tests of a module."""
 
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from helpers.commands import command, start
+
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
 class Cluster:
-    """A running cluster; `env` is the environment for its commands."""
+    """A running cluster; `env` is what its commands need of the environment."""
 
-    nodes = ("n1", "n2")
+    def __init__(self, folder):
+        self.env = {"SLURM_LAB": folder}
 
-    def __init__(self, env):
-        self.env = env
+    def start(self, *words):
+        """Starts a command."""
+        return start(*words, **self.env)
 
-    def run(self, *words, timeout=120, **env):
-        """Runs a command, as subprocess.run does, with its output captured as text."""
-        return subprocess.run(
-            [str(word) for word in words],
-            env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+    def run(self, *words, timeout=300):
+        """Runs a command and returns it, with its output."""
+        return command(*words, timeout=timeout, **self.env)
 
-    def submit(self, *words, **env):
-        """Calls sbatch with these words and returns the number of the job."""
-        done = self.run("sbatch", "--parsable", *words, **env)
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
+    def call(self, *words, timeout=300):
+        """Runs a command that succeeds; returns its output."""
+        done = self.run(*words, timeout=timeout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    def job(self, job_id):
-        """Returns what `scontrol show job` says about a job, by the names of the fields."""
-        done = self.run("scontrol", "--oneliner", "show", "job", job_id)
-        assert done.returncode == 0, done.stderr
-        words = re.split(r"(?:^|\s)([A-Z][\w/:]*)=", done.stdout.strip())
-        return dict(zip(words[1::2], words[2::2], strict=True))
+    def submit(self, program, *words):
+        """Submits a train.sh in the folder of its program; returns the number of the job."""
+        return self.call("env", f"--chdir={program}", "sbatch", "--parsable", *words).strip()
 
-    def wait_for(self, job_id, states, timeout=60):
-        """Returns the fields of a job as soon as it has one of the states, e.g. "RUNNING"."""
-        states = {states} if isinstance(states, str) else set(states)
-        end = time.monotonic() + timeout
-        while (job := self.job(job_id))["JobState"] not in states:
-            if time.monotonic() > end:
-                raise TimeoutError(f"job {job_id} is not {states} after {timeout} s, but {job}")
-            time.sleep(0.2)
-        return job
+    def wait_for(self, job, *states, seconds=200):
+        """Returns state and restarts of a job as soon as it has one of the states."""
+        limit = time.monotonic() + seconds
+        while True:
+            text = self.call("scontrol", "--oneliner", "show", "job", job)
+            state, restarts = re.search(r" JobState=(\w+) .* Restarts=(\d+) ", text).groups()
+            if state in states:
+                return state, int(restarts)
+            assert time.monotonic() < limit, text
+            time.sleep(0.3)
 
     def power(self, node, state):
         """Cuts the power of a node ("down"; Slurm notices in 20 to 40 s), or restores it."""
-        done = self.run(SCRIPT, f"node-{state}", node)
-        assert done.returncode == 0, done.stderr
+        self.call(SCRIPT, f"node-{state}", node)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm():
     # The paths of sockets must be short, which those below pytest's own folders may not be.
-    folder = tempfile.mkdtemp(prefix="l2p-slurm-")
-    # These tests may themselves run in a job.
-    outer_job = re.compile(r"(SLURMD?|SBATCH|SALLOC|SRUN)_")
-    env = {name: value for name, value in os.environ.items() if not outer_job.match(name)}
-    cluster = Cluster({**env, "SLURM_LAB": folder})
-    try:
-        up = cluster.run(SCRIPT, "up", timeout=1200)
-        if up.returncode != 0:
-            pytest.skip(f"no Slurm cluster: {up.stderr[-500:]}")
-        shell = cluster.run("bash", "-c", f'{up.stdout}\nprintf "%s\n" "$SLURM_CONF" "$PATH"')
-        cluster.env["SLURM_CONF"], cluster.env["PATH"] = shell.stdout.split("\n")[:2]
-        yield cluster
-    finally:
-        cluster.run(SCRIPT, "down", timeout=1200)
-        shutil.rmtree(folder, ignore_errors=True)
+    cluster = Cluster(tempfile.mkdtemp(prefix="l2p-slurm-"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if re.match("(SLURMD?|SBATCH|SALLOC|SRUN)_", n)]:
+            patch.delenv(name)  # these tests may themselves run in a job
+        try:
+            up = cluster.run(SCRIPT, "up", timeout=1200)
+            if up.returncode != 0:
+                pytest.skip(f"no Slurm cluster: {up.stderr[-500:]}")
+            shell = cluster.call("bash", "-c", f'{up.stdout}\nprintf "%s\n" "$SLURM_CONF" "$PATH"')
+            cluster.env["SLURM_CONF"], cluster.env["PATH"] = shell.split("\n")[:2]
+            yield cluster
+        finally:
+            cluster.run(SCRIPT, "down", timeout=1200)
+            shutil.rmtree(cluster.env["SLURM_LAB"], ignore_errors=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Starts a real Slurm cluster of two nodes on this machine for the tests. Each node has its own host
-# name, address, processes and /dev/shm, by Linux namespaces.
+# Starts a real Slurm cluster of four nodes on this machine for the tests: two that stay up, and two
+# in the partition `fragile`; the partition `later` starts no job before it is set UP. Each node has
+# its own host name, address, processes and /dev/shm, by Linux namespaces.
 #
 #   slurm_cluster.sh up               start it and print lines that set SLURM_CONF and PATH
 #   slurm_cluster.sh node-down NODE   cut the power of a node
@@ -18,7 +19,7 @@ CONF=$LAB/etc/slurm.conf
 cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}
 PACKAGES=$cache/l2p-slurm-packages
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
-NAMES=$'n1\nn2'
+NAMES=$'n1\nn2\nn3\nn4'
 
 die() { echo "slurm_cluster: $*" >&2; exit 1; }
 fail() { tail -n 8 "$LAB/log/$2" >&2; down; die "$1"; } # MESSAGE LOG
@@ -93,7 +94,10 @@ ReturnToService=2
 SlurmdTimeout=15
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,bf_interval=2,sched_interval=5
-PartitionName=main Nodes=ALL Default=YES DefaultTime=60 MaxTime=INFINITE State=UP
+PartitionName=DEFAULT DefaultTime=60 MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n1,n2 Default=YES
+PartitionName=fragile Nodes=n3,n4
+PartitionName=later Nodes=n1,n2 State=DOWN
 NodeName=DEFAULT CPUs=64 RealMemory=1000000
 END
     printf '127.0.0.1 localhost\n%s %s\n' "$NET.254" "$host" >"$LAB/etc/hosts"
@@ -157,7 +161,7 @@ node_down() { # NAME: the cable first, so that nobody hears the connections clos
 } 2>/dev/null
 
 all_answer() {
-    [ "$(SLURM_CONF=$CONF timeout 10 sinfo -h -N -p main -t idle,alloc,mix,comp -o %N 2>/dev/null |
+    [ "$(SLURM_CONF=$CONF timeout 10 sinfo -h -N -t idle,alloc,mix,comp -o %N 2>/dev/null |
         sort -u)" = "$NAMES" ]
 }
 up() {
@@ -186,5 +190,5 @@ case ${1:-} in
     _node | node-down | node-up | down)
         . "$LAB/run/settings" || die "the cluster is not up"
         case $1 in _node) run_node "$2" ;; *) "${1/-/_}" "${@:2}" ;; esac ;;
-    *) sed -n '2,12s/^# \?//p' "$SELF"; exit 2 ;;
+    *) sed -n '2,13s/^# \?//p' "$SELF"; exit 2 ;;
 esac

@@ -1,6 +1,5 @@
 """run_with_submitit.py without Slurm: local jobs, and what it asks Slurm for."""
 
-import itertools
 import os
 import re
 import shutil
@@ -15,36 +14,34 @@ from submitit.core.utils import DelayedSubmission
 
 import main
 import run_with_submitit
+from cli.options import take
 from cli.paths import ROOT
 from experiment.signals import EXIT_CODE
 from helpers.commands import wait_until
 from helpers.launcher_environment import LAUNCHER
 from helpers.process_runs import assert_equal_runs, shape
+from helpers.tables import assert_says, cases
 from launch import submitit_jobs
-from launch.options import SubmitOptions, take
 from launch.submitit_jobs import Trainer
+from run_with_submitit import SubmitOptions
 
 pytest_plugins = ["helpers.fake_slurm"]
 
 #: A command line of main.py that runs on any machine.
 DIGITS = ["digits_l2p", "--device", "cpu"]
 
-LOCAL = ["--cluster", "local", "--gpus_per_node", 0]
-
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Looks more often than every five seconds whether a job is done."""
+def submit(monkeypatch, no_launcher, tmp_path):
+    """Starts a local job from this process; it does not find the program by itself."""
     monkeypatch.setattr(submitit_jobs, "POLL_SECONDS", 0.1)
-
-
-@pytest.fixture
-def submit(monkeypatch, quick, no_launcher, tmp_path):
-    """Submits a command line from this process; its jobs do not find the program by themselves."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return lambda *argv: run_with_submitit.submit(*take(SubmitOptions, list(map(str, argv))))
+    local = ["--shared_folder", tmp_path, "--cluster", "local", "--gpus_per_node", 0]
+    return lambda *argv: run_with_submitit.submit(
+        *take(SubmitOptions, [str(word) for word in (*local, *argv)])
+    )
 
 
 def call(*argv):
@@ -61,8 +58,8 @@ def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
     broken = data / "train" / "a" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
     flags = shape(3, 3, data, "")[:-2]
-    rejected = submit("--shared_folder", tmp_path, *LOCAL, *flags, "--device", "cuda")
-    failed = submit("--shared_folder", tmp_path, *LOCAL, "--tasks_per_node", 2, *flags)
+    rejected = submit(*flags, "--device", "cuda")
+    failed = submit("--tasks_per_node", 2, *flags)
     for job, code, printed in (
         (rejected, 2, "  - --device cuda: torch finds no CUDA device here"),
         (failed, 1, f"{broken}: "),
@@ -76,10 +73,10 @@ def test_wait_returns_the_exit_code_of_main(pictures, tmp_path, submit, capsys):
 
 
 @pytest.mark.slow
-def test_preempted_local_job_is_requeued_and_resumes(alone, pictures, tmp_path, submit):
+def test_preempted_local_job_is_requeued_and_resumes(alone, pictures, submit):
     flags = shape(2, 2, pictures, "")[:-2]
     flags += ["--save_every", "1e-9"]  # which takes time at every step
-    job = submit("--shared_folder", tmp_path, *LOCAL, "--tasks_per_node", 2, *flags)
+    job = submit("--tasks_per_node", 2, *flags)
     log = job.paths.folder / "log.txt"
     wait_until(lambda: log.exists() and "Train: " in log.read_text())
     controller = job._process.pid
@@ -97,7 +94,7 @@ def test_preempted_local_job_is_requeued_and_resumes(alone, pictures, tmp_path, 
 
 
 @pytest.fixture
-def task(monkeypatch, no_launcher, quick, tmp_path):
+def task(monkeypatch, no_launcher, tmp_path):
     """Runs a trainer as one of two tasks of a job; gives the arguments that main.py gets."""
     for name in (*LAUNCHER, "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
@@ -170,46 +167,31 @@ def slurm(fake_slurm, tmp_path):
     return text
 
 
-def wishes(text):
-    """What a submission asks for, by name, without what submitit adds by itself."""
-    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
-    own = ("error", "output", "open-mode", "wckey")
-    return {name: value or True for name, value in found if name not in own}
-
-
+#: Flags, and what Slurm is asked for beside or in place of `USUAL`.
 USUAL = {
     "job-name": "l2p", "nodes": "1", "ntasks-per-node": "1", "cpus-per-task": "1", "time": "2800",
     "signal": "USR2@120", "requeue": True,
 }  # fmt: skip
+WISHES = {
+    "--num_workers 4": {"gpus-per-node": "1", "cpus-per-task": "5"},
+    "--gpus-per-node 4": {"gpus-per-node": "4", "ntasks-per-node": "4"},
+    "--gpus_per_node 0": {},
+    "--nodes 2 --gpus_per_node 4 --tasks_per_node 3 --cpus_per_task 7 --mem_gb 1.5 --timeout 90 "
+    "--partition long --nodelist n[1-2] --comment x#y --use_volta32 --job_name digits": {
+        "job-name": "digits", "nodes": "2", "gpus-per-node": "4", "ntasks-per-node": "3",
+        "cpus-per-task": "7", "mem": "1536MB", "time": "90", "partition": "long",
+        "nodelist": "'n[1-2]'", "comment": "'x#y'", "constraint": "volta32gb",
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--num_workers", 4], {"gpus-per-node": "1", "cpus-per-task": "5"}),
-        (["--gpus-per-node", 4], {"gpus-per-node": "4", "ntasks-per-node": "4"}),
-        (["--gpus_per_node", 0], {}),
-        (
-            [
-                "--nodes", 2, "--gpus_per_node", 4, "--tasks_per_node", 3, "--cpus_per_task", 7,
-                "--mem_gb", 1.5, "--timeout", 90, "--partition", "long", "--nodelist", "n[1-2]",
-                "--comment", "for a paper", "--use_volta32", "--job_name", "digits",
-            ],
-            {
-                "job-name": "digits", "nodes": "2", "gpus-per-node": "4", "ntasks-per-node": "3",
-                "cpus-per-task": "7", "mem": "1536MB", "time": "90", "partition": "long",
-                "nodelist": "'n[1-2]'", "comment": "'for a paper'", "constraint": "volta32gb",
-            },
-        ),
-    ],
-    ids=["workers", "gpus", "cpus", "all"],
-)  # fmt: skip
-def test_slurm_is_asked_for_what_is_needed_and_nothing_more(slurm, flags, expected):
-    text = slurm(*DIGITS, *flags)
+@pytest.mark.parametrize("flags", WISHES)
+def test_slurm_is_asked_for_what_is_needed_and_nothing_more(slurm, flags):
+    text = slurm(*DIGITS, *flags.split())
     found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
     by_submitit = ("error", "output", "open-mode", "wckey")
     wishes = {name: value or True for name, value in found if name not in by_submitit}
-    assert wishes == {**USUAL, **expected}
+    assert wishes == {**USUAL, **WISHES[flags]}
     assert re.search("^srun .* --kill-on-bad-exit=1 ", text, re.MULTILINE)
 
 
@@ -232,23 +214,19 @@ import sys
 from submitit.core.utils import DelayedSubmission
 
 submission = DelayedSubmission.load(sys.argv[1])
-submission._checkpoint_function().dump(sys.argv[2])
-print("--resume" in submission.args[0])
+submission._checkpoint_function().dump("2.pkl")
+again = DelayedSubmission.load("2.pkl")
+again._checkpoint_function().dump("3.pkl")
+print("--resume" in submission.args[0], "--resume" in again.args[0])
 """
 
 
 def test_trainer_is_loaded_and_requeued_where_the_program_is_not_found(slurm, tmp_path):
     slurm(*DIGITS)
-    paths = [tmp_path / "shared/4711/4711_submitted.pkl", tmp_path / "2.pkl", tmp_path / "3.pkl"]
+    words = [sys.executable, "-c", REQUEUE, tmp_path / "shared" / "4711" / "4711_submitted.pkl"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", REQUEUE, *places],
-            cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=60,
-        ).stdout
-        for places in itertools.pairwise(paths)
-    ]  # fmt: skip
-    assert printed == ["False\n", "True\n"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "False True\n"
 
 
 def test_failing_or_missing_slurm_is_reported(fake_slurm, monkeypatch, tmp_path, capsys):
@@ -266,35 +244,31 @@ def test_failing_or_missing_slurm_is_reported(fake_slurm, monkeypatch, tmp_path,
 # What is rejected
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--bogus"], "--bogus is no option"),
-        (["--cluster", "local", "--nodes", 2], "--nodes 2: --cluster local is this machine alone"),
-        (["--gpus_per_node", -1], "--gpus_per_node -1: must be at least 0"),
-        (["--max_requeues", -1], "--max_requeues -1: must be at least 0"),
-        (["--top_k", 12], "--top_k 12 exceeds --size 10"),
-        (["--resume", "auto"], "--resume auto: a new job has a new folder"),
-        (["--resume", "/nowhere"], "--resume /nowhere: neither auto nor a state"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_rejection_comes_before_anything_is_submitted(slurm, tmp_path, capsys, flags, message):
+#: Flags, and what is wrong with them.
+REJECTED = """
+--resume auto
+  --resume auto: a new job has a new folder
+--resume /nowhere --max_requeues -1
+  --max_requeues -1: must be at least 0
+  --resume /nowhere: neither auto nor a state
+--shared_folder= --nodes 2 --cluster local --bogus --top_k 12 --timeout 0 --gpus_per_node -1
+  --timeout 0: must be at least 1
+  --gpus_per_node -1: must be at least 0
+  --nodes 2: --cluster local is this machine alone
+  --shared_folder is missing
+  --bogus is no option
+  --top_k 12 exceeds --size 10
+"""
+
+
+def test_rejection_comes_before_anything_is_submitted(slurm, tmp_path, capsys):
     shared = tmp_path / "shared"
-    assert call("--shared_folder", shared, *DIGITS, *flags) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("run_with_submitit.py: this command line cannot run:\n")
-    assert message in text
-    assert not text.endswith("\n\n")
-    assert not shared.exists()
-
-
-def test_everything_wrong_is_reported_at_once(no_launcher, capsys):
-    flags = ["--nodes", 2, "--cluster", "local", "--bogus", "--top_k", 12, "--timeout", 0]
-    assert call(*DIGITS, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n  - ") == 5
-    assert "--shared_folder is missing" in error
+    for line, problems in cases(REJECTED):
+        assert call("--shared_folder", shared, *DIGITS, *line.split()) == 2
+        headline, *found = capsys.readouterr().err.splitlines()
+        assert headline == "run_with_submitit.py: this command line cannot run:"
+        assert_says(found, problems)
+        assert not shared.exists()
 
 
 def test_devices_data_and_states_of_other_machines_are_not_checked_here(slurm, no_cuda, tmp_path):
