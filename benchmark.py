@@ -19,12 +19,12 @@ Program and baseline take turns; ratios are ratios of medians. The device is syn
 clock is read. FLOP are two for each multiply-accumulate that torchprofile counts.
 """
 
-import argparse
 import platform
 import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ from torch.utils.benchmark import Compare, Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
 from benchmarks import measure
-from benchmarks.workload import Workload, read_workload, replace_cifar100
+from benchmarks.programs import Workload, read_workload
+from cli.flags import flag
+from cli.options import take
 from cli.parser import UsageError
+from cli.settings import COUNT, NATURAL
 from continual_datasets.images import DataError
-from experiment.run_record import versions
+from experiment import run_record
 from experiment.signals import Preempted
-from model.weights import WeightsError
+from model.backbone import WeightsError
 from reports import files
 
 PARTS = ("stages", "step", "evaluation", "run", "memory")
@@ -48,13 +51,49 @@ _NAMED = ("model", "pretrained", "input_size", "batch_size", "vote_group_size", 
           "num_tasks", "epochs", "num_workers")  # fmt: skip
 
 
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of this program."""
+
+    repetitions: int = flag(3, "measured turns", range=COUNT)
+    warm_up: int = flag(1, "turns before that, left out", range=NATURAL)
+    json: str | None = flag(None, "file where every number goes")
+    only: str = flag(",".join(PARTS), "what is measured, with commas between")
+    synthetic: str | None = flag(
+        None, "so many random images of 100 classes instead of CIFAR-100, as 50000,10000"
+    )
+
+    @property
+    def num_images(self) -> tuple[int, int] | None:
+        """Random training and test images; None: the data are real."""
+        numbers = re.fullmatch(r"([1-9]\d\d+),([1-9]\d\d+)", self.synthetic or "")
+        return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+    def problems(self) -> list[str]:
+        """What is wrong with them together."""
+        unknown = [part for part in self.only.split(",") if part not in PARTS]
+        problems = [f"--only: {part!r} is none of {', '.join(PARTS)}" for part in unknown]
+        path = Path(self.json or ".report").absolute()
+        if path.is_dir() or not path.parent.is_dir():
+            problems.append(f"--json: '{self.json}' is no file in a folder that exists")
+        if self.synthetic and not self.num_images:
+            wanted = "two numbers of images, at least 100 each, such as 50000,10000"
+            problems.append(f"--synthetic: '{self.synthetic}' is not {wanted}")
+        return problems
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    options, flags = _parse(argv)
+    options, flags, problems = take(
+        BenchmarkOptions,
+        argv,
+        prog="benchmark.py",
+        usage="benchmark.py [--flags] [CONFIG ...] [flags of main.py]",
+        description="Measures the program against a plain step with two copies of the ViT.",
+    )
     try:
-        workload = read_workload(flags, options.synthetic)
-        replace_cifar100(options.synthetic)
+        workload = read_workload(flags, options.num_images, problems)
         report = _measure(workload, options, argv)
     except UsageError as error:
         print(error.message("benchmark.py"), end="", file=sys.stderr)
@@ -68,11 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(table(report))
     if options.json:
-        files.write_json(options.json, report)
+        files.write_json(Path(options.json), report)
     return 0
 
 
-def _measure(workload: Workload, options: Any, argv: list[str]) -> dict[str, Any]:
+def _measure(workload: Workload, options: BenchmarkOptions, argv: list[str]) -> dict[str, Any]:
     """The report, of plain values; it has all numbers of the table."""
     bench = measure.Bench(workload, options.repetitions, options.warm_up)
     cpuinfo, device = Path("/proc/cpuinfo"), workload.processes.device
@@ -85,14 +124,14 @@ def _measure(workload: Workload, options: Any, argv: list[str]) -> dict[str, Any
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
-        "versions": versions(),
-        "numerics": bench.ours.experiment.record.numerics,
+        "versions": run_record.versions(),
+        "numerics": run_record.numerics(bench.ours.loop),
         "settings": workload.settings.stored(),
         "synthetic": workload.synthetic,
         "repetitions": options.repetitions,
         "warm_up": options.warm_up,
     }
-    for part in options.only:
+    for part in options.only.split(","):
         print(f"measuring: {part} ...", file=sys.stderr, flush=True)
         report[part] = getattr(measure, f"measure_{part}")(bench)
     return report
@@ -138,37 +177,6 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
             ours, baseline = report[part][way], report[part]["baseline"]
             name = f"{name}, {ours['ratio']:.2f} times as fast"
             yield "against two copies", name, {"ours": ours, "two copies": baseline}
-
-
-def _parse(argv: list[str]) -> tuple[Any, list[str]]:
-    """Options of this program, and the rest: arguments of main.py."""
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        usage="benchmark.py [--flags] [CONFIG ...] [flags of main.py]",
-        description="Measures the program against a plain step with two copies of the ViT.",
-        allow_abbrev=False,
-    )
-    add, parts = parser.add_argument, ",".join(PARTS)
-    synthetic = "so many random images of 100 classes instead of CIFAR-100, as 50000,10000"
-    add("--repetitions", type=int, default=3, help="measured turns (default: 3)")
-    add("--warm_up", type=int, default=1, help="turns before that, left out (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="where every number goes")
-    add("--only", default=parts, metavar="PARTS", help=f"of {parts}, with commas between")
-    add("--synthetic", metavar="TRAIN,TEST", help=synthetic)
-    given, flags = parser.parse_known_args(argv)
-    given.only = given.only.split(",")
-    if given.repetitions < 1 or given.warm_up < 0:
-        parser.error("--repetitions must be at least 1, --warm_up at least 0")
-    if unknown := [part for part in given.only if part not in PARTS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(PARTS)}")
-    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
-        parser.error(f"--json: '{given.json}' is no file in a folder that exists")
-    if given.synthetic:
-        if not re.fullmatch(r"[1-9]\d\d+,[1-9]\d\d+", given.synthetic):
-            parser.error(f"--synthetic: '{given.synthetic}' is not two numbers of images, at "
-                "least 100 each, such as 50000,10000")  # fmt: skip
-        given.synthetic = tuple(map(int, given.synthetic.split(",")))
-    return given, flags
 
 
 if __name__ == "__main__":

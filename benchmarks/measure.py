@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer, timer
 
-from benchmarks.programs import Program, TwoCopies
-from benchmarks.workload import Workload, replace_cifar100
+from benchmarks.programs import Program, TwoCopies, Workload
 from experiment.precision import AMP_DTYPES
 from experiment.speed import count_gmacs, peak_megabytes
-from training.state import QueryCache
 
 #: Rows of a large square matrix, by type of device.
 _SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -70,8 +68,8 @@ def measure_stages(bench: Bench) -> Report:
         ours.model.train()
         start, loaded = timer(), sum(1 for _ in islice(ours.batches(), _BATCHES))
         data = (timer() - start) / loaded
-        query = ours.seconds(lambda: [ours.model.query(images) for _ in range(number)]) / number
-        forward = ours.seconds(lambda: [classify() for _ in range(number)]) / number
+        query = ours.seconds(partial(ours.model.query, images), number)
+        forward = ours.seconds(classify, number)
         step = ours.seconds(lambda: ours.steps(bench.batch, number)) / number
         return {
             "loading": data, "query": query, "prompted forward": forward,
@@ -86,11 +84,11 @@ def measure_stages(bench: Bench) -> Report:
         f"product of {size} x {size}": _summary(product.blocked_autorange(min_run_time=2).times),
         **bench.take_turns(turn),
     }
-    macs = [gmacs[name] for name in ("query", "prompted", "backward")]
-    counted = [size**3 / 1e9, 0, *(len(images) * count for count in (*macs, sum(macs)))]
-    for stage, count in zip(stages.values(), counted, strict=True):
-        if count:
-            stage |= {"flop": 2e9 * count, "flop_per_second": 2e9 * count / stage["median"]}
+    passes = [2e9 * len(images) * gmacs[name] for name in ("query", "prompted", "backward")]
+    counted = [2.0 * size**3, 0, *passes, sum(passes)]  # loading has none
+    for stage, flop in zip(stages.values(), counted, strict=True):
+        if flop:
+            stage |= {"flop": flop, "flop_per_second": flop / stage["median"]}
     return stages
 
 
@@ -113,7 +111,7 @@ def measure_evaluation(bench: Bench) -> Report:
     ours.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
 
     def turn() -> dict[str, float]:
-        ours.loop.queries = QueryCache()
+        ours.loop.queries = {}
         first = ours.seconds(ours.evaluate)
         sizes.clear()
         found = {"first": first, "later": ours.seconds(ours.evaluate)}
@@ -154,7 +152,6 @@ def measure_memory(bench: Bench) -> Report:
 def peak_here(workload: Workload, way: str, work: str) -> float:
     """MiB that this process takes at most beyond those before the model is built."""
     before = peak_megabytes(workload.processes.device)
-    replace_cifar100(workload.synthetic)
     program = WAYS[way](workload)
     if work == "step":
         for batch in islice(program.batches(), 3):

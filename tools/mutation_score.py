@@ -54,11 +54,16 @@ SWAPPED: dict[Any, Any] = {
 
 
 class Mutant(NamedTuple):
-    """A module with one change."""
+    """A module with one node in the place of another; without nodes the module as it is."""
 
     module: str  # path without ending
     tree: ast.Module
-    change: str = "none"
+    node: Any = None
+    new: Any = None
+
+    def __str__(self) -> str:
+        old, new = (ast.unparse(node)[:70] for node in (self.node, self.new))
+        return f"line {self.node.lineno}: {old}  ->  {new}"
 
 
 def main() -> int:
@@ -75,13 +80,14 @@ def main() -> int:
     with ThreadPoolExecutor(2) as pool:
         if not all(pool.map(survives, [Mutant(*item) for item in trees.items()])):
             sys.exit("the tests fail without any mutant")
-        results = list(zip(mutants, pool.map(survives, mutants), strict=True))
+        alive = dict(zip(mutants, pool.map(survives, mutants), strict=True))
     for module in trees:
-        survived = [m.change for m, alive in results if m.module == module and alive]
-        number = sum(m.module == module for m, _ in results)
-        print(f"{module}.py: {number - len(survived)} of {number} detected", *survived, sep="\n  ")
-    detected = sum(not alive for _, alive in results)
-    print(f"mutation score: {detected} of {len(results)}, {detected / len(results):.1%}")
+        own = [mutant for mutant in mutants if mutant.module == module]
+        survived = [mutant for mutant in own if alive[mutant]]
+        detected = len(own) - len(survived)
+        print(f"{module}.py: {detected} of {len(own)} detected", *survived, sep="\n  ")
+    detected = len(mutants) - sum(alive.values())
+    print(f"mutation score: {detected} of {len(mutants)}, {detected / len(mutants):.1%}")
     return 0
 
 
@@ -90,20 +96,7 @@ def sample(module: str, tree: ast.Module, number: int, rng: random.Random) -> li
     places = list(changes(tree))
     by_line = {place[0].lineno: place for place in rng.sample(places, len(places))}
     chosen = rng.sample(list(by_line.values()), min(number, len(by_line)))
-    return [Mutant(module, *replaced(tree, node, new)) for node, new in chosen]
-
-
-def replaced(tree: ast.Module, node: Any, new: ast.AST) -> tuple[Any, str]:
-    """A copy of a module with another node in the place of one, and what was changed."""
-
-    class Replace(ast.NodeTransformer):
-        def visit(self, found: ast.AST) -> ast.AST:
-            is_it = ast.dump(found, include_attributes=True) == wanted
-            return new if is_it else self.generic_visit(found)
-
-    wanted = ast.dump(node, include_attributes=True)
-    changed = ast.fix_missing_locations(Replace().visit(copy.deepcopy(tree)))
-    return changed, f"line {node.lineno}: {ast.unparse(node)[:70]}  ->  {ast.unparse(new)[:70]}"
+    return [Mutant(module, tree, *place) for place in chosen]
 
 
 def changes(tree: ast.Module) -> Iterator[tuple[Any, Any]]:
@@ -164,12 +157,18 @@ def survives(mutant: Mutant, seconds: float = 240) -> bool:
 
 
 def run_tests(mutant: Mutant) -> int:
-    """Runs the tests of a module with its mutant; returns pytest's exit code."""
+    """Runs the tests of a module with its mutant, in a forked process; returns pytest's code."""
     path, get_code = str(ROOT / f"{mutant.module}.py"), SourceFileLoader.get_code
 
+    class Replace(ast.NodeTransformer):
+        def visit(self, found: ast.AST) -> ast.AST:
+            return mutant.new if found is mutant.node else self.generic_visit(found)
+
+    tree: Any = ast.fix_missing_locations(Replace().visit(mutant.tree))
+    code = compile(tree, path, "exec")
+
     def mutated(loader: SourceFileLoader, name: str) -> Any:
-        is_it = loader.path == path
-        return compile(mutant.tree, path, "exec") if is_it else get_code(loader, name)
+        return code if loader.path == path else get_code(loader, name)
 
     setattr(SourceFileLoader, "get_code", mutated)  # noqa: B010
     os.chdir(ROOT)

@@ -29,8 +29,9 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -38,13 +39,11 @@ import timm
 import torch
 from PIL import Image, ImageFont
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-DIGITS = "0123456789"
 #: Characters with the shape of a handwritten digit, which count as that digit.
 DIGIT_SHAPES = {"0": "O", "1": "lI|", "4": "Ч", "9": "q"}
 #: Code points of zero in Unicode's bold, sans-serif, sans-serif bold and monospace digits.
@@ -56,6 +55,11 @@ OTHERS = (
     "БГДЖИЛЦШЩЪЫЭЮЯ"
     "!?#$%&@+=*/<>[{(~^√∞∂∫∑∇∈∩⊂⊕⊥∀∃≈≠≤←↑↔"
 )
+#: The characters of each class; digits come first.
+CLASSES = [
+    digit + DIGIT_SHAPES.get(digit, "") + "".join(chr(first + i) for first in DIGIT_STYLES)
+    for i, digit in enumerate("0123456789")
+] + list(OTHERS)
 
 #: Beginnings of the names of matplotlib's fonts that have few characters or their own encoding.
 SKIPPED_FONTS = ("LastResort", "STIXSiz", "STIXNonUni", "cmex", "cmsy", "cmmi", "DejaVuSansDisplay")
@@ -63,105 +67,58 @@ SKIPPED_FONTS = ("LastResort", "STIXSiz", "STIXNonUni", "cmex", "cmsy", "cmmi", 
 ATLAS_SIDE = 48
 GLYPH_HEIGHT = 34
 
+#: Steps down and to the right that bring the neighbours to a pixel, clockwise from the north.
+RING = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
+
+
+def option(default: Any, help: str) -> Any:
+    """An option of this program."""
+    return field(default=default, metadata={"help": help})
+
 
 @dataclass(frozen=True)
-class PretrainOptions:
-    """Options of this program; see `parse_args` for the defaults.
+class Options:
+    """Options of this program; the defaults are the settings of the shipped file."""
 
-    Attributes:
-        output: File of the weights.
-        seed: Seed of everything that is random.
-        num_threads: Threads of torch.
-        input_size: Pixels a side of the images.
-        patch_size: Pixels a side of a patch.
-        embed_dim: Width of the ViT (D).
-        depth: Its blocks.
-        num_heads: Its attention heads.
-        digit_share: Share of the images that show a digit.
-        elastic: Amplitude of the elastic distortion, in half images.
-        steps: Training steps.
-        batch_size: Images of a step.
-        lr: Highest learning rate.
-        weight_decay: Weight decay of the matrices.
-        label_smoothing: Label smoothing.
-        max_extra_tokens: Most extra tokens of a step (P).
-    """
-
-    output: Path
-    seed: int
-    num_threads: int
-    input_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    digit_share: float
-    elastic: float
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    label_smoothing: float
-    max_extra_tokens: int
+    output: str = option("assets/glyph_vit.safetensors", "file of the weights")
+    seed: int = option(0, "seed of everything that is random")
+    num_threads: int = option(1, "threads of torch")
+    input_size: int = option(32, "pixels a side of the images")
+    patch_size: int = option(8, "pixels a side of a patch")
+    embed_dim: int = option(128, "width of the ViT (D)")
+    depth: int = option(6, "blocks of the ViT")
+    num_heads: int = option(4, "attention heads of the ViT")
+    digit_share: float = option(0.3, "share of digits; the other classes share the rest evenly")
+    elastic: float = option(0.1, "largest bend, in half images")
+    steps: int = option(5500, "training steps")
+    batch_size: int = option(128, "images of a step")
+    lr: float = option(4e-3, "highest learning rate")
+    weight_decay: float = option(0.05, "weight decay of the matrices of the blocks")
+    label_smoothing: float = option(0.1, "label smoothing")
+    max_extra_tokens: int = option(10, "most extra tokens of a step (P)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the backbone and writes its weights."""
-    options = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(options.num_threads)
-    torch.manual_seed(options.seed)
-    sampler = GlyphSampler(options.input_size, options.digit_share, options.elastic)
-    model = GlyphClassifier(build_vit(options), sampler.num_classes)
-    seconds = train(model, sampler, options)
-    save_backbone(model.vit, options.output)
-    logger.info("wrote %s after %.1f minutes of training", options.output, seconds / 60)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> PretrainOptions:
-    """Reads the command line; its defaults are the settings of the shipped file."""
+    """Trains the backbone; writes its weights in half precision under timm's names."""
     parser = argparse.ArgumentParser(
         description="Pretrain the backbone of digits_l2p on drawn characters.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path("assets/glyph_vit.safetensors"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_threads", type=int, default=1)
-
-    model = parser.add_argument_group("model, relative to timm's vit_tiny_patch16_224")
-    model.add_argument("--input_size", type=int, default=32)
-    model.add_argument("--patch_size", type=int, default=8)
-    model.add_argument("--embed_dim", type=int, default=128)
-    model.add_argument("--depth", type=int, default=6)
-    model.add_argument("--num_heads", type=int, default=4)
-
-    data = parser.add_argument_group("glyphs")
-    data.add_argument("--digit_share", type=float, default=0.3, help="share of digits in a batch")
-    data.add_argument("--elastic", type=float, default=0.1, help="largest bend, in half images")
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=5500)
-    training.add_argument("--batch_size", type=int, default=128)
-    training.add_argument("--lr", type=float, default=4e-3)
-    training.add_argument("--weight_decay", type=float, default=0.05)
-    training.add_argument("--label_smoothing", type=float, default=0.1)
-    training.add_argument("--max_extra_tokens", type=int, default=10)
-    return PretrainOptions(**vars(parser.parse_args(argv)))
-
-
-def build_vit(options: PretrainOptions) -> VisionTransformer:
-    """Builds the untrained backbone, without a classification head."""
-    vit = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=options.input_size,
-        patch_size=options.patch_size,
-        embed_dim=options.embed_dim,
-        depth=options.depth,
-        num_heads=options.num_heads,
-        num_classes=0,
-    )
-    assert isinstance(vit, VisionTransformer)
-    return vit
+    for one in fields(Options):
+        kind, text = type(one.default), one.metadata["help"]
+        parser.add_argument(f"--{one.name}", type=kind, default=one.default, help=text)
+    options = Options(**vars(parser.parse_args(argv)))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(options.num_threads)
+    torch.manual_seed(options.seed)
+    sampler = GlyphSampler(options)
+    model = GlyphClassifier(options)
+    seconds = train(model, sampler, options)
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.half().contiguous() for name, value in model.vit.state_dict().items()}
+    save_file(state, path)
+    logger.info("wrote %s after %.1f minutes of training", path, seconds / 60)
 
 
 class GlyphClassifier(nn.Module):
@@ -171,18 +128,20 @@ class GlyphClassifier(nn.Module):
     backbone learns to gather information about the image in tokens that are inserted there.
     """
 
-    def __init__(self, vit: VisionTransformer, num_classes: int) -> None:
+    def __init__(self, options: Options) -> None:
         super().__init__()
-        self.vit = vit
-        self.head = nn.Linear(vit.embed_dim, num_classes)
+        shape = {n: vars(options)[n] for n in ("patch_size", "embed_dim", "depth", "num_heads")}
+        self.vit: Any = timm.create_model(
+            "vit_tiny_patch16_224", img_size=options.input_size, num_classes=0, **shape
+        )
+        self.head = nn.Linear(options.embed_dim, len(CLASSES))
 
     def forward(self, images: Tensor, num_extra: int) -> list[Tensor]:
         """Returns the logits of the class token and, if there are any, of the mean extra token."""
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))  # (B, 1+N, D)
         batch, _, width = tokens.shape
-        assert self.vit.pos_embed is not None
         strength = torch.rand(batch, 1, 1)
-        extra = strength * torch.empty(batch, num_extra, width).uniform_(-1, 1)
+        extra = strength * uniform(-1, 1, batch, num_extra, width)
         extra = extra + self.vit.pos_embed[:, :1]  # (B, P, D)
         tokens = torch.cat([tokens[:, :1], extra, tokens[:, 1:]], dim=1)  # (B, 1+P+N, D)
         features = self.vit.norm(self.vit.blocks(tokens))
@@ -192,28 +151,25 @@ class GlyphClassifier(nn.Module):
         return [self.head(one) for one in pooled]
 
 
-def train(model: GlyphClassifier, sampler: "GlyphSampler", options: PretrainOptions) -> float:
-    """Trains in place: Muon for the matrices of the blocks, AdamW for everything else.
+def train(model: GlyphClassifier, sampler: "GlyphSampler", options: Options) -> float:
+    """Trains in place, and returns the seconds taken.
 
-    Returns:
-        Seconds taken.
+    Muon trains the matrices of the blocks, AdamW everything else.
     """
+    lr, decay = options.lr, options.weight_decay
     matrices = [p for p in model.vit.blocks.parameters() if p.ndim == 2]
-    known = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in known]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        torch.optim.Muon(
-            matrices,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _warm_cosine(i, options.steps))
-        for optimizer in optimizers
-    ]
+
+    def factor(step: int) -> float:
+        """5 % linear warm-up, then half a cosine down to zero."""
+        cosine = math.cos(math.pi * step / options.steps)
+        return min(1.0, 20 * (step + 1) / options.steps) * 0.5 * (1 + cosine)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in optimizers]
     criterion = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
     start, sums = time.perf_counter(), torch.zeros(3)  # of loss, accuracy, accuracy on digits
     for step in range(1, options.steps + 1):
@@ -222,8 +178,7 @@ def train(model: GlyphClassifier, sampler: "GlyphSampler", options: PretrainOpti
         num_extra = max(0, int(torch.randint(-3, options.max_extra_tokens + 1, ())))
         logits = model(images, num_extra)
         loss = torch.stack([criterion(one, labels) for one in logits]).sum()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -232,42 +187,22 @@ def train(model: GlyphClassifier, sampler: "GlyphSampler", options: PretrainOpti
         hit = (logits[0].argmax(1) == labels).float()
         sums += torch.stack([loss.detach() / len(logits), hit.mean(), hit[labels < 10].mean()])
         if step % 100 == 0:
-            loss_mean, accuracy, digits = (sums * torch.tensor([0.01, 1.0, 1.0])).tolist()
             logger.info(
                 "step %d of %d: loss %.3f, accuracy %.1f %% (digits %.1f %%), %.0f s",
-                *(step, options.steps, loss_mean, accuracy, digits, time.perf_counter() - start),
+                *(step, options.steps, sums[0] / 100, *sums[1:], time.perf_counter() - start),
             )
             sums.zero_()
     return time.perf_counter() - start
 
 
-def save_backbone(vit: VisionTransformer, path: Path) -> None:
-    """Writes the weights in half precision under timm's names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().contiguous() for name, value in vit.state_dict().items()}
-    save_file(state, path)
-
-
-def _warm_cosine(step: int, steps: int) -> float:
-    """Factor of the learning rate: 5 % linear warm-up, then half a cosine down to zero."""
-    return min(1.0, 20 * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 class GlyphSampler:
-    """An endless source of distorted glyphs.
+    """An endless source of distorted glyphs."""
 
-    Args:
-        side: Pixels a side of the images.
-        digit_share: Share of the images that show a digit; the other classes share the rest evenly.
-        elastic: Amplitude of the elastic distortion, in half images.
-    """
-
-    def __init__(self, side: int, digit_share: float, elastic: float) -> None:
-        self.side, self.elastic = side, elastic
-        self.num_classes = len(character_classes())
+    def __init__(self, options: Options) -> None:
+        self.side, self.elastic = options.input_size, options.elastic
         self.glyphs, self.labels = build_atlas()  # (G, 2, S, S), (G,)
-        share = torch.full((self.num_classes,), (1 - digit_share) / (self.num_classes - 10))
-        share[:10] = digit_share / 10
+        share = torch.full([len(CLASSES)], (1 - options.digit_share) / (len(CLASSES) - 10))
+        share[:10] = options.digit_share / 10
         self.weights = (share / torch.bincount(self.labels))[self.labels]  # (G,)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
@@ -279,20 +214,10 @@ class GlyphSampler:
         return disturb(enlarge(scan(ink, num_cells), self.side)), self.labels[chosen]
 
 
-def character_classes() -> list[str]:
-    """The characters of each class, as a string; digits come first."""
-    digits = [
-        digit + DIGIT_SHAPES.get(digit, "") + "".join(chr(first + i) for first in DIGIT_STYLES)
-        for i, digit in enumerate(DIGITS)
-    ]
-    return digits + list(OTHERS)
-
-
 def build_atlas() -> tuple[Tensor, Tensor]:
     """Renders every character in every font of matplotlib that has it.
 
-    Returns:
-        Glyphs as rendered and thinned to lines, (G, 2, S, S) in [0, 1], and their classes, (G,).
+    Gives glyphs, as rendered and thinned to lines, (G, 2, S, S) in [0, 1], and their classes, (G,).
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     drawn, labels = [], []
@@ -301,7 +226,7 @@ def build_atlas() -> tuple[Tensor, Tensor]:
             continue
         font = ImageFont.truetype(str(path), 96)
         missing = bytes(font.getmask("\U0010fffe"))
-        for label, characters in enumerate(character_classes()):
+        for label, characters in enumerate(CLASSES):
             for character in characters:
                 mask = font.getmask(character)
                 if mask.getbbox() and bytes(mask) != missing:
@@ -323,188 +248,140 @@ def _on_canvas(glyph: Image.Image) -> np.ndarray:
 
 
 def thin(ink: np.ndarray) -> np.ndarray:
-    """Thins strokes to lines of one pixel.
-
-    Args:
-        ink: Whether there is ink, (G, S, S).
-
-    Returns:
-        The same, thinned.
+    """Thins strokes, boolean (G, S, S) with an empty border, to lines of one pixel.
 
     Source: Zhang and Suen, "A fast parallel algorithm for thinning digital patterns", 1984.
     """
     ink, before = ink.copy(), -1
     while before != (before := int(ink.sum())):
         for first_half in (True, False):
-            ring = _neighbours(ink)
+            ring = [np.roll(ink, shift, axis=(1, 2)) for shift in RING]
             north, east, south, west = ring[::2]
             count = np.sum(ring, axis=0)
-            pairs = zip(ring, ring[1:] + ring[:1], strict=True)
-            rises = np.sum([~a & b for a, b in pairs], axis=0)
-            blocked = (
-                (north & east & south) | (east & south & west)
-                if first_half
-                else (north & east & west) | (north & south & west)
-            )
+            rises = np.sum([~a & b for a, b in zip(ring, ring[1:] + ring[:1], strict=True)], axis=0)
+            first, second = east & south & (north | west), north & west & (east | south)
+            blocked = first if first_half else second
             ink &= ~((count >= 2) & (count <= 6) & (rises == 1) & ~blocked)
     return ink
-
-
-def _neighbours(ink: np.ndarray) -> list[np.ndarray]:
-    """The eight neighbours of every pixel, clockwise from the north, each (G, S, S)."""
-    side = ink.shape[-1]
-    padded = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
-    corners = ((0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0), (0, 0))
-    return [padded[:, row : row + side, col : col + side] for row, col in corners]
 
 
 def write_by_hand(glyphs: Tensor, elastic: float) -> Tensor:
     """Distorts glyphs like handwriting: bars across, slant, uneven strokes, another pen.
 
-    Args:
-        glyphs: Characters in [0, 1], (B, 1, S, S).
-        elastic: Amplitude of the elastic distortion, in half images.
-
-    Returns:
-        Ink, 0 or 1, (B, 1, S, S).
+    Takes characters in [0, 1], gives ink, 0 or 1, each (B, 1, S, S).
     """
     batch, _, side, _ = glyphs.shape
     turn, slant = 0.12 * torch.randn(batch), 0.2 * torch.randn(batch)
-    size = torch.empty(2, batch).uniform_(0.85, 1.2)
-    across = torch.stack([turn.cos() * size[0], turn.sin() + slant, torch.zeros(batch)], dim=1)
-    down = torch.stack([-turn.sin(), turn.cos() * size[1], torch.zeros(batch)], dim=1)
+    size, none = uniform(0.85, 1.2, 2, batch), torch.zeros(batch)
+    across = torch.stack([turn.cos() * size[0], turn.sin() + slant, none], dim=1)
+    down = torch.stack([-turn.sin(), turn.cos() * size[1], none], dim=1)
     affine = torch.stack([across, down], dim=1)  # (B, 2, 3)
     grid = F.affine_grid(affine, [batch, 1, side, side], align_corners=False)  # (B, S, S, 2)
     for num_knots, share in ((4, 1.0), (7, 0.35)):
-        amplitude = share * elastic * torch.empty(batch, 1, 1, 1).uniform_(0.2, 1.0)
-        field = amplitude * torch.randn(batch, 2, num_knots, num_knots)
-        field = F.interpolate(field, size=(side, side), mode="bicubic", align_corners=True)
-        grid = grid + field.permute(0, 2, 3, 1)
-    return _draw_with_pen(F.grid_sample(_cross(glyphs), grid, align_corners=False))
-
-
-def _cross(glyphs: Tensor, share: float = 0.12) -> Tensor:
-    """Draws a bar across the middle of some glyphs, as in a crossed seven, (B, 1, S, S)."""
-    batch, _, side, _ = glyphs.shape
-    position = (torch.arange(side) + 0.5) / side
-    height = torch.empty(batch, 1).uniform_(0.42, 0.58)
-    half_length = torch.empty(batch, 1).uniform_(0.1, 0.22)
-    row = (position - height).abs() < 0.025  # (B, S)
-    column = (position - 0.5).abs() < half_length  # (B, S)
-    bar = row[:, :, None] & column[:, None, :] & (torch.rand(batch, 1, 1) < share)
-    return torch.maximum(glyphs, bar[:, None].float())
+        amplitude = share * elastic * uniform(0.2, 1.0, batch, 1, 1, 1)
+        knots = amplitude * torch.randn(batch, 2, num_knots, num_knots)
+        bend = F.interpolate(knots, size=(side, side), mode="bicubic", align_corners=True)
+        grid = grid + bend.permute(0, 2, 3, 1)
+    # Some get a bar across the middle, as in a crossed seven.
+    height, half_length = uniform(0.42, 0.58, batch), uniform(0.1, 0.22, batch)
+    centre = torch.stack([height, torch.full([batch], 0.5)], dim=1)
+    half = torch.stack([torch.full([batch], 0.025), half_length], dim=1)
+    crossed = torch.maximum(glyphs, _boxes(centre, half, side, share=0.12).float())
+    return _draw_with_pen(F.grid_sample(crossed, grid, align_corners=False))
 
 
 def _draw_with_pen(glyphs: Tensor) -> Tensor:
     """Gives strokes a new width: blurs, then inks the darkest 20-55 % of the glyph's box."""
-    ink = _blur(glyphs, sigma=1.8)
+    kernel = torch.exp(-torch.arange(-5, 6.0).square() / (2 * 1.8**2))
+    kernel = kernel / kernel.sum()
+    ink = F.conv2d(glyphs, kernel.view(1, 1, 1, -1), padding=(0, 5))
+    ink = F.conv2d(ink, kernel.view(1, 1, -1, 1), padding=(5, 0))
     flat = ink.flatten(1)  # (B, S*S)
     darkest = flat.amax(dim=1, keepdim=True)  # (B, 1)
     seen = ink[:, 0] > 0.15 * darkest[:, :, None]  # (B, S, S)
     area = seen.any(dim=1).sum(dim=1) * seen.any(dim=2).sum(dim=1)  # (B,)
-    rank = (area * torch.empty(len(ink)).uniform_(0.2, 0.55)).long()
+    rank = (area * uniform(0.2, 0.55, len(ink))).long()
     level = flat.sort(dim=1, descending=True).values.gather(1, rank[:, None])  # (B, 1)
     level = torch.clamp(level, 0.12 * darkest, 0.8 * darkest)
     return (ink > level[:, :, None, None]).float()
 
 
-def _blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, (B, 1, S, S)."""
-    radius = math.ceil(2.5 * sigma)
-    kernel = torch.exp(-torch.arange(-radius, radius + 1.0).square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    images = F.conv2d(images, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    return F.conv2d(images, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-
-
 def scan(ink: Tensor, num_cells: int) -> Tensor:
     """Frames the ink and averages it in cells of 4 x 4 pixels, as in the scans of the digits.
 
-    Args:
-        ink: 0 or 1, (B, 1, S, S).
-        num_cells: Cells a side.
-
-    Returns:
-        Share of ink in each cell, in [0, 1], (B, 1, num_cells, num_cells).
+    Takes ink, 0 or 1, (B, 1, S, S); gives its share of each cell, (B, 1, num_cells, num_cells).
     """
     batch, _, side, _ = ink.shape
     position = (2 * torch.arange(side) + 1) / side - 1
-    centre, half = torch.empty(2, batch, 2).unbind()
-    for axis, summed in enumerate((2, 3)):  # across, down
-        seen = ink.amax(dim=summed)[:, 0] > 0  # (B, S)
-        low = torch.where(seen, position, 1.0).amin(dim=1)
-        high = torch.where(seen, position, -1.0).amax(dim=1)
-        centre[:, axis] = (low + high) / 2
-        half[:, axis] = (high - low) / 2 + 1 / side
+    seen = torch.cat([ink.amax(dim=2), ink.amax(dim=3)], dim=1) > 0  # across, down: (B, 2, S)
+    low = torch.where(seen, position, 1.0).amin(dim=2)
+    high = torch.where(seen, position, -1.0).amax(dim=2)
+    centre, half = (low + high) / 2, (high - low) / 2 + 1 / side  # (B, 2)
     # Most glyphs fill their frame from top to bottom, and 60-90 % of its width unless narrow.
-    filled = torch.empty(batch, 2).uniform_(0.7, 1.1)
+    filled = uniform(0.7, 1.1, batch, 2)
     filled[:, 1] = torch.where(torch.rand(batch) < 0.6, 1.0, filled[:, 1])
-    widest = torch.empty(batch).uniform_(1.0, 3.0) * half[:, 0] / half[:, 1]
-    filled[:, 0] = torch.minimum(torch.empty(batch).uniform_(0.6, 0.9), widest)
+    widest = uniform(1.0, 3.0, batch) * half[:, 0] / half[:, 1]
+    filled[:, 0] = torch.minimum(uniform(0.6, 0.9, batch), widest)
     slack = 0.04 * torch.randn(batch, 2) + (1 - filled).clamp_min(0) * (torch.rand(batch, 2) - 0.5)
-    affine = torch.zeros(batch, 2, 3)
-    affine[:, [0, 1], [0, 1]] = half / filled
-    affine[:, :, 2] = centre + slack * half
-    grid = F.affine_grid(affine, [batch, 1, 4 * num_cells, 4 * num_cells], align_corners=False)
-    framed = F.grid_sample(ink, grid, align_corners=False)
+    framed = _window(ink, centre + slack * half, half / filled, 4 * num_cells)
     return F.avg_pool2d((framed > 0.5).float(), 4)
 
 
 def enlarge(cells: Tensor, side: int) -> Tensor:
     """Adds noise, rounds to 17 levels and enlarges the whole scan or a window of it.
 
-    Args:
-        cells: Shares in [0, 1], (B, 1, cells, cells).
-        side: Pixels a side to enlarge to.
-
-    Returns:
-        Images in [0, 1], (B, 1, side, side).
+    Takes shares of ink, (B, 1, cells, cells); gives images in [0, 1], (B, 1, side, side).
     """
-    noise = torch.randn_like(cells) * torch.empty(len(cells), 1, 1, 1).uniform_(0, 0.12)
+    batch = len(cells)
+    noise = torch.randn_like(cells) * uniform(0, 0.12, batch, 1, 1, 1)
     cells = ((cells + noise).clamp(0, 1) * 16).round() / 16
-    images = F.interpolate(cells, size=(side, side), mode="bicubic", antialias=True)
-    return _crop(images.clamp(0, 1))
-
-
-def _crop(images: Tensor, share: float = 0.5) -> Tensor:
-    """Enlarges a random window (60-100 % of the area) of some images, (B, 1, S, S)."""
-    batch = len(images)
-    area = torch.empty(batch).uniform_(0.6, 1.0)
-    ratio = torch.empty(batch).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    window = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1)  # (B, 2)
-    window = torch.where(torch.rand(batch, 1) < share, window.clamp_max(1.0), 1.0)
-    affine = torch.zeros(batch, 2, 3)
-    affine[:, [0, 1], [0, 1]] = window
-    affine[:, :, 2] = (1 - window) * torch.empty(batch, 2).uniform_(-1, 1)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    images = F.interpolate(cells, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    # Of half of the images a window, of 60-100 % of the area.
+    area, ratio = uniform(0.6, 1.0, batch), uniform(math.log(3 / 4), math.log(4 / 3), batch).exp()
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1)  # (B, 2)
+    size = torch.where(torch.rand(batch, 1) < 0.5, size.clamp_max(1.0), 1.0)
+    centre = (1 - size) * uniform(-1, 1, batch, 2)
+    return _window(images, centre, size, side, padding_mode="border")
 
 
 def disturb(images: Tensor) -> Tensor:
     """Erases a patch of some images, changes contrast and brightness, adds noise.
 
-    Args:
-        images: Pixels in [0, 1], (B, 1, S, S).
-
-    Returns:
-        Pixels in [0, 1], (B, 3, S, S), the channels equal.
+    Takes pixels in [0, 1], (B, 1, S, S); gives (B, 3, S, S), the channels equal.
     """
-    batch = len(images)
-    images = _erase(images)
-    contrast = torch.empty(batch, 1, 1, 1).uniform_(0.7, 1.0)
+    batch, _, side, _ = images.shape
+    centre, half = torch.rand(batch, 2), uniform(0.05, 0.17, batch, 2)
+    images = images.masked_fill(_boxes(centre, half, side, share=0.3), 0.0)
+    contrast = uniform(0.7, 1.0, batch, 1, 1, 1)
     brightness = torch.rand(batch, 1, 1, 1) * (1 - contrast) / 2
-    noise = torch.randn_like(images) * torch.empty(batch, 1, 1, 1).uniform_(0, 0.05)
+    noise = torch.randn_like(images) * uniform(0, 0.05, batch, 1, 1, 1)
     return (images * contrast + brightness + noise).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def _erase(images: Tensor, share: float = 0.3) -> Tensor:
-    """Blackens a small rectangle of some images, (B, 1, S, S)."""
-    batch, _, side, _ = images.shape
+def uniform(low: float, high: float, *shape: int) -> Tensor:
+    """Draws numbers of a uniform distribution."""
+    return torch.empty(shape).uniform_(low, high)
+
+
+def _boxes(centre: Tensor, half: Tensor, side: int, share: float) -> Tensor:
+    """Whether a pixel is in a box, (B, 1, S, S), which a share of the images have.
+
+    Centre and half size of the boxes, (B, 2), are shares of the image, downwards and across.
+    """
     position = (torch.arange(side) + 0.5) / side
-    centre = torch.rand(batch, 2, 1)
-    half = torch.empty(batch, 2, 1).uniform_(0.05, 0.17)
-    inside = ((position - centre).abs() < half) & (torch.rand(batch, 1, 1) < share)  # (B, 2, S)
-    return images.masked_fill(inside[:, :1, :, None] & inside[:, 1:, None, :], 0.0)
+    inside = (position - centre[:, :, None]).abs() < half[:, :, None]  # (B, 2, S)
+    shown = torch.rand(len(centre), 1, 1, 1) < share
+    return inside[:, :1, :, None] & inside[:, 1:, None, :] & shown
+
+
+def _window(images: Tensor, centre: Tensor, half: Tensor, side: int, **kwargs: Any) -> Tensor:
+    """Windows of images, (B, 1, side, side).
+
+    Their centre and half size, (B, 2), are in half images from the middle, across and downwards.
+    """
+    affine = torch.cat([torch.diag_embed(half), centre[:, :, None]], dim=2)  # (B, 2, 3)
+    grid = F.affine_grid(affine, [len(images), 1, side, side], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False, **kwargs)
 
 
 if __name__ == "__main__":
