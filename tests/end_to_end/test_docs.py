@@ -6,16 +6,17 @@ import shlex
 
 import pytest
 
-import benchmark
 import plots
 import summarize
+from benchmark import BenchmarkOptions
 from cli import configurations
 from cli.flags import flags_of
-from cli.options import take_all
+from cli.options import take, take_all
 from cli.parser import parse
 from cli.paths import ROOT
-from cli.settings import GROUPS, LEGACY_FLAGS, REMOVED_FLAGS, all_flags
-from launch.options import SubmitOptions, SweepOptions, take
+from cli.settings import FLAGS, GROUPS, LEGACY_FLAGS, REMOVED_FLAGS
+from launch.sweep_plan import SweepOptions
+from run_with_submitit import SubmitOptions
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,29 +29,22 @@ PLACEHOLDERS = {
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
-#: What takes the arguments of main.py, and how it leaves its own flags out.
+#: What takes the arguments of main.py, and the flags of its own that it takes out of them.
 PROGRAMS = {
-    "main.py": lambda words: words,
-    "train.sh": lambda words: words,
-    "benchmark.py": lambda words: benchmark._parse(words)[1],
-    "run_with_submitit.py": lambda words: take(SubmitOptions, words)[1],
-}
+    "main.py": None, "train.sh": None, "benchmark.py": BenchmarkOptions,
+    "run_with_submitit.py": SubmitOptions,
+}  # fmt: skip
 
-#: Flags of launchers, of l2p-pytorch alone, of benchmark.py, of nobody.
+#: Flags of launchers, of l2p-pytorch alone, of nobody.
 OTHER_FLAGS = set(
-    "--use_env --nproc_per_node --master_port --standalone --nodes --gpus-per-node --wait --dr "
-    "--ntasks-per-node --kill-on-bad-exit --use_volta32 --job_dir --array --only "
-    "--repetitions --warm_up --json --synthetic --flag --no-flag --lerning-rate".split()
+    "--use_env --nproc_per_node --master_port --standalone --gpus-per-node --ntasks-per-node "
+    "--kill-on-bad-exit --job_dir --array --flag --no-flag --lerning-rate".split()
 )
 
 #: Commands with flags of their own alone, and their options.
 OWN_COMMANDS = {"plots.py": plots.PlotOptions, "summarize.py": summarize.TableOptions}
 
-
-@pytest.fixture(params=PAGES, ids=lambda page: page.name)
-def page(request):
-    """Every page in turn."""
-    return request.param
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def code_blocks(page):
@@ -84,7 +78,8 @@ def arguments(line):
         return None
     words = shlex.split(line[program.end() :], comments=True)
     filled = [value for word in words for value in PLACEHOLDERS.get(word, [word])]
-    return PROGRAMS[program[0][1:]](filled)
+    kind = PROGRAMS[program[0][1:]]
+    return take(kind, filled)[1] if kind else filled
 
 
 def table(heading):
@@ -116,11 +111,12 @@ def test_option_table_has_each_flag_in_the_row_of_its_group():
     assert {row[0]: inline_code(row[2]) for row in table("Options")} == wanted
 
 
+@every_page
 def test_flags_in_the_text_exist(page):
-    names = [*(one.name for one in all_flags()), *LEGACY_FLAGS, *REMOVED_FLAGS, "help"]
+    names = [*(one.name for one in FLAGS.values()), *LEGACY_FLAGS, *REMOVED_FLAGS, "help"]
     known = {f"--{name}" for name in names} | {f"--{name.replace('_', '-')}" for name in names}
     known |= {f"--no-{flag[2:]}" for flag in known} | OTHER_FLAGS
-    kinds = (SubmitOptions, SweepOptions, *OWN_COMMANDS.values())
+    kinds = (SubmitOptions, SweepOptions, BenchmarkOptions, *OWN_COMMANDS.values())
     known |= {f"--{one.name}" for kind in kinds for one in flags_of(kind)}
     said = {flag for text in inline_code(page.read_text()) for flag in FLAG.findall(text)}
     assert said - known == set()
@@ -131,6 +127,7 @@ def test_every_configuration_and_overlay_is_in_the_readme_and_no_other():
     assert sorted(named) == configurations.names()
 
 
+@every_page
 def test_commands_are_typed_correctly(page):
     for line, argv in commands(page):
         _, problems = parse(argv)
@@ -151,6 +148,7 @@ def test_commands_are_found():
         assert any(line.startswith(start) for line in lines), start
 
 
+@every_page
 def test_links_lead_somewhere(page):
     assert len(set(slugs(page))) == len(slugs(page))
     for link in links(page):

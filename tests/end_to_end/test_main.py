@@ -5,8 +5,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +12,10 @@ import torch
 import yaml
 from timm.models import create_model
 
-import main
 from experiment import checkpoints, resume
+from helpers.command_lines import SHALLOW
 from helpers.finished_runs import HERE, Run, evaluate, failed, read, rejected, typed
+from helpers.tiny_model import differing
 from reports import draw, metrics
 from reports.metrics import SELECTIONS
 
@@ -45,11 +44,6 @@ def train(tiny, tmp_path):
     return train
 
 
-def equal(model, other):
-    """Whether two models have the same tensors."""
-    return model.keys() == other.keys() and all(torch.equal(model[k], other[k]) for k in model)
-
-
 # A run and what it leaves behind
 
 
@@ -68,11 +62,11 @@ def test_run_leaves_its_files(trained):
 def test_results_follow_the_interface(trained):
     results = trained.results
     for name in SELECTIONS:
-        matrix = metrics.from_lists(results[name]["accuracy_matrix"])
+        rows = results[name]["accuracy_matrix"]
+        matrix = metrics.from_lists(rows)
         assert np.isnan(matrix).tolist() == [[False, False], [True, False]]
-        expected = metrics.summarize(matrix, 1)
-        assert {k: v for k, v in results[name].items() if k != "accuracy_matrix"} == expected
-        assert set(expected) >= {
+        assert results[name] == {"accuracy_matrix": rows, **metrics.summarize(matrix, 1)}
+        assert set(results[name]) >= {
             "average_accuracy", "forgetting", "forgetting_literature", "backward_transfer",
             "learning_accuracy", "average_incremental_accuracy",
         }  # fmt: skip
@@ -93,9 +87,8 @@ def test_results_follow_the_interface(trained):
 
 
 def test_results_tell_the_command_and_what_follows_from_it(trained):
-    command = trained.results["command"]
+    command, flags = trained.results["command"], trained.results["command"]["flags"]
     assert command["configurations"] == []
-    flags = command["flags"]
     assert (flags["size"], flags["lr"], flags["dataset"]) == (4, 0.5, "ImageFolder")
     assert "resume" not in flags
     state = resume._parse((trained.folder / "checkpoint/last.pth").read_bytes(), "")
@@ -146,10 +139,10 @@ def test_config_runs_again_to_the_same_results_and_the_first_are_moved_aside(tra
     again = Run(copy)
     for key in (*SELECTIONS, "class_order", "backbone", "prompt_usage"):
         assert again.results[key] == trained.results[key]
-    assert equal(again.model, trained.model)
     (kept,) = (copy / "previous").iterdir()
     assert Run(kept).results == trained.results
-    assert equal(Run(kept).model, trained.model)
+    assert not differing(again.model, trained.model)
+    assert not differing(Run(kept).model, trained.model)
 
 
 def test_empty_output_dir_writes_nothing(tiny, tmp_path, monkeypatch):
@@ -197,26 +190,28 @@ def test_every_option_changes_what_is_learned(trained, train):
         assert any(not torch.equal(plain[k], other[k]) for k in shared), flags
 
 
-def test_votes_change_what_is_learned(train):
-    """With queries that differ from class to class, so that images disagree."""
-    varied = "--embedding_key max --no-shuffle --size 8 --epochs 1"
-    plain = train(varied).model
-    for number, flags in enumerate(("--batchwise_prompt false", "--vote_group_size 2")):
-        assert not equal(train(f"{varied} {flags}", to=f"other{number}").model, plain), flags
+#: Flags; then others, each of which changes what they learn. Queries differ from class to class in
+#: the first line, so that images disagree.
+DEPENDENT = """
+--embedding_key max --no-shuffle --size 8 | --batchwise_prompt false | --vote_group_size 2
+--use_prompt_mask | --shared_prompt_pool | --shared_prompt_key
+"""
 
 
-def test_shared_pool_and_key_change_what_is_learned(train):
-    plain = train("--use_prompt_mask --epochs 1").model
-    for flag, name in (("pool", "prompt.prompt"), ("key", "prompt.prompt_key")):
-        other = train(f"--use_prompt_mask --epochs 1 --shared_prompt_{flag}", to=flag).model
-        assert not torch.equal(plain[name], other[name])
+def test_options_that_depend_on_others_change_what_is_learned(train):
+    for number, line in enumerate(DEPENDENT.strip().splitlines()):
+        flags, *others = line.split("|")
+        plain = train(f"{flags} --epochs 1", to=f"plain{number}").model
+        for other in others:
+            changed = train(f"{flags} {other} --epochs 1", to=f"{number}{other.strip()}").model
+            assert differing(changed, plain), other
     log = train("--shared_prompt_pool --size 3 --epochs 1", to="exhausted").log
     assert "Task 2 shares no prompts with task 1" in log
 
 
 def test_task_inc_changes_accuracies_only(trained, train):
     told = train("--task_inc")
-    assert equal(told.model, trained.model)
+    assert not differing(told.model, trained.model)
     accuracy = told.results["batch"]["average_accuracy"]
     assert accuracy >= trained.results["batch"]["average_accuracy"]
     assert accuracy > 0
@@ -226,21 +221,6 @@ def test_pull_constraint_off_leaves_keys_as_they_were(train):
     run = train("--no-pull_constraint --epochs 1")
     first, last = (run.checkpoint(task).model["prompt.prompt_key"] for task in (1, 2))
     assert torch.equal(first, last)
-
-
-def test_linear_probe_trains_the_head_alone(train):
-    run = train("linear_probe --epochs 1")
-    assert run.model.keys() == HEAD
-    assert run.results["batch"] == run.results["instance"]
-    assert run.results["prompt_usage"] == []
-
-
-def test_unfrozen_backbone_is_saved_and_evaluates_again(train):
-    run = train("--freeze patch_embed --lr 0.01 --epochs 1")
-    assert {"blocks.0.attn.qkv.weight", "pos_embed_prompt"} <= run.model.keys()
-    assert "patch_embed.proj.weight" not in run.model
-    again, _ = evaluate(run.folder)
-    assert all(again[name] == run.results[name] for name in SELECTIONS)
 
 
 def test_class_order_follows_the_seed_a_file_or_a_number_of_classes(trained, train, tmp_path):
@@ -253,18 +233,6 @@ def test_class_order_follows_the_seed_a_file_or_a_number_of_classes(trained, tra
     assert seven["class_order"] != trained.results["class_order"]
     random_weights = seven["backbone"]["sha256"]
     assert random_weights != trained.results["backbone"]["sha256"]
-
-
-@pytest.mark.slow
-def test_run_continues_when_its_output_is_not_read_any_more(tiny, tmp_path):
-    """As `python main.py ... | head -1`."""
-    command = [sys.executable, main.__file__, *tiny, "--output_dir", str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        error = process.stderr.read().decode()
-    assert (process.returncode, error) == (0, "")
-    assert "Total training time" in Run(tmp_path / "out").log
 
 
 def test_non_finite_loss_saves_and_names_the_place(tiny, tmp_path):
@@ -288,9 +256,6 @@ def test_eval_needs_nothing_but_the_folder_and_a_second_keeps_the_first(trained,
     told, _ = evaluate(copy, "--task_inc")
     assert (copy / "eval_results_before.json").read_bytes() == first
     assert told != json.loads(first)
-
-
-def test_eval_with_more_workers_and_other_batches_is_the_same(trained, copy):
     found, _ = evaluate(copy, "--batch-size", "8", "--num_workers", "2")
     assert found["batch"] == trained.results["batch"]
 
@@ -362,15 +327,6 @@ def test_eval_names_checkpoints_that_are_missing_or_damaged(copy, tmp_path):
     (tmp_path / "seeds" / "seed7" / "checkpoint").mkdir(parents=True)
     err = rejected("--eval", "--output_dir", tmp_path / "seeds")
     assert f"such as {tmp_path / 'seeds' / 'seed7'}\n" in err
-
-
-def test_eval_on_other_data_is_rejected(copy, tmp_path, image_folder):
-    """The same classes under other names would be scored as the wrong ones."""
-    data = shutil.copytree(image_folder, tmp_path / "data")
-    for split in ("train", "val"):
-        (data / split / "a").rename(data / split / "z")
-    out = failed("--eval", "--output_dir", copy, "--data-path", data, *HERE)
-    assert "was trained on other data" in out
 
 
 def test_eval_rejects_flags_that_contradict_the_checkpoint_or_train(trained):
@@ -453,11 +409,12 @@ def test_original_checkpoints_that_bring_other_networks_get_queries_of_their_own
     assert typed(*command)[0] == 0
     both = read(tmp_path / "eval_results.json")
     path.unlink()
-    failed(*command)
+    failed(*command)  # a column is missing
     alone = read(tmp_path / "eval_results.json")
     of_second = [usage for usage in both["prompt_usage"] if usage["after_task"] == 2]
     assert of_second == alone["prompt_usage"]
     assert both["backbone"]["sha256"] == alone["backbone"]["sha256"]
+    assert "does not fit the model" in failed(*original(length=3))
 
 
 def test_original_checkpoint_of_an_unfrozen_run_keeps_the_identity_of_the_query(
@@ -470,10 +427,6 @@ def test_original_checkpoint_of_an_unfrozen_run_keeps_the_identity_of_the_query(
         found = read(tmp_path / "eval_results.json")
         assert found["backbone"]["sha256"] == trained.results["backbone"]["sha256"]
         assert found["numerics"]["amp"] == amp
-
-
-def test_original_checkpoint_with_another_width_is_named(original):
-    assert "does not fit the model" in failed(*original(length=3))
 
 
 # Throughput
@@ -491,7 +444,8 @@ def test_speed_test_reports_and_appends(tiny, tmp_path):
 
 def test_speed_test_leaves_the_run_and_its_counts_unchanged(train):
     flags = "--diversify frequency --epochs 1"
-    assert equal(train(flags).model, train(f"{flags} --speed_test", to="measured").model)
+    measured = train(f"{flags} --speed_test", to="measured").model
+    assert not differing(train(flags).model, measured)
 
 
 @pytest.mark.slow
@@ -531,7 +485,8 @@ nonsense -> 'nonsense' is neither a configuration nor the value of a flag
 --model resnet18 -> as a plain ViT
 --model-kwargs bogus=1 -> bogus
 --no-prompt_pool -> pools prompt tokens, but --prompt_pool is off
---shared_prompt_key --no-prompt_key -> needs keys of their own
+--shared_prompt_key --no-prompt_key -> --shared_prompt_key needs --prompt_key: leave it on
+--diversify mask --no-prompt_pool --head_type token -> --diversify needs --prompt_pool: leave
 --pretrained gone.npz -> neither true, false, nor a file that exists
 --num_tasks 20 --classes_per_task 10 -> = 200 exceeds the 100 classes
 --class_order gone.txt -> there is no such file
@@ -542,12 +497,16 @@ nonsense -> 'nonsense' is neither a configuration nor the value of a flag
 --lr-noise 0.1 0.9 -> --lr-noise needs a schedule
 --freeze blocks patch_embed cls_token norm pos_embed prompt head -> leaves nothing to train
 --eval --speed_test -> finds no checkpoint
+--dry_run --speed_test -> --speed_test and --dry_run are two commands
+--dry_run --speed_test_only -> --speed_test_only and --dry_run are two commands
+--seeds 1 --output_dir= -> --seeds needs --output_dir: give the folder
 --output_dir /proc/version -> is a file, not a folder
 --world_size 4 -> the launcher starts the processes
---checkpoint x.pth -> give --eval too
+--checkpoint x.pth -> --checkpoint needs --eval: give it too
 --device gpu -> --device gpu is unknown
 --scale 0.5 0.1 -> --scale
 --dataset ImageFolder -> train
+--dataset CIFAR11 --scenario gaussian -> --dataset CIFAR11 is unknown: choose one of
 --device cuda -> --device cuda: torch finds no CUDA device
 """
 
@@ -558,10 +517,12 @@ def test_everything_wrong_is_told_at_once():
         assert problem in err, problem
 
 
-def test_wrong_command_line_is_rejected_with_the_reason(tmp_path, no_cuda):
+def test_wrong_command_line_is_rejected_with_the_reason(tmp_path, no_cuda, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run has left its files
     for line in WRONG.strip().splitlines():
         flags, message = line.split(" -> ")
-        assert message in rejected(*flags.split(), "--data-path", tmp_path), line
+        words = f"{SHALLOW} --no-plots {flags}".split()
+        assert message in rejected(*words, "--data-path", tmp_path), line
     assert " (the default) does not exist: name the folder" in rejected("cifar100_l2p")
     given = rejected("cifar100_l2p", "--data-path", "/nowhere")
     assert "/nowhere does not exist: name the folder" in given

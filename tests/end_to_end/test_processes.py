@@ -7,11 +7,10 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from functools import partial
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,22 +18,12 @@ import main
 import utils
 from experiment import checkpoints, resume
 from experiment.signals import EXIT_CODE
-from helpers.commands import command
-from helpers.process_groups import ROOT, by_launcher, by_slurm, free_port, together
-from helpers.process_runs import (
-    assert_equal_runs,
-    assert_equal_usage,
-    results,
-    run,
-    shape,
-    step_losses,
-)
+from helpers.finished_runs import Run, read
+from helpers.process_groups import by_launcher, by_nobody, by_slurm, free_port, together
+from helpers.process_runs import GONE, assert_equal_runs, assert_equal_usage, run, shape
 from reports.metrics import SELECTIONS
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-
-GONE = "error: another process of the run is gone (RuntimeError: "
-
 
 # What a process does in the middle of a run
 
@@ -70,26 +59,12 @@ def fail():
 # Several processes equal one
 
 
-@pytest.mark.slow
-def test_runs_of_these_tests_could_differ(alone):
-    """Votes overrule images, several prompts serve, some predictions are right, and losses move."""
-    found = results(alone(12, 3))
-    assert any(entry["batch"] != entry["instance"] for entry in found["prompt_usage"])
-    assert all(np.count_nonzero(entry["batch"]) > 2 for entry in found["prompt_usage"])
-    assert 0 < found["batch"]["average_accuracy"] < 100
-    assert {sum(entry["batch"]) for entry in found["prompt_usage"]} == {2 * 7}  # of every image
-    places, losses = step_losses(alone(12, 3))
-    assert [place[-4:-1] for place in places] == ["0/2", "1/2", "0/2", "1/2", "0/1", "0/1"]
-    assert len(set(losses)) > 5
-
-
 @pytest.mark.parametrize(
     ("count", "batch", "group", "environment"),
     [
         (1, 12, 3, by_launcher(1)),  # a group of one
-        pytest.param(
-            2, 6, 3, by_slurm(2), marks=pytest.mark.smoke
-        ),  # steps of 12 and 1 images: nothing for one process
+        # Steps of 12 and 1 images: nothing for one process.
+        pytest.param(2, 6, 3, by_slurm(2), marks=pytest.mark.smoke),
         (4, 3, 3, None),  # and nothing for three; three vote groups of test images for four
         slow(3, 3, 3, None),  # 9 and 4 images: 3, 1 and none
     ],
@@ -115,7 +90,7 @@ COUNTED = ["--diversify", "frequency", "--buffer_per_class", "2", "--pull_constr
 )
 def test_several_processes_replay_and_count_as_one(pictures, tmp_path, flags, count, batch):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    done = run(alone, 1, [*shape(count * batch, 3, pictures, alone), *flags], environment=nothing)
+    done = run(alone, 1, [*shape(count * batch, 3, pictures, alone), *flags], environment=by_nobody)
     assert done.codes == [0], done.text
     done = run(shared, count, [*shape(batch, 3, pictures, shared), *flags])
     assert done.codes == [0] * count, done.text
@@ -131,21 +106,15 @@ def test_several_processes_replay_and_count_as_one(pictures, tmp_path, flags, co
         assert one.model["prompt.served_now"].sum() == 2 * 2 * (12 + 4 * 3)
 
 
-def nothing(rank):
-    """The environment of a process without a launcher."""
-    return {}
-
-
 def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(alone(12, 3), folder)
-    expected = results(folder)
+    expected = Run(shutil.copytree(alone(12, 3), folder)).results
     flags = ["--eval", "--output_dir", folder, "--device", "cpu", "--num_workers", "0"]
     done = run(tmp_path, 4, flags)
     assert done.codes == [0] * 4, done.text
     assert done.texts[0].count("Reproduces the stored accuracies") == 4
     assert done.texts[1:] == [""] * 3
-    found = results(folder, "eval_results")
+    found = read(folder / "eval_results.json")
     assert [found[name] for name in SELECTIONS] == [expected[name] for name in SELECTIONS]
     assert_equal_usage(found["prompt_usage"], expected["prompt_usage"])
 
@@ -153,18 +122,8 @@ def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
 # Stopped, and resumed in another number of processes
 
 
-def stopped(folder, pictures, actions, *flags, where=("engine.train_step", 6), batch=2, group=2):
-    """A run in two processes that do something in the sixth of its 14 steps.
-
-    That is the second of the second epoch; a signal that comes in it is found in the third.
-    """
-    flags = [*shape(batch, group, pictures, folder), *flags]
-    return run(folder, 2, flags, partial(act, where, actions))
-
-
-def resumed(folder, count, pictures, *flags, batch=2, group=2):
-    flags = [*shape(batch, group, pictures, folder), "--resume", "auto", *flags]
-    done = run(folder, count, flags)
+def resume_in(count, folder, pictures):
+    done = run(folder, count, [*shape(2, 2, pictures, folder), "--resume", "auto"])
     assert done.codes == [0] * count, done.text
     return done
 
@@ -181,7 +140,7 @@ def test_signal_to_one_process_stops_all_and_any_number_resumes(
     place = "stopped the run after task 1, epoch 2, step 3"
     assert f"{number.name} {place}" in done.texts[rank]
     assert f"another process {place}" in done.texts[1 - rank]
-    done = resumed(tmp_path, count, pictures)
+    done = resume_in(count, tmp_path, pictures)
     assert "task 1, 1 of 2 epochs and 3 steps done" in done.texts[0]
     assert "4 images a step, vote group of 2" in done.texts[0]
     warning = "2 of 4 processes have nothing to train on: 4 images a step are 2 vote groups"
@@ -190,7 +149,10 @@ def test_signal_to_one_process_stops_all_and_any_number_resumes(
 
 
 def stop_slowly(path, number, stopping, rank):
-    """Writes the second state, the first ends an epoch, while the other process has to wait."""
+    """In the second step of the second epoch; a signal that comes in it is found in the third.
+
+    While the second state is written (the first ends an epoch), the other process has to wait.
+    """
     act(("engine.train_step", 6), {stopping: signalled(number)}, rank)
     act(("experiment.resume.save", 2), {0: partial(time.sleep, 0.5)}, rank)
     act(("experiment.session._report", 1), {1: partial(check_saved, path)}, rank)
@@ -200,30 +162,16 @@ def check_saved(path):
     assert torch.load(path, weights_only=True)["position"]["step"] == 3
 
 
-@pytest.mark.slow
-def test_killed_run_resumes_in_another_number(alone, pictures, tmp_path):
-    """From the state of the last step, by processes that cannot share the batch evenly."""
-    actions = dict.fromkeys((0, 1), signalled(signal.SIGKILL))
-    sizes = {"batch": 6, "group": 3}  # six steps
-    where = ("engine.train_step", 4)
-    done = stopped(tmp_path, pictures, actions, "--save_every", "1e-9", where=where, **sizes)
-    assert done.codes == [-signal.SIGKILL] * 2
-    done = resumed(tmp_path, 3, pictures, **sizes)
-    assert "task 1, 1 of 2 epochs and 1 steps done" in done.texts[0]
-    assert "12 images a step, vote group of 3\n" in done.texts[0]
-    assert "Processes: 3 on cpu" in done.texts[0]
-    assert_equal_runs(tmp_path, alone(12, 3), stopped=True)
-
-
 @pytest.mark.parametrize("rank", [slow(0), 1])
 def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
     """In the second evaluation after the second task; the other process loses this one."""
     actions = {rank: signalled(signal.SIGTERM)}
-    done = stopped(tmp_path, pictures, actions, where=("engine.evaluate", 3))
+    hook = partial(act, ("engine.evaluate", 3), actions)
+    done = run(tmp_path, 2, shape(2, 2, pictures, tmp_path), hook)
     assert (done.codes[rank], done.codes[1 - rank]) == (EXIT_CODE, 1), done.text
     assert "SIGTERM stopped the run in an evaluation" in done.texts[rank]
     assert GONE in done.texts[1 - rank]
-    done = resumed(tmp_path, 4, pictures)
+    done = resume_in(4, tmp_path, pictures)
     assert "task 2, 2 of 2 epochs and 0 steps done" in done.texts[0]
     assert_equal_runs(tmp_path, alone(4, 2))
 
@@ -292,45 +240,13 @@ def _main_each(flags, rank):
     return main.main([str(flag) for flag in flags[rank]])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("death", ["os.kill(os.getpid(), 9)", "raise ValueError('boom')"])
-def test_torchrun_ends_a_run_whose_process_dies(pictures, tmp_path, death):
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import engine, main\n"
-        "def die(*_):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        f"        {death}\n"
-        "    return step(*_)\n"
-        "step, engine.train_step = engine.train_step, die\n"
-        "sys.exit(main.main())\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start = time.monotonic()
-    done = command(*torchrun, program, *shape(3, 3, pictures, tmp_path / "out"))
-    assert done.returncode != 0
-    assert time.monotonic() - start < 40
-    text = done.stdout + done.stderr
-    assert ("ValueError: boom" if "boom" in death else "Signal 9 (SIGKILL)") in text
-    assert text.count(GONE.removeprefix("error: ")) == 1  # no error where torchrun stopped it first
-    assert text.count("Traceback") == 1 + ("boom" in death)  # one of torchrun
-
-
 # What they exchange
 
 
-def exchange(work, rank):
-    """Runs `work(rank)` as one of a group."""
+def exchange(rank):
     place = utils.init_processes("cpu")
     assert place.rank == utils.rank() == rank
     assert utils.is_main_process() == (rank == 0)
-    work(rank)
-    utils.close_processes()
-    assert not torch.distributed.is_initialized()
-
-
-def share_and_sum(rank):
     large = random.Random(0).randbytes(3_000_000)
     for data in (("", b""), ("name", b"\0\xff state"), large):
         assert utils.share(data if rank == 0 else b"of another process") == data
@@ -345,40 +261,28 @@ def share_and_sum(rank):
     for parameter, value in zip(trained, given, strict=True):
         torch.testing.assert_close(parameter.grad, 3 * value)
     assert frozen.grad is None
+    utils.close_processes()
+    assert not torch.distributed.is_initialized()
 
 
 def test_three_processes_exchange(tmp_path):
-    done = together(tmp_path, 3, partial(exchange, share_and_sum))
+    done = together(tmp_path, 3, exchange)
     assert done.codes == [0, 0, 0], done.text
 
 
-def test_process_alone_exchanges_nothing():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    assert utils.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
-    utils.sum_gradients([parameter])
-    assert parameter.grad is None
-    assert utils.share(b"state") == b"state"
-    utils.close_processes()
-
-
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
+def test_error_of_the_own_device_is_no_lost_process(monkeypatch):
+    monkeypatch.setattr(utils, "is_alone", lambda: False)
+    out_of_memory = torch.OutOfMemoryError
+    for error, is_lost in (
         (RuntimeError("Connection closed by peer"), True),
         (torch.distributed.DistBackendError("NCCL error"), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), False),
-        (getattr(torch, "AcceleratorError", torch.OutOfMemoryError)("illegal access"), False),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_error_of_the_own_device_is_no_lost_process(monkeypatch, error, lost):
-    def fails(_):
-        raise error
-
-    monkeypatch.setattr(utils, "is_alone", lambda: False)
-    monkeypatch.setattr(torch.distributed, "all_reduce", fails)
-    with pytest.raises(utils.LostProcessError if lost else type(error), match=str(error)):
-        utils.sum_over_processes(torch.ones(1))
+        (out_of_memory("CUDA out of memory"), False),
+        (getattr(torch, "AcceleratorError", out_of_memory)("illegal access"), False),
+    ):
+        monkeypatch.setattr(torch.distributed, "all_reduce", Mock(side_effect=error))
+        raised = utils.LostProcessError if is_lost else type(error)
+        with pytest.raises(raised, match=str(error)):
+            utils.sum_over_processes(torch.ones(1))
 
 
 def join(rank):
@@ -411,26 +315,27 @@ ALLOCATION = {
 
 INTERACTIVE = {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}
 
+#: Environments; rank, world size, local rank and whether Slurm is the launcher.
+LAUNCHES = [
+    ({}, None),
+    ({"RANK": "0"}, None),
+    (TORCHRUN, (5, 8, 2, False)),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, False)),
+    ({**STEP, **TORCHRUN}, (5, 8, 2, False)),  # torchrun, itself started by srun
+    (STEP, (3, 4, 1, True)),
+    (ALLOCATION, None),
+    (INTERACTIVE, None),
+    ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+    ({k: v for k, v in ALLOCATION.items() if k != "SLURM_PROCID"}, None),  # of salloc
+]
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, None),
-        ({"RANK": "0"}, None),
-        (TORCHRUN, (5, 8, 2, False)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, False)),
-        ({**STEP, **TORCHRUN}, (5, 8, 2, False)),  # torchrun, itself started by srun
-        (STEP, (3, 4, 1, True)),
-        (ALLOCATION, None),
-        (INTERACTIVE, None),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({k: v for k, v in ALLOCATION.items() if k != "SLURM_PROCID"}, None),  # of salloc
-    ],
-)
-def test_find_launch(environ, expected):
-    found = utils.find_launch(environ)
-    assert (found and (found.rank, found.world_size, found.local_rank, found.by_slurm)) == expected
-    assert bool(found and found.meeting_point) == bool(expected and expected[-1])
+
+def test_find_launch():
+    for environ, expected in LAUNCHES:
+        found = utils.find_launch(environ)
+        by_slurm = found and found.meeting_point is not None
+        found = found and (found.rank, found.world_size, found.local_rank, by_slurm)
+        assert found == expected, environ
 
 
 @pytest.mark.parametrize(
@@ -450,22 +355,23 @@ def meeting_point(**changes):
     return host, int(port)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[007-009,12],x1", "gpu007"),
-        ("gpu[12,007-009]", "gpu12"),
-        ("a-b[1-2]-ib", "a-b1-ib"),
-        ("127.0.0.[11-12]", "127.0.0.11"),
-        ("rack[2-3]n[04-05]", "rack2n04"),
-        ("x1,gpu[007-009]", "x1"),
-        ("single", "single"),
-        ("a-1.cluster.org,a-2.cluster.org", "a-1.cluster.org"),
-    ],
-)
-def test_first_machine_of_a_step_is_where_to_meet(nodes, first):
-    assert meeting_point(SLURM_STEP_NODELIST=nodes)[0] == first
-    assert meeting_point(SLURM_STEP_NODELIST="", SLURM_JOB_NODELIST=nodes)[0] == first
+#: Lists of nodes; the first of each.
+NODES = """
+gpu[007-009,12],x1 gpu007
+gpu[12,007-009] gpu12
+a-b[1-2]-ib a-b1-ib
+127.0.0.[11-12] 127.0.0.11
+rack[2-3]n[04-05] rack2n04
+x1,gpu[007-009] x1
+single single
+a-1.cluster.org,a-2.cluster.org a-1.cluster.org
+"""
+
+
+def test_first_machine_of_a_step_is_where_to_meet():
+    for nodes, first in map(str.split, NODES.strip().splitlines()):
+        assert meeting_point(SLURM_STEP_NODELIST=nodes)[0] == first
+        assert meeting_point(SLURM_STEP_NODELIST="", SLURM_JOB_NODELIST=nodes)[0] == first
 
 
 def test_ports_differ_between_steps_and_those_of_the_user_win():
@@ -478,46 +384,43 @@ def test_ports_differ_between_steps_and_those_of_the_user_win():
     assert meeting_point(MASTER_PORT="2345") == ("gpu007", 2345)
 
 
-def test_init_processes_without_launcher_is_one_process(no_launcher):
-    assert utils.init_processes("cpu") == utils.Processes(0, 1, torch.device("cpu"))
-    assert not torch.distributed.is_initialized()
-    assert utils.is_main_process()
-
-
 # Where a process computes
 
+#: GPUs of a machine, `--device`, local rank (of Slurm: s); what is chosen, or what is said.
+DEVICES = """
+0 auto 3 -> cpu
+2 cpu 3 -> cpu
+4 cuda 3 -> cuda:3
+4 cuda s3 -> cuda:3
+4 auto 2 -> cuda:2
+4 cuda:1 3 -> cuda:1
+4 cuda:1 s0 -> cuda:1
+4 cuda 0 -> cuda:0
+1 cuda s3 -> cuda:0
+1 auto s3 -> cuda:0
+0 cuda 0 -> --device cuda: torch finds no CUDA device
+0 cuda:1 0 -> --device cuda:1: torch finds no CUDA device
+2 cuda 3 -> process 3 asks for GPU 3 of 2
+2 cuda s3 -> process 3 asks for GPU 3 of 2
+1 cuda 3 -> process 3 asks for GPU 3 of 1
+2 cuda:2 0 -> --device cuda:2: process 0 asks for GPU 2 of 2
+"""
+UNKNOWN = "gpu", "cpu:x", "meta", "mps", "cuda:", "cuda:-1", ""
 
-@pytest.mark.parametrize(
-    ("gpus", "device", "local_rank", "by_slurm", "expected"),
-    [
-        (0, "auto", 3, False, "cpu"),
-        (2, "cpu", 3, False, "cpu"),
-        (4, "cuda", 3, False, "cuda:3"),
-        (4, "cuda", 3, True, "cuda:3"),
-        (4, "auto", 2, False, "cuda:2"),
-        (4, "cuda:1", 3, False, "cuda:1"),
-        (4, "cuda:1", 0, True, "cuda:1"),
-        (4, "cuda", 0, False, "cuda:0"),
-        (1, "cuda", 3, True, "cuda:0"),  # Slurm shows each task its own
-        (1, "auto", 3, True, "cuda:0"),
-        (0, "cuda", 0, False, "--device cuda: torch finds no CUDA device"),
-        (0, "cuda:1", 0, False, "--device cuda:1: torch finds no CUDA device"),
-        (2, "cuda", 3, False, "process 3 asks for GPU 3 of 2"),
-        (2, "cuda", 3, True, "process 3 asks for GPU 3 of 2"),
-        (1, "cuda", 3, False, "process 3 asks for GPU 3 of 1"),
-        (2, "cuda:2", 0, False, "--device cuda:2: process 0 asks for GPU 2 of 2"),
-        *[
-            (4, device, 0, False, f"--device {device} is unknown")
-            for device in ("gpu", "cpu:x", "meta", "mps", "cuda:", "cuda:-1", "")
-        ],
-    ],
-)
-def test_choose_device(monkeypatch, gpus, device, local_rank, by_slurm, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    launch = utils.Launch(rank=3, world_size=4, local_rank=local_rank, by_slurm=by_slurm)
-    if re.fullmatch(r"cpu|cuda:\d", expected):
-        assert utils.choose_device(device, launch) == torch.device(expected)
-    else:
-        with pytest.raises(ValueError, match=expected):
-            utils.choose_device(device, launch)
+
+def test_choose_device(monkeypatch):
+    lines = [line.split(" -> ") for line in DEVICES.strip().splitlines()]
+    lines += [(f"4 {device} 0", f"--device {device} is unknown") for device in UNKNOWN]
+    for given, expected in lines:
+        gpus, device, local_rank = given.split(" ")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus != "0")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: int(gpus))
+        # Slurm shows each task its own GPU, if there is one.
+        url = "tcp://node:12000" if "s" in local_rank else None
+        rank = int(local_rank.strip("s"))
+        launch = utils.Processes(3, 4, local_rank=rank, meeting_point=url)
+        try:
+            found = str(utils.choose_device(device, launch))
+        except ValueError as error:
+            found = str(error)
+        assert found == expected or (" " in expected and expected in found), given

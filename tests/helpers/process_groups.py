@@ -12,15 +12,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import pytest
 import torch
 
 import utils
+from cli.paths import ROOT
 from helpers.launcher_environment import launcher_names
-
-ROOT = Path(utils.__file__).resolve().parent
 
 #: Seconds after a failure until the other processes are ended.
 _GRACE = 3
@@ -79,6 +77,11 @@ def by_launcher(count, port=None):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
+
+
+def by_nobody(rank):
+    """The environment of a process without a launcher."""
+    return {}
 
 
 def by_slurm(count, **more):

@@ -1,18 +1,17 @@
 """Runs in several processes, and what they must agree in."""
 
-import json
 import re
 from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import main
-from experiment import checkpoints
-from helpers.process_groups import together
+from helpers.finished_runs import Run
+from helpers.process_groups import by_nobody, together
 from helpers.tiny_flags import TINY
+from helpers.tiny_model import close_by_name
 from reports.metrics import SELECTIONS
 
 #: With queries that differ from image to image, so that votes are held and lost.
@@ -20,6 +19,9 @@ SMALL = [
     *TINY, "--size", "20", "--embedding_key", "mean", "--norm", "half", "--lr_scale", "global",
     "--no-shuffle", "--dataset", "ImageFolder", "--print_freq", "1",
 ]  # fmt: skip
+
+#: What a process says that loses another.
+GONE = "error: another process of the run is gone (RuntimeError: "
 
 
 def run(folder, count, flags, hook=None, **keywords):
@@ -57,7 +59,7 @@ def alone(pictures, tmp_path_factory):
         if (batch, group) not in made:
             made[batch, group] = output = tmp_path_factory.mktemp("alone")
             flags = shape(batch, group, pictures, output)
-            done = run(output, 1, flags, environment=lambda rank: {})
+            done = run(output, 1, flags, environment=by_nobody)
             assert done.codes == [0], done.text
         return made[batch, group]
 
@@ -70,15 +72,9 @@ def shape(batch, group, data, output):
     return [*SMALL, *flags, "--data-path", data, "--output_dir", output]
 
 
-def results(folder, name="results"):
-    """The results that a run, or an evaluation of it, has written."""
-    return json.loads((folder / f"{name}.json").read_text())
-
-
-def step_losses(folder):
+def step_losses(run):
     """Loss of every step in the log, in order, with what was said of its place."""
-    text = (folder / "log.txt").read_text()
-    found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", text, re.MULTILINE)
+    found = re.findall(r"^(Train: .*?)  eta: .* Loss: ([\d.]+) ", run.log, re.MULTILINE)
     return [place for place, _ in found], [float(loss) for _, loss in found]
 
 
@@ -87,27 +83,19 @@ def assert_equal_runs(folder, reference, stopped=False):
 
     The log of a run that was stopped need not tell the step after which it stopped.
     """
-    one, two = results(reference), results(folder)
+    one, two = Run(reference), Run(folder)
     for selection in SELECTIONS:
-        assert two[selection] == one[selection]
-    assert_equal_usage(two["prompt_usage"], one["prompt_usage"])
-    one, two = (
-        [json.loads(line) for line in (f / "log_stats.txt").read_text().splitlines()]
-        for f in (reference, folder)
-    )
-    for line, other in zip(one, two, strict=True):
+        assert two.results[selection] == one.results[selection]
+    assert_equal_usage(two.results["prompt_usage"], one.results["prompt_usage"])
+    for line, other in zip(one.stats, two.stats, strict=True):
         assert other == {
             name: pytest.approx(value, rel=1e-6) if "Loss" in name else value
             for name, value in line.items()
         }
     for task in (1, 2):
-        one, two = (
-            checkpoints.load(checkpoints.task_path(f, task)).model for f in (reference, folder)
-        )
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, atol=2e-6, rtol=1e-5)
-    (places, losses), (same_places, same_losses) = map(step_losses, (reference, folder))
+        wanted = one.checkpoint(task).model
+        close_by_name(two.checkpoint(task).model, wanted, atol=2e-6, rtol=1e-5)
+    (places, losses), (same_places, same_losses) = step_losses(one), step_losses(two)
     if stopped and len(same_places) == len(places) - 1:
         pairs = enumerate(zip(places, same_places, strict=False))
         lost = next((i for i, (place, same) in pairs if place != same), -1)
