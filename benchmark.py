@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         workload = read_workload(flags, options.num_images, problems)
         report = _measure(workload, options, argv)
     except UsageError as error:
-        print(error.message("benchmark.py"), end="", file=sys.stderr)
-        return 2
+        return error.report("benchmark.py")
     except (DataError, WeightsError, Preempted) as error:
         reason = "ended by a signal" if isinstance(error, Preempted) else error
         print(f"benchmark.py: {reason}", file=sys.stderr)

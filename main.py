@@ -147,12 +147,13 @@ def assemble(
 
     from continual_datasets.samplers import Batching
     from experiment import build, precision
-    from model.backbone import identify
+    from model.backbone import build_backbone, identify
 
     batch = global_batch or settings.optimizer.batch_size * processes.world_size
     random_seed(settings.run.seed)
     stream = build.build_stream(settings, batch, processes.device, task_classes)
-    vit = build.build_backbone(settings, pretrained=not weights_follow)
+    size = settings.transforms.input_size
+    vit = build_backbone(settings.model, size, pretrained=not weights_follow)
     identity = identify(vit, settings.model.model, settings.model.weight_source)
     model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
     sizes = Batching(settings, processes, batch).full_batches

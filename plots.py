@@ -9,7 +9,6 @@ deviation over the seeds.
 Exit code: 0 something was drawn, 1 nothing was drawn, 2 command line rejected.
 """
 
-import itertools
 import os
 import re
 import sys
@@ -95,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(options, [stored_runs.folder_of(Path(name)) for name in folders], problems)
     except UsageError as error:
-        print(error.message("plots.py"), end="", file=sys.stderr)
-        return 2
+        return error.report("plots.py")
     except OSError as error:
         print(f"plots.py: {error}", file=sys.stderr)
         return 1
@@ -111,32 +109,31 @@ def _run(options: PlotOptions, paths: Sequence[Path], problems: list[str]) -> in
     if problems:
         raise UsageError(problems)
     is_drawn = False
-    for folder in folders:
-        if folder in paths or len(folders) == 1:
-            with suppress(stored_runs.ResultsError):  # which was reported above
-                results = stored_runs.load_results(folder)
-                drawn = draw.draw_run(results, folder / "plots", options.only, options.format)
-                is_drawn |= _report(folder / "plots", *drawn)
-    if len(folders) > 1 and groups:
-        shared = Path(os.path.commonpath([path.absolute() for path in paths]))
-        folder = Path(options.output_dir or shared / "comparison")
-        drawn = draw.draw_comparison(
-            groups, folder, *options.axes.values(), only=options.only, formats=options.format
-        )
-        is_drawn |= _report(folder, *drawn)
+    for place, (drawn, left_out) in _draw(options, paths, folders, groups):
+        for name in drawn:
+            print(f"{place / name}.{', .'.join(options.format)}")
+        for line in left_out:
+            print(f"{place}: without {line}")
+        is_drawn |= bool(drawn)
     if not is_drawn:
         _print_problems(["there is nothing to draw"])
     return 0 if is_drawn else 1
 
 
-def _report(folder: Path, paths: Sequence[Path], left_out: Sequence[str]) -> bool:
-    """Prints a line for each figure; returns whether there is one."""
-    for _, files in itertools.groupby(paths, key=lambda path: path.stem):
-        first, *others = files
-        print(", ".join([str(first), *(path.suffix for path in others)]))
-    for line in left_out:
-        print(f"{folder}: without {line}")
-    return bool(paths)
+def _draw(
+    options: PlotOptions, paths: Sequence[Path], folders: Sequence[Path], groups: Sequence[Group]
+) -> Iterator[tuple[Path, draw.Drawn]]:
+    """Draws the runs that the command line names, and the comparison; gives the folders, too."""
+    choice = {"only": options.only, "formats": options.format}
+    for folder in folders:
+        if folder in paths or len(folders) == 1:
+            with suppress(stored_runs.ResultsError):  # which was reported before
+                results, place = stored_runs.load_results(folder), folder / "plots"
+                yield place, draw.draw_run(results, place, **choice)
+    if len(folders) > 1 and groups:
+        shared = Path(os.path.commonpath([path.absolute() for path in paths]))
+        place = Path(options.output_dir or shared / "comparison")
+        yield place, draw.draw_comparison(groups, place, *options.axes.values(), **choice)
 
 
 def _print_problems(problems: Iterable[str]) -> None:

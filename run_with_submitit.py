@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         job = submit(options, rest, problems)
     except UsageError as error:
-        print(error.message("run_with_submitit.py"), end="", file=sys.stderr)
-        return 2
+        return error.report("run_with_submitit.py")
     except submitit_jobs.SUBMISSION_ERRORS as error:
         print(f"error: the job was not submitted: {error}", file=sys.stderr)
         return 1

@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         text = _differences(options, groups) if options.compare else _over_seeds(options, groups)
         _write(text, options.output)
     except UsageError as error:
-        print(error.message("summarize.py"), end="", file=sys.stderr)
-        return 2
+        return error.report("summarize.py")
     except (ResultsError, OSError) as error:
         print(f"summarize.py: {error}", file=sys.stderr)
         return 1

@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         with nullcontext() if options.dry_run else lock:
             return run_sweep(sweep, options)
     except UsageError as error:
-        print(error.message("sweep.py"), end="", file=sys.stderr)
-        return 2
+        return error.report("sweep.py")
     except Timeout:
         print(f"error: another sweep.py uses {options.folder}: wait for it", file=sys.stderr)
         return 2

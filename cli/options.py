@@ -5,20 +5,12 @@ import difflib
 import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cli.flags import Flag, flags_of
 from cli.parser import FLAG, shown
 
-
-class Checked(Protocol):
-    """Options that know what is wrong with them together."""
-
-    def problems(self) -> Sequence[str]:
-        """One line for each problem."""
-
-
-Options = TypeVar("Options", bound=Checked)
+Options = TypeVar("Options")
 
 
 def take(
@@ -27,7 +19,7 @@ def take(
     """Takes the options of a command out of its command line.
 
     Args:
-        kind: The options.
+        kind: The options, whose method `problems` names what is wrong with them together.
         argv: The arguments.
         once: Names of flags for several values that take one value each time they are given.
         **about: What `--help` says of the command, see `argparse.ArgumentParser`.
@@ -61,7 +53,7 @@ def take(
                 break
             words.append(rest.pop(0))
         _read(one, words, values, problems)
-    options = kind(**values)
+    options: Any = kind(**values)
     return options, others, [*problems, *options.problems()]
 
 

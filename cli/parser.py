@@ -46,10 +46,11 @@ class UsageError(ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
-    def message(self, program: str) -> str:
-        """What a program prints when it rejects its command line, several lines."""
-        lines = "".join(f"  - {problem}\n" for problem in self.problems)
-        return f"{program}: this command line cannot run:\n{lines}"
+    def report(self, program: str) -> int:
+        """Prints, a line each, why a program rejects its command line; returns its exit code."""
+        lines = [f"  - {problem}" for problem in self.problems]
+        print(f"{program}: this command line cannot run:", *lines, sep="\n", file=sys.stderr)
+        return 2
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:

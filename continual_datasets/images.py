@@ -10,7 +10,7 @@ Shapes: n images of a source, H height, W width in pixels.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,10 @@ class ImageSource(ABC):
     def digest(self) -> str:
         """Identifies the images without opening them: SHA-256 of the labels, and of file names."""
         return _sha256(self.targets.tobytes())
+
+
+#: Training and test images, by name of the data set or domain.
+Parts = tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]
 
 
 class ArraySource(ImageSource):

@@ -22,7 +22,7 @@ from torch import Tensor
 from cli.settings import TransformSettings
 from continual_datasets import device_transforms
 from continual_datasets.device_transforms import Place
-from continual_datasets.images import ArraySource, ImageSource
+from continual_datasets.images import ArraySource, ImageSource, Parts
 from continual_datasets.transforms import NORMS, Transform, build_transform
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
@@ -93,20 +93,21 @@ class PlacedSource(ImageSource):
 def build_pipeline(
     on_device: bool | str,
     options: TransformSettings,
-    sources: Sequence[ImageSource],
+    parts: Parts,
     device: torch.device,
-) -> tuple[ImagePipeline, list[ImageSource]]:
+) -> tuple[ImagePipeline, Parts]:
     """Chooses where all images of a run are preprocessed: stored on the device, or by the workers.
 
     Returns:
-        The pipeline, and the sources to use instead, in the same order.
+        The pipeline, and the parts to use instead.
 
     Raises:
         ValueError: If `on_device` is true, but the images cannot be stored there; `auto` stores
             them on a GPU where that is possible.
     """
     if on_device is False or (on_device == "auto" and device.type == "cpu"):
-        return ImagePipeline(options, device), list(sources)
+        return ImagePipeline(options, device), parts
+    sources = [source for split in parts for source in split.values()]
     arrays = [source for source in sources if isinstance(source, ArraySource)]
     reason = why_not_on_device(options)
     if len(arrays) < len(sources):
@@ -118,10 +119,10 @@ def build_pipeline(
         raise ValueError(f"--data_on_device true: {reason}; leave it out")
     if on_device == "auto" and (reason := reason or _too_large(arrays, device)):
         logger.info("Images are not stored on %s: %s", device, reason)
-        return ImagePipeline(options, device), list(sources)
-    firsts = accumulate(map(len, arrays), initial=0)
-    placed = map(PlacedSource, arrays, firsts)
-    return ImagePipeline(options, device, store(arrays, device)), list(placed)
+        return ImagePipeline(options, device), parts
+    placed = map(PlacedSource, arrays, accumulate(map(len, arrays), initial=0))
+    train, test = (dict(zip(split, placed, strict=False)) for split in parts)
+    return ImagePipeline(options, device, store(arrays, device)), (train, test)
 
 
 def why_not_on_device(options: TransformSettings) -> str | None:

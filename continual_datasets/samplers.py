@@ -48,6 +48,11 @@ class Batching:
         own = sum(map(len, groups))
         return {own, own + self.settings.replayed_per_group * len(groups), self.test_batch}
 
+    def num_steps(self, num_images: int) -> int:
+        """Steps of an epoch of so many training images."""
+        full_steps, rest = divmod(num_images, self.global_batch)
+        return full_steps + (rest > 0 and not self.settings.optimizer.drop_last)
+
     def num_groups(self, num_images: int) -> int:
         """Vote groups of so many images; the last may be smaller."""
         return -(-num_images // self.settings.vote_group_size)
@@ -56,12 +61,6 @@ class Batching:
         """Which of the vote groups of so many images are this process's."""
         groups, rank = self.num_groups(num_images), self.processes.rank
         return slice(*(groups * at // self.processes.world_size for at in (rank, rank + 1)))
-
-
-def steps_per_epoch(num_images: int, full_batch: int, drop_last: bool) -> int:
-    """Steps of an epoch of a task, given the images of all processes in a full step."""
-    full_steps, rest = divmod(num_images, full_batch)
-    return full_steps + (rest > 0 and not drop_last)
 
 
 class GlobalBatchSampler(Sampler[list[Key]]):
@@ -93,8 +92,7 @@ class GlobalBatchSampler(Sampler[list[Key]]):
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
-        drop_last = self.settings.optimizer.drop_last
-        return steps_per_epoch(self.num_images, self.batching.global_batch, drop_last)
+        return self.batching.num_steps(self.num_images)
 
     def global_batch_size(self, step: int) -> int:
         """Images of all processes in a step of the epoch, counted from 0; replayed ones too."""

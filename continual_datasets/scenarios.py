@@ -18,14 +18,11 @@ from cli.parser import shown
 from cli.settings import FLAGS, Settings
 from continual_datasets import task_splits
 from continual_datasets.class_order import check_split, read_class_order
-from continual_datasets.images import ConcatSource, ImageSource
+from continual_datasets.images import ConcatSource, ImageSource, Parts
 from continual_datasets.pipeline import ImagePipeline
 from continual_datasets.readers import registry
 from continual_datasets.readers.class_folders import DomainList
 from continual_datasets.stream import Subset, Task, TaskStream, TestSet
-
-#: Training and test images, by name of the data set or domain.
-Parts = tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]
 
 #: Class ids of each task, as a checkpoint stores them.
 TaskClasses = list[list[int]]
@@ -107,9 +104,7 @@ class Scenario:
 
     def load(self) -> Parts:
         """Reads the data; ValueError if something is wrong with them."""
-        parts = registry.load_parts(self.settings.data.dataset, self._path)
-        train, test = ({name: pair[at] for name, pair in parts.items()} for at in (0, 1))
-        return train, test
+        return registry.load_parts(self.settings.data.dataset, self._path)
 
     def build(self, source: StreamSource) -> TaskStream:
         """Splits the data into a stream of tasks; ValueError if they do not fit the settings."""
@@ -117,7 +112,7 @@ class Scenario:
 
     @property
     def _path(self) -> Path:
-        return Path(self.settings.data.data_path)
+        return Path(self.settings.data.data_path).expanduser()
 
     def class_order(self, classes: Sequence[str], given: TaskClasses | None = None) -> list[int]:
         """Class ids in the order of their appearance: given, from a file, or shuffled."""

@@ -48,30 +48,15 @@ def build_stream(
     """
     try:
         scenario = find_scenario(settings)
-        train, test = scenario.load()
-        sources = [*train.values(), *test.values()]
-        on_device = settings.data.data_on_device
-        pipeline, sources = build_pipeline(on_device, settings.transforms, sources, device)
-        train = dict(zip(train, sources, strict=False))
-        test = dict(zip(test, sources[len(train) :], strict=True))
-        source = StreamSource((train, test), pipeline, global_batch, task_classes)
-        stream = scenario.stream(source)
+        on_device, parts = settings.data.data_on_device, scenario.load()
+        pipeline, parts = build_pipeline(on_device, settings.transforms, parts, device)
+        stream = scenario.stream(StreamSource(parts, pipeline, global_batch, task_classes))
     except ValueError as error:
         raise DataError(str(error)) from error
     if settings.run.eval:
         return stream
     _check_steps(settings.optimizer, stream, global_batch)
     return task_splits.evaluate_every(stream, settings.tasks.eval_every)
-
-
-def build_backbone(settings: Settings, pretrained: bool = False) -> VisionTransformer:
-    """The timm ViT that the settings name, with the weights that they name if `pretrained`.
-
-    Raises:
-        WeightsError: If it cannot be built, or its weights cannot be loaded.
-    """
-    size = settings.transforms.input_size
-    return backbone.build_backbone(settings.model, size, pretrained=pretrained)
 
 
 def build_model(
@@ -93,10 +78,11 @@ def build_model(
     return PromptedVisionTransformer(vit, num_classes, pool, model, key)
 
 
-def backbone_trains(settings: Settings) -> bool:
-    """Whether the settings leave anything of the backbone unfrozen, found out without weights."""
+def outline(settings: Settings, num_classes: int = 2) -> PromptedVisionTransformer:
+    """The model that the settings describe, without memory for its weights."""
     with backbone.without_memory():
-        return build_model(settings, build_backbone(settings), num_classes=2).backbone_trains
+        vit = backbone.build_backbone(settings.model, settings.transforms.input_size)
+        return build_model(settings, vit, num_classes)
 
 
 def make_optimizer(

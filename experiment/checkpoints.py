@@ -131,8 +131,7 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
-    with path.open("rb") as file:
-        content = read(file, str(path))
+    content = read(path)
     mark, args = content.get("format"), content.get("args")
     if mark in _FORMATS:
         content = content if mark == FORMAT else upgraded(content)
@@ -174,26 +173,29 @@ def write(path: Path, content: dict[str, Any], keep: Path | None = None) -> None
     files.write_whole(path, save_to, keep)
 
 
-def read(file: IO[bytes], source: str) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Reads what torch.save wrote: tensors and plain values, by name; a `model` among them.
 
     Bytes behind the content are ignored: earlier versions added a checksum there.
 
     Raises:
-        CheckpointError: If the file, called `source` in the message, is damaged or something else.
+        CheckpointError: If the file is damaged or something else.
+        OSError: If it cannot be read.
     """
-    try:
-        _check_checksums(file)
-        file.seek(0)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader raise anything
-        reason = utils.reason(error)
-        if isinstance(error, pickle.UnpicklingError):  # whose text advises unsafe loading
-            reason = "it does not hold tensors and plain values alone, as torch.save writes them"
-        raise CheckpointError(f"{source} is damaged or is no checkpoint: {reason}") from error
+    with path.open("rb") as file:
+        try:
+            _check_checksums(file)
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can make the reader raise anything
+            reason = utils.reason(error)
+            if isinstance(error, pickle.UnpicklingError):  # whose text advises unsafe loading
+                kinds = "tensors and plain values alone"
+                reason = f"it does not hold {kinds}, as torch.save writes them"
+            raise CheckpointError(f"{path} is damaged or is no checkpoint: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{source} is no L2P checkpoint: it holds no `model` state dict")
+        raise CheckpointError(f"{path} is no L2P checkpoint: it holds no `model` state dict")
     return content
 
 

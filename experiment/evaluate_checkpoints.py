@@ -91,7 +91,7 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
 def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint brings the query's backbone too, so that no other weights are needed."""
     has_pool = settings.prompts.prompt_pool
-    return checkpoint.original and not (has_pool and build.backbone_trains(settings))
+    return checkpoint.original and not (has_pool and build.outline(settings).backbone_trains)
 
 
 def evaluate_and_report(run: Run, paths: dict[int, Path]) -> int:

@@ -8,7 +8,6 @@ It is the same in all processes of a run, so one process writes it, and any numb
 """
 
 import dataclasses
-import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,20 +108,40 @@ def find(settings: Settings, this: Processes) -> RunState | None:
         CheckpointError: If the state that it names, or every state there is, is damaged.
         UsageError: If it names no state, or one of a run with other settings.
     """
-    if settings.run.resume is None:
+    resume, output_dir = settings.run.resume, settings.output_folder
+    if resume is None:
         return None
-    name, content = "", b""
-    if utils.is_main_process():
-        name, content = _read_newest(settings.run.resume, settings.output_folder)
-    name, content = utils.share((name, content))
-    if not content:
+    state = _read_newest(resume, output_dir) if utils.is_main_process() else None
+    if (state := utils.share(state)) is None:
         return None
-    state = _parse(content, name)
     if differences := list(_differences(settings, this.world_size, state)):
         advice = "these would mix two runs: give the same, or start anew without --resume"
-        title = f"--resume: {name} belongs to a run with other settings, and {advice}"
+        title = f"--resume: {state.path} belongs to a run with other settings, and {advice}"
         raise UsageError([title, *differences])
     return state
+
+
+def load(path: Path) -> RunState:
+    """Reads a state onto the CPU.
+
+    Raises:
+        CheckpointError: If the file is damaged, or is no state of a run.
+    """
+    found = checkpoints.read(path)
+    if found.get("format") == _FIRST_FORMAT:
+        found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
+    if found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is no state of a run (a checkpoint of a task can only be evaluated): "
+            "--resume reads last.pth"
+        )
+    state: RunState = checkpoints.from_entries(RunState, found, path, path=path)
+    try:
+        position = _train_state(state.position, path, optimizer=None)
+        reports = [_train_state(one, path, **_PLACE) for one in state.reports]
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged: {utils.reason(error)}") from error
+    return dataclasses.replace(state, position=position, reports=reports)
 
 
 def _differences(settings: Settings, world_size: int, state: RunState) -> Iterator[str]:
@@ -196,21 +215,18 @@ def _before(newest: Path) -> Path:
     return newest.with_name("last_but_one.pth")
 
 
-def _read_newest(resume: str, output_dir: Path | None) -> tuple[str, bytes]:
-    """Path and bytes of the newest state that is not damaged; empty if the run has none yet."""
+def _read_newest(resume: str, output_dir: Path | None) -> RunState | None:
+    """The newest state that is not damaged; None if the run has none yet."""
     candidates = _candidates(resume, output_dir)
     if not candidates and resume == "auto":
-        return "", b""
+        return None
     if not candidates:
         raise UsageError([f"--resume {resume}: there is no state of a run, such as last.pth"])
     for path in candidates:
         try:
-            content = path.read_bytes()
-            _parse(content, str(path))
+            return load(path)
         except (CheckpointError, OSError) as error:
             logger.warning("Not used: %s", error)
-        else:
-            return str(path), content
     names = " and ".join(str(path) for path in candidates)
     raise CheckpointError(
         f"--resume: no state is left that could be read ({names}); without --resume the run starts "
@@ -227,25 +243,6 @@ def _candidates(resume: str, output_dir: Path | None) -> list[Path]:
     else:
         return [Path(resume)] if Path(resume).exists() else []
     return [path for last in newest for path in (last, _before(last)) if path.exists()]
-
-
-def _parse(content: bytes, name: str) -> RunState:
-    """The state that a file holds."""
-    path, found = Path(name), checkpoints.read(io.BytesIO(content), name)
-    if found.get("format") == _FIRST_FORMAT:
-        found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
-    if found.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{name} is no state of a run (a checkpoint of a task can only be evaluated): "
-            "--resume reads last.pth"
-        )
-    state: RunState = checkpoints.from_entries(RunState, found, path, path=path)
-    try:
-        position = _train_state(state.position, path, optimizer=None)
-        reports = [_train_state(one, path, **_PLACE) for one in state.reports]
-    except TypeError as error:
-        raise CheckpointError(f"{name} is damaged: {utils.reason(error)}") from error
-    return dataclasses.replace(state, position=position, reports=reports)
 
 
 def _train_state(saved: Any, path: Path, **known: Any) -> TrainState:

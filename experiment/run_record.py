@@ -86,7 +86,6 @@ def resolved(settings: Settings) -> dict[str, Any]:
 
 def numerics(run: Run) -> dict[str, Any]:
     """How numbers are computed."""
-    assert run.stream.pipeline is not None
     return {
         **dataclasses.asdict(run.settings.precision),
         "data_on_device": run.stream.pipeline.on_device,

@@ -4,7 +4,6 @@ Whatever takes long to import is imported here or below, so that main.py can put
 """
 
 import logging
-import sys
 import traceback
 from pathlib import Path
 
@@ -94,9 +93,9 @@ def _report(error: BaseException, preempted: bool) -> int:
     """Prints what ended the run; returns the exit code."""
     if isinstance(error, UsageError):
         if utils.is_main_process():
-            print(error.message("main.py"), end="", file=sys.stderr)
-        else:  # perhaps of this machine alone
-            logger.error("error: process %d: %s", utils.rank(), "; ".join(error.problems))
+            return error.report("main.py")
+        problems = "; ".join(error.problems)  # perhaps of this machine alone
+        logger.error("error: process %d: %s", utils.rank(), problems)
         return 2
     if isinstance(error, Preempted) or (preempted and isinstance(error, LostProcessError)):
         logger.warning("%s", error)  # the other process was asked to stop, too

@@ -4,7 +4,7 @@ Schedulers warn a job before they kill it: SIGTERM, or SIGUSR1 or SIGUSR2 some t
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -22,19 +22,22 @@ class Preempted(BaseException):  # no error, like KeyboardInterrupt
 class StopSignals:
     """Remembers signals that ask the run to stop, inside a `with` block.
 
+    Args:
+        numbers: The signals.
+
     Attributes:
         idle: Whether nothing is under way that must be finished or saved first: the first signal
             then raises `Preempted` at once.
         received: The signals that came, in order.
     """
 
-    def __init__(self) -> None:
-        self.idle = False
+    def __init__(self, numbers: Iterable[signal.Signals] = _SIGNALS) -> None:
+        self.numbers, self.idle = tuple(numbers), False
         self.received: list[signal.Signals] = []
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._earlier = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._earlier = {number: signal.signal(number, self._receive) for number in self.numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

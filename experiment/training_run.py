@@ -11,7 +11,7 @@ from typing import Any
 
 import utils
 from cli import configurations
-from continual_datasets.samplers import steps_per_epoch
+from continual_datasets.samplers import Batching
 from experiment import checkpoints, describe, live_log, resume, run_record
 from experiment.live_log import LiveLog
 from experiment.resume import RunState
@@ -128,7 +128,7 @@ class Checkpointer(Monitor):
             old_total, old_count = before.get(name, (0.0, 0.0))
             if count > old_count:
                 means[name] = (total - old_total) / (count - old_count)
-        if means and self.live.writer is not None:
+        if means:
             step = steps_before(self.run, state.task, state.epoch) + state.step
             self.live.log_training(step, means)
 
@@ -154,9 +154,8 @@ def save_checkpoint(run: Run, path: Path, task: int) -> None:
 
 def steps_before(run: Run, task: int, epoch: int = 0) -> int:
     """Steps of the run before an epoch of a task, both counted from 0."""
-    sizes = [len(task.data) for task in run.stream.tasks[: task + 1]]
-    drop_last = run.settings.optimizer.drop_last
-    steps = [steps_per_epoch(size, run.global_batch, drop_last) for size in sizes]
+    batching = Batching(run.settings, run.processes, run.global_batch)
+    steps = [batching.num_steps(len(one.data)) for one in run.stream.tasks[: task + 1]]
     return sum(steps[:task]) * run.settings.optimizer.epochs + sum(steps[task:]) * epoch
 
 

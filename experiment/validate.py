@@ -20,7 +20,7 @@ from continual_datasets.images import DataError
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import Scenario, find_scenario
 from experiment import build, live_log
-from model.backbone import WEIGHT_SUFFIXES, without_memory
+from model.backbone import WEIGHT_SUFFIXES, build_backbone, without_memory
 from prompt import SELECTION_RULES, Prompt, find_selection_rule
 from vision_transformer import PromptedVisionTransformer, find_pooling
 
@@ -58,9 +58,9 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
     Raises:
         UsageError: With everything that is wrong, one problem a line.
     """
-    of_the_model = [_pooling(settings), _prompts(settings), _optimizer(settings.optimizer)]
-    found = [*problems, *_found_by(of_the_model)]
-    others = [
+    found = [*problems]
+    found += _found_by(_pooling(settings), _prompts(settings), _optimizer(settings.optimizer))
+    found += _found_by(
         _combinations(settings),
         _schedule(settings.optimizer),
         _transforms(settings),
@@ -69,15 +69,13 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
         _model(settings, is_sound=not found),
         _commands(settings),
         _output(settings),
-    ]
-    if not elsewhere:
-        others.append(_processes(settings))
-    found += _found_by(others)
+        iter(()) if elsewhere else _processes(settings),
+    )
     if found:
         raise UsageError(dict.fromkeys(found))
 
 
-def _found_by(checks: Iterable[Iterator[str]]) -> Iterator[str]:
+def _found_by(*checks: Iterator[str]) -> Iterator[str]:
     for check in checks:
         try:
             yield from check
@@ -250,7 +248,7 @@ def _model(settings: Settings, is_sound: bool) -> Iterator[str]:
     elif file is not None and file.suffix not in WEIGHT_SUFFIXES:
         yield f"--pretrained {file}: must end in {', '.join(WEIGHT_SUFFIXES)}"
     with without_memory():
-        vit = build.build_backbone(settings)
+        vit = build_backbone(settings.model, settings.transforms.input_size)
         if is_sound:
             yield from _trained(settings, build.build_model(settings, vit, num_classes=2))
 

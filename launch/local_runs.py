@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.paths import ROOT
-from experiment import signals
+from experiment.signals import EXIT_CODE, StopSignals
 from launch.sweep_plan import Run
 from reports import stored_runs
 from reports.stored_runs import ResultsError
 
 _POLL_SECONDS = 0.1
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Child:
@@ -37,8 +39,8 @@ class _Child:
     def report_end(self) -> int:
         """Prints how it ended; returns 0, 75 if it was stopped, or 1."""
         code, lines = self.process.returncode, []
-        if code in (signals.EXIT_CODE, -signal.SIGTERM):
-            code, end = signals.EXIT_CODE, "was stopped"
+        if code in (EXIT_CODE, -signal.SIGTERM):
+            code, end = EXIT_CODE, "was stopped"
         elif code != 0:
             end = f"failed with exit code {code}, {self.log} ends as below"
             code, lines = 1, self.log.read_text("utf-8", errors="replace").splitlines()[-10:]
@@ -61,42 +63,34 @@ def run_here(runs: Sequence[Run], num_jobs: int, logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [(run, f"[{number}/{len(runs)}] {run.name}") for number, run in enumerate(runs, 1)]
     free, active, codes = _environments(runs, num_jobs), list[_Child](), set[int]()
-    received, is_asked = _stop_signals(), False
-    try:
-        while active or (waiting and not received):
-            while waiting and free and not received:
-                active.append(_Child(*waiting.pop(0), free.pop(0), logs))
-            time.sleep(_POLL_SECONDS)
-            if received.count(signal.SIGINT) > 1:
-                raise KeyboardInterrupt
-            if received and not is_asked:
-                is_asked = True
-                hint = "runs are asked to save and to stop (Ctrl-C again ends them at once)"
-                print(f"{received[0].name}: {hint}", flush=True)
-                for child in active:
-                    child.process.terminate()
-            for child in [child for child in active if child.process.poll() is not None]:
-                active.remove(child)
-                free.append(child.environment)
-                codes.add(child.report_end())
-    finally:
-        for child in active:
-            child.process.kill()
-            child.process.wait()
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    with StopSignals(heeded) as signals:  # nohup has SIGHUP ignored
+        is_asked, received = False, signals.received
+        try:
+            while active or (waiting and not received):
+                while waiting and free and not received:
+                    active.append(_Child(*waiting.pop(0), free.pop(0), logs))
+                time.sleep(_POLL_SECONDS)
+                if received.count(signal.SIGINT) > 1:
+                    raise KeyboardInterrupt
+                if received and not is_asked:
+                    is_asked = True
+                    hint = "runs are asked to save and to stop (Ctrl-C again ends them at once)"
+                    print(f"{received[0].name}: {hint}", flush=True)
+                    for child in active:
+                        child.process.terminate()
+                for child in [child for child in active if child.process.poll() is not None]:
+                    active.remove(child)
+                    free.append(child.environment)
+                    codes.add(child.report_end())
+        finally:
+            for child in active:
+                child.process.kill()
+                child.process.wait()
     if received:
         print("Call the same command again to resume.", flush=True)
-        return 130 if received[0] == signal.SIGINT else signals.EXIT_CODE
-    return next(code for code in (1, signals.EXIT_CODE, 0) if code in codes)  # the worst
-
-
-def _stop_signals() -> list[signal.Signals]:
-    """A list that collects the signals that ask to stop, from now on."""
-    received: list[signal.Signals] = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        number = signal.Signals[name]
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda number, _: received.append(signal.Signals(number)))
-    return received
+        return 130 if received[0] == signal.SIGINT else EXIT_CODE
+    return next(code for code in (1, EXIT_CODE, 0) if code in codes)  # the worst
 
 
 def _environments(runs: Sequence[Run], num_jobs: int) -> list[dict[str, str]]:

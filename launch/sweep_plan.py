@@ -111,8 +111,8 @@ def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[st
     name, *base = ["--grid", *base] if options.grid else base or [""]
     try:
         arms, axes = expand(name, read_grid(options.grid) if options.grid else read_file(name))
-    except UsageError as error:
-        raise UsageError([*problems, *error.problems]) from error
+    except ValueError as error:
+        raise UsageError([*problems, str(error)]) from error
     runs: list[Run] = []
     reasons = defaultdict[str, list[str]](list)
     is_readable = True
@@ -146,16 +146,13 @@ def read_file(name: str) -> dict[str, Any]:
     """The content of a file of configs/sweeps/, named without its ending, or of a .yaml file.
 
     Raises:
-        UsageError: If there is none, or it cannot be read.
+        ValueError: If there is none, or it cannot be read.
     """
     path = name if configurations.is_file_name(name) else str(SWEEP_DIR / f"{name}.yaml")
-    try:
-        if configurations.exists(path):
-            return configurations.load(path)
+    if not configurations.exists(path):
         problem = f"{name!r} is no sweep: begin with one of --list, or a file that ends in .yaml"
         raise ValueError(f"{problem}, or give --grid")
-    except ValueError as error:
-        raise UsageError([str(error)]) from error
+    return configurations.load(path)
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +170,7 @@ def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
         The settings of each arm, by the name that its folder gets; and the axes, see `Sweep`.
 
     Raises:
-        UsageError: If the content is of another form, or two arms would have the same folder.
+        ValueError: If the content is of another form, or two arms would have the same folder.
     """
     arms, grid = content.get("arms", {}), content.get("grid", {})
     if not (
@@ -185,7 +182,7 @@ def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
         and all(isinstance(values, list) and values for values in grid.values())
     ):
         problem = f"{name}: must hold arms, lines of `name: {{setting: value}}`, or grid, lines of "
-        raise UsageError([problem + "`setting: [value, ...]`, or both, and may set against, lines"])
+        raise ValueError(problem + "`setting: [value, ...]`, or both, and may set against, lines")
     combined: dict[str, dict[str, Any]] = {}
     combinations = itertools.product((arms or {"": {}}).items(), itertools.product(*grid.values()))
     for (arm, own), combination in combinations:
@@ -193,7 +190,7 @@ def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
         words = [f"{key}={_UNFIT.sub('_', shown(value))}" for key, value in values.items()]
         full_name = ",".join(filter(None, [str(arm).replace("/", "_"), *words]))
         if full_name in combined:
-            raise UsageError([f"{name}: two arms have the name and the folder {full_name}"])
+            raise ValueError(f"{name}: two arms have the name and the folder {full_name}")
         combined[full_name] = {**(own or {}), **values}
     axes = [content[axis] for axis in ("against", "lines") if axis in content]
     varied = [setting for setting, values in grid.items() if len(values) > 1]

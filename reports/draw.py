@@ -24,31 +24,25 @@ COMPARISONS = ("average_accuracy", "forgetting", "accuracy_against")
 FORMATS: dict[str, Any] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 DEFAULT_FORMATS = ("png", "svg")
 
-#: Files, and one line for each figure that is left out, with the reason.
-Drawn = tuple[list[Path], list[str]]
+#: Names of the figures drawn, and one line for each that is left out, with the reason.
+Drawn = tuple[list[str], list[str]]
 
 
-def draw_run(
-    results: dict[str, Any],
-    folder: Path,
-    only: Collection[str] = (),
-    formats: Collection[str] = DEFAULT_FORMATS,
-) -> Drawn:
-    """Draws every figure of a run, or `only` some, for which its results.json has the data."""
+def draw_run(results: dict[str, Any], folder: Path, **choice: Collection[str]) -> Drawn:
+    """Draws the figures of a run for which its results.json has the data.
+
+    `choice`: `only` some figures, and `formats` of the files other than `DEFAULT_FORMATS`.
+    """
     from reports import figures
 
     drawings = {name: partial(getattr(figures, name), results) for name in RUN_FIGURES}
-    return _write(drawings, folder, only, formats)
+    return _write(drawings, folder, **choice)
 
 
 def draw_comparison(
-    groups: Sequence[Group],
-    folder: Path,
-    *against: str,
-    only: Collection[str] = (),
-    formats: Collection[str] = DEFAULT_FORMATS,
+    groups: Sequence[Group], folder: Path, *against: str, **choice: Collection[str]
 ) -> Drawn:
-    """Draws all `COMPARISONS` of finished runs by configuration, or `only` some.
+    """Draws all `COMPARISONS` of finished runs by configuration; `choice` is as above.
 
     `against` are the settings of `accuracy_against`, which is left out if there are none.
     """
@@ -58,14 +52,14 @@ def draw_comparison(
     accuracy_against = drawings.pop("accuracy_against")
     if against:
         drawings["accuracy_against"] = partial(accuracy_against, *against)
-    return _write(drawings, folder, only, formats)
+    return _write(drawings, folder, **choice)
 
 
 def _write(
     drawings: Mapping[str, Callable[[], Any]],
     folder: Path,
-    only: Collection[str],
-    formats: Collection[str],
+    only: Collection[str] = (),
+    formats: Collection[str] = DEFAULT_FORMATS,
 ) -> Drawn:
     """Writes figures; those of an earlier call are replaced, or removed where there is none now.
 
@@ -75,7 +69,7 @@ def _write(
 
     from reports.figure_style import NothingToDrawError
 
-    paths, left_out = [], []
+    drawn, left_out = [], []
     for name in [name for name in drawings if not only or name in only]:
         try:
             figure = drawings[name]()
@@ -87,6 +81,6 @@ def _write(
         with matplotlib.rc_context({"svg.hashsalt": name, "pdf.fonttype": 42}):
             for form in formats:
                 save = partial(figure.savefig, format=form, dpi=150, metadata=FORMATS[form])
-                paths.append(folder / f"{name}.{form}")
-                files.write_whole(paths[-1], save)
-    return paths, left_out
+                files.write_whole(folder / f"{name}.{form}", save)
+        drawn.append(name)
+    return drawn, left_out

@@ -20,14 +20,6 @@ EXPERIMENTS = {
 
 _FILE = Path(__file__).with_name("published.yaml")
 
-#: Values of `--dataset` in lower case, and how they are called here.
-_ALIASES = {
-    "split-cifar10": "cifar10",
-    "split-cifar100": "cifar100",
-    "fashion-mnist": "fashionmnist",
-    "imagenetr": "imagenet-r",
-    "split-imagenet-r": "imagenet-r",
-}
 _FIVE_DATASETS = {"cifar10", "mnist", "svhn", "notmnist", "fashionmnist"}
 
 
@@ -57,15 +49,15 @@ def experiment_of(settings: dict[str, Any]) -> str | None:
     """The experiment that settings describe; None if no number is quoted for it."""
     if settings.get("task_inc"):
         return None  # an easier problem: the task of a test image is given
-    names = [name.strip() for name in str(settings.get("dataset")).lower().split(",")]
-    data = {_ALIASES.get(name, name) for name in names}
+    names = str(settings.get("dataset")).split(",")
+    data = {_plain(name).removeprefix("split") for name in names}
     match settings.get("scenario"):
         case "class-incremental" | "dataset-incremental" | "joint":
-            if data in ({"5-datasets"}, _FIVE_DATASETS):
+            if data in ({"5datasets"}, _FIVE_DATASETS):
                 return "5-datasets"
             if data == {"cifar100"} and _has(settings, num_tasks=10, classes_per_task=10):
                 return "Split CIFAR-100"
-            if data == {"imagenet-r"} and _has(settings, num_tasks=10, classes_per_task=20):
+            if data == {"imagenetr"} and _has(settings, num_tasks=10, classes_per_task=20):
                 return "Split ImageNet-R"
         case "domain-incremental" if data == {"core50"} and settings.get("domains") is None:
             return "CORe50"
@@ -81,4 +73,5 @@ def _has(settings: dict[str, Any], **values: int) -> bool:
 
 
 def _plain(name: str) -> str:
+    """A name as it is compared: letters and digits."""
     return re.sub(r"[\W_]", "", name.lower())

@@ -55,6 +55,4 @@ def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
     """How often each prompt occurs among ids (B, K), (M,); `bincount` would synchronise."""
-    flat = ids.flatten()
-    counts = torch.zeros(size, device=ids.device)
-    return counts.scatter_add_(0, flat, counts.new_ones(1).expand_as(flat))
+    return F.one_hot(ids, size).sum(dim=(0, 1)).float()

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.utils import extract_archive
 
-from continual_datasets.images import DataError, FileSource, join_names
+from continual_datasets.images import DataError, FileSource, Parts, join_names
 from continual_datasets.readers.class_folders import (
     DomainList,
-    Domains,
     Reader,
     Splits,
     common_classes,
@@ -175,7 +174,7 @@ class Core50(Unpacked):
         names = self.trained if file_lists is None else tuple(_find_lists(file_lists))
         return DomainList(names, num_classes, lambda: self._read_domains(data_path, file_lists))
 
-    def _read_domains(self, data_path: Path, lists: Path | None) -> Domains:
+    def _read_domains(self, data_path: Path, lists: Path | None) -> Parts:
         root, classes = self._prepare(data_path)
         if lists is None:
             test = {"+".join(self.tested): gather(root, classes, self.tested)}

@@ -4,7 +4,7 @@ import logging
 import mimetypes
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from continual_datasets.images import (
     DataError,
     FileSource,
     ImageSource,
+    Parts,
     join_names,
     os_errors_as_data_errors,
 )
 
 logger = logging.getLogger(__name__)
 
-#: Training and test images; and the same by domain.
+#: Training and test images of a data set.
 Splits = tuple[ImageSource, ImageSource]
-Domains = tuple[Mapping[str, ImageSource], Mapping[str, ImageSource]]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class DomainList:
 
     names: tuple[str, ...]
     classes: int
-    read: Callable[[], Domains]
+    read: Callable[[], Parts]
 
     @os_errors_as_data_errors()
-    def load(self) -> tuple[dict[str, ImageSource], dict[str, ImageSource]]:
+    def load(self) -> Parts:
         """Read the training images by domain; and the test images, of all or likewise.
 
         Raises:

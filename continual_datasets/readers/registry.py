@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
-from continual_datasets.images import DataError, os_errors_as_data_errors
+from continual_datasets.images import DataError, Parts, os_errors_as_data_errors
 from continual_datasets.readers import by_hand, downloaded
-from continual_datasets.readers.class_folders import DomainList, ImageFolder, Reader, Splits
+from continual_datasets.readers.class_folders import DomainList, ImageFolder, Reader
 
 #: Everything that `--dataset` can name, in any letter case.
 SOURCES: dict[str, Reader] = {
@@ -87,7 +87,7 @@ def count_classes(names: str, data_path: Path) -> int:
     for reader in find_sources(names).values():
         try:
             with os_errors_as_data_errors():
-                total += reader.count_classes(data_path.expanduser())
+                total += reader.count_classes(data_path)
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -96,14 +96,16 @@ def count_classes(names: str, data_path: Path) -> int:
 
 
 @os_errors_as_data_errors()
-def load_parts(names: str, data_path: Path) -> dict[str, Splits]:
+def load_parts(names: str, data_path: Path) -> Parts:
     """Read data sets that are learned one after the other; raises as `count_classes`.
 
     What is missing under the folder and can be downloaded is put there. Each data set has its own
     class ids from 0.
     """
-    readers = find_sources(names)
-    return {name: reader.load(data_path.expanduser()) for name, reader in readers.items()}
+    train, test = {}, {}
+    for name, reader in find_sources(names).items():
+        train[name], test[name] = reader.load(data_path)
+    return train, test
 
 
 @os_errors_as_data_errors()
@@ -126,7 +128,7 @@ def list_domains(
     if others or reader.find_domains is None:
         known = ", ".join(label for label, one in SOURCES.items() if one.find_domains)
         raise ValueError(f"--dataset {name} has no domains: choose one of {known}")
-    found = reader.find_domains(data_path.expanduser(), file_lists)
+    found = reader.find_domains(data_path, file_lists)
     names = found.names if wanted is None else tuple(wanted)
     unknown = [domain for domain in names if domain not in found.names]
     if unknown or len(set(names)) < len(names):
