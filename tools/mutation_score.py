@@ -131,16 +131,16 @@ def changes(tree: ast.Module) -> Iterator[tuple[Any, Any]]:
 
 
 def without_numbers(node: ast.AST) -> Iterator[ast.AST]:
-    """What of a node is a message, a docstring, an annotation or a log line, with all inside."""
+    """Messages, docstrings, annotations, decorators and log lines of a node, with all inside."""
+    parts = [getattr(node, name, None) for name in ("annotation", "returns")]
+    parts += getattr(node, "decorator_list", [])
     match node:
         case ast.JoinedStr() | ast.Raise() | ast.Assert() | ast.Expr(value=ast.Constant()):
-            yield from ast.walk(node)
-        case ast.arg(annotation=ast.AST() as kind) | ast.AnnAssign(annotation=kind):
-            yield from ast.walk(kind)
-        case ast.FunctionDef(returns=ast.AST() as kind):
-            yield from ast.walk(kind)
+            parts.append(node)
         case ast.Call(func=func) if ast.unparse(func).startswith(("logg", "super")):
-            yield from ast.walk(node)
+            parts.append(node)
+    for part in filter(None, parts):
+        yield from ast.walk(part)
 
 
 def survives(mutant: Mutant, seconds: float = 240) -> bool:
