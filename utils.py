@@ -164,7 +164,7 @@ def is_main_process() -> bool:
 
 
 def share(value: Item) -> Item:
-    """Broadcasts a plain value of rank 0 to all processes."""
+    """Broadcasts a value of rank 0, such as pickle takes, to all processes."""
     shared = [value]
     _together(dist.broadcast_object_list, shared, src=0)
     return shared[0]

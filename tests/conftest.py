@@ -64,6 +64,18 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture
+def yaml_file(tmp_path):
+    """Writes a YAML file of one's own; gives its path."""
+
+    def write(text, name="own"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
 def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

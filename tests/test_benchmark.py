@@ -14,11 +14,11 @@ from experiment import speed
 from experiment.signals import Preempted
 from helpers.process_groups import context
 from helpers.tables import assert_says, cases
-from helpers.tiny_model import pictures
+from helpers.tiny_model import keys_that_divide, pictures
 
 close = torch.testing.assert_close
 
-C, D, DEPTH, N, P, M = 10, 16, 3, 16, 25, 10
+D, DEPTH, N, P, M = 16, 3, 16, 25, 10
 TINY = [
     "--model-kwargs", f"embed_dim={D}", f"depth={DEPTH}", "num_heads=2", "patch_size=8",
     "--input-size", "32", "--num_workers", "0", "--device", "cpu",
@@ -36,7 +36,7 @@ def pair():
     digits = ["--dataset", "digits", "--num_tasks", "2", "--vote_group_size", "8", "--lr", "1"]
     workload = read_workload([*TINY, *digits])
     programs = Program(workload), TwoCopies(workload)
-    queries = programs[0].model.eval().query(images(64, seed=1))
+    queries = programs[0].model.eval().query(images(M, seed=1))
     for program in programs:
         program.model.prompt.prompt_key.data = keys_that_divide(queries)
     return programs
@@ -44,12 +44,6 @@ def pair():
 
 def images(number=16, seed=0):
     return pictures(number, torch.Generator().manual_seed(seed), side=32)
-
-
-def keys_that_divide(queries):
-    """Keys for the ways in which queries differ."""
-    directions = torch.linalg.svd(queries - queries.mean(dim=0)).Vh[: M // 2]
-    return torch.cat([directions, -directions])
 
 
 # The baseline computes the same in its own way
@@ -150,7 +144,7 @@ def test_later_evaluations_know_the_queries_and_repeat_what_the_vote_overruled(p
     monkeypatch.setattr(measure, "WAYS", {"ours": lambda _: ours, "baseline": lambda _: pair[1]})
     monkeypatch.setattr(measure, "_BATCHES", 0)
     evaluate()
-    ours.model.prompt.prompt_key.data = keys_that_divide(torch.cat(queries()))
+    ours.model.prompt.prompt_key.data = keys_that_divide(torch.cat(queries())[:M])
     found = measure.measure_evaluation(bench_of(workload=None))
     assert known == 4 * [True, False]
     overruled = 0
@@ -293,12 +287,12 @@ def test_table_shows_medians_and_ratios():
 
 
 @pytest.mark.slow
-def test_everything_is_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "_SQUARE", {"cpu": 64})
+def test_whole_runs_and_memory_are_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "get_context", lambda _: context())  # one that has torch loaded
     path = tmp_path / "report.json"
     argv = [*TINY, "--synthetic", "200,100", "--num_tasks", "2", "--repetitions", "1"]
-    assert benchmark.main([*argv, "--warm_up", "0", "--json", str(path)]) == 0
+    argv += ["--warm_up", "0", "--only", "evaluation,run,memory", "--json", str(path)]
+    assert benchmark.main(argv) == 0
     report = json.loads(path.read_text())
     assert report["evaluation"]["images"] == 100
     assert report["run"]["baseline"]["lowest"] > 0

@@ -297,6 +297,7 @@ def test_full_batches_are_those_of_training_with_and_without_replay_and_of_tests
         options = batching(6, 3, rank=rank, world_size=3, total=14, replayed=2, eval_batch_size=10)
         assert options.full_batches == {own, own + (2 if own == 3 else 4), 9}
     assert batching(4, 4).full_batches == {4}
+    assert batching(4, 3, device=torch.device("cuda")).test_batch == 255  # whole groups of 256
 
 
 @pytest.mark.parametrize("kind", [TrainKey, Replayed])

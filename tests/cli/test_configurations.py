@@ -1,22 +1,8 @@
 """Files of settings: how they are found, read, ordered and written."""
 
-import pytest
-
 from cli import configurations
 from helpers.command_lines import problems_of, rejections, settings_of
 from helpers.tables import assert_says, cases
-
-
-@pytest.fixture
-def own(tmp_path):
-    """Writes a configuration of one's own; gives its path."""
-
-    def write(text):
-        path = tmp_path / "own.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
 
 
 def test_names_are_those_of_the_files():
@@ -38,16 +24,10 @@ def test_missing_configuration_is_named_and_guessed(tmp_path):
     assert problem.startswith(f"there is no file {tmp_path / 'own.yaml'}: ")
 
 
-def test_file_may_be_in_the_home_directory_and_empty(tmp_path, monkeypatch, own):
+def test_file_may_be_in_the_home_directory_and_empty(tmp_path, monkeypatch, yaml_file):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for text, content in {
-        "size: 3": {"size": 3},
-        "": {},
-        "# no\n": {},
-        "{}": {},
-        "null": {},
-    }.items():
-        own(text)
+    for text, content in ("size: 3", {"size": 3}), ("", {}), ("# no\n", {}), ("null", {}):
+        yaml_file(text)
         assert configurations.load("~/own.yaml") == content
 
 
@@ -81,9 +61,9 @@ model_kwargs: {depth: 1, depth: 2}
 """
 
 
-def test_wrong_content_is_named_with_its_file(own):
+def test_wrong_content_is_named_with_its_file(yaml_file):
     for text, problems in [*cases(WRONG), (b"\xff\xfe\x00size: 1", ["is no YAML: "])]:
-        path = own(text)
+        path = yaml_file(text)
         assert_says(problems_of(path), [f"{path} .. {problem}" for problem in problems])
 
 
@@ -104,8 +84,8 @@ digits_l2p joint cifar100_l2p
 """
 
 
-def test_a_run_has_one_full_configuration_and_overlays_behind_it(own):
-    path = str(own("size: 7\n"))
+def test_a_run_has_one_full_configuration_and_overlays_behind_it(yaml_file):
+    path = str(yaml_file("size: 7\n"))
     for line, problems in cases(ORDERS):
         assert_says(problems_of(line.replace("OWN", path)), problems)
     settings = settings_of("digits_l2p", path, "joint")

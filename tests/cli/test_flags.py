@@ -2,83 +2,64 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
-from typing import Any
 
 import pytest
 
 from cli import settings
-from cli.flags import flag, flags_of
-from cli.settings import AREA, COUNT, LIMIT, NATURAL, POSITIVE
+from cli.flags import flags_of
+from cli.settings import Settings
+from launch.sweep_plan import SweepOptions
+
+#: A setting of every kind; two options of sweep.py have one of their own.
+KINDS = (
+    "shuffle size num_tasks lr clip_grad model aa global_pool amp pretrained data_on_device scale "
+    "seeds freeze model_kwargs"
+)
+FLAGS = {name: settings.FLAGS[name] for name in KINDS.split()}
+FLAGS |= {one.name: one for one in flags_of(SweepOptions) if one.name in ("output_dir", "grid")}
 
 
-@dataclass(frozen=True)
-class Group:
-    """One field of every kind."""
-
-    switch: bool = flag(True, "a switch")
-    count: int = flag(3, "a count", range=COUNT)
-    opt_eps: int | None = flag(None, "a count or none", range=COUNT)
-    rate: float = flag(0.5, "a number", range=POSITIVE)
-    limit: float | None = flag(None, "a number or none", range=LIMIT)
-    word: str = flag("b", "a word")
-    maybe_word: str | None = flag(None, "a word or none")
-    empty_word: str = flag("", "a word, empty unless set")
-    choice: str = flag("one", "one of two", choices=("one", "two"))
-    maybe_choice: str | None = flag(None, "one of two, or none", choices=("one", "two"))
-    switch_or_path: bool | str = flag(True, "a switch or a path")
-    switch_or_auto: bool | str = flag("auto", "a switch or auto", choices=("auto",))
-    pair: tuple[float, float] = flag((0.1, 1.0), "two numbers", range=AREA)
-    counts: tuple[int, ...] | None = flag(None, "counts or none", range=NATURAL)
-    words: tuple[str, ...] = flag(("a", "b"), "words", at_least_one=False)
-    rated: tuple[str, ...] = flag((), "words", range=("must end in !", re.compile(".*!").match))
-    mapping: dict[str, Any] = flag({}, "names with values", at_least_one=False)  # noqa: RUF009
-
-
-FLAGS = {one.name: one for one in flags_of(Group)}
-
-
-def test_flags_of_a_group_are_its_fields():
-    assert list(FLAGS) == [field.name for field in fields(Group)]
-    limit = FLAGS["limit"]
-    assert (limit.kind, limit.help, limit.spelling) == (float | None, "a number or none", "--limit")
-    assert FLAGS["pair"].default == Group().pair == (0.1, 1.0)
-    assert Group().mapping == {}
-    assert Group().mapping is not Group().mapping
-    assert FLAGS["opt_eps"].spelling == "--opt-eps"  # as in the original
-    assert {name for name, one in FLAGS.items() if one.is_switch} == {"switch"}
-    many = dict.fromkeys(("counts", "words", "rated", "mapping"), math.inf) | {"pair": 2}
+def test_flag_is_declared_by_its_field():
+    limit = FLAGS["clip_grad"]
+    assert (limit.kind, limit.default, limit.choices) == (float | None, 1.0, ())
+    assert (limit.name, limit.spelling) == ("clip_grad", "--clip-grad")  # as in the original
+    assert Settings().model.model_kwargs is not Settings().model.model_kwargs
+    assert {name for name, one in FLAGS.items() if one.is_switch} == {"shuffle"}
+    many = dict.fromkeys(("seeds", "freeze", "grid", "model_kwargs"), math.inf) | {"scale": 2}
     assert {name: one.most_values for name, one in FLAGS.items()} == dict.fromkeys(FLAGS, 1) | many
 
 
 def test_word_is_accepted_by_its_type():
     """Numbers out of range, too; text, unless it has a form of its own."""
-    of_numbers = set("count opt_eps rate limit pair counts".split())
+    of_numbers = set("size num_tasks lr clip_grad scale seeds".split())
     for word, rejecting in {
-        "x": {*of_numbers, "switch", "rated", "mapping"}, "-1": {"switch", "rated", "mapping"},
-        "a=x!": {*of_numbers, "switch"},
-    }.items():  # fmt: skip
+        "x": {*of_numbers, "shuffle", "grid", "model_kwargs"},
+        "-1": {"shuffle", "grid", "model_kwargs"},
+        "a=x!": {*of_numbers, "shuffle"},
+    }.items():
         assert {name for name, one in FLAGS.items() if not one.accepts(word)} == rejecting
 
 
 VALUES = {
-    "switch": dict.fromkeys("true yes on 1 TRUE Yes oN".split(), True)
+    "shuffle": dict.fromkeys("true yes on 1 TRUE Yes oN".split(), True)
     | dict.fromkeys("false no off 0 FALSE No oFf".split(), False),
-    "count": {"7": 7},
-    "opt_eps": {"7": 7, "none": None, "None": None},
-    "rate": {"1e-3": 0.001, "2": 2.0},
-    "word": {"none": "none", "a=b": "a=b"},
-    "maybe_word": {"none": None},
-    "empty_word": {"none": ""},
-    "choice": {"two": "two"},
-    "maybe_choice": {"none": None},
-    "switch_or_path": {"off": False, "w.npz": "w.npz"},
-    "switch_or_auto": {"yes": True, "auto": "auto"},
-    "pair": {"0.2 0.2": (0.2, 0.2)},
-    "counts": {"0 5 5": (0, 5, 5), "none": None},
-    "words": {"x none": ("x", "none"), "none": (), "": ()},
-    "mapping": {"a=1 b=x c=True d=(1,2)": {"a": 1, "b": "x", "c": True, "d": (1, 2)},
-                "a=b=c": {"a": "b=c"}, "none": {}, "": {}},
+    "size": {"7": 7},
+    "num_tasks": {"7": 7, "none": None, "None": None},
+    "lr": {"1e-3": 0.001, "2": 2.0},
+    "model": {"none": "none", "a=b": "a=b"},
+    "aa": {"none": None},
+    "output_dir": {"none": ""},
+    "global_pool": {"avg": "avg"},
+    "amp": {"none": None},
+    "pretrained": {"off": False, "w.npz": "w.npz"},
+    "data_on_device": {"yes": True, "auto": "auto"},
+    "scale": {"0.2 0.2": (0.2, 0.2)},
+    "seeds": {"0 5 5": (0, 5, 5), "none": None},
+    "freeze": {"x none": ("x", "none"), "none": (), "": ()},
+    "model_kwargs": {
+        "a=1 b=x c=True d=(1,2)": {"a": 1, "b": "x", "c": True, "d": (1, 2)},
+        "a=b=c": {"a": "b=c"}, "none": {}, "": {},
+    },
 }  # fmt: skip
 
 
@@ -90,33 +71,33 @@ def test_words_become_the_value_of_the_annotation():
 
 
 PROBLEMS = """
---switch true false: takes one value
---switch maybe: is not true or false
---switch 2: is not true or false
---switch t: is not true or false
---switch none: is not true or false
---count x: 'x' is not a whole number
---count 1.5: '1.5' is not a whole number
---count 0: must be at least 1
---count none: 'none' is not a whole number
---count: needs a value
---opt-eps 0: must be at least 1
---rate fast: 'fast' is not a number
---rate nan: must be positive and finite
---limit -1: must be positive and finite (none: no limit)
---choice three is unknown: choose one of one, two
---choice none is unknown: choose one of one, two
---maybe_choice three is unknown: choose one of none, one, two
---switch_or_auto maybe is unknown: choose one of auto, true, false
---pair .1: takes 2 values
---pair .1 .2 .3: takes 2 values
---pair .1 x: 'x' is not a number
---pair .5 .1: must be two rising shares of the image, in (0, 1]
---counts 1 x: 'x' is not a whole number
---counts 1 -1: must be at least 0
---counts: needs a value
---mapping a: 'a' is not of the form name=value
---mapping =1: '=1' is not of the form name=value
+--shuffle true false: takes one value
+--shuffle maybe: is not true or false
+--shuffle 2: is not true or false
+--shuffle t: is not true or false
+--shuffle none: is not true or false
+--size x: 'x' is not a whole number
+--size 1.5: '1.5' is not a whole number
+--size 0: must be at least 1
+--size none: 'none' is not a whole number
+--size: needs a value
+--num_tasks 0: must be at least 1
+--lr fast: 'fast' is not a number
+--lr nan: must be positive and finite
+--clip-grad -1: must be positive and finite (none: no limit)
+--global_pool three is unknown: choose one of token, avg
+--global_pool none is unknown: choose one of token, avg
+--amp three is unknown: choose one of none, bf16, fp16
+--data_on_device maybe is unknown: choose one of auto, true, false
+--scale .1: takes 2 values
+--scale .1 .2 .3: takes 2 values
+--scale .1 x: 'x' is not a number
+--scale .5 .1: must be two rising shares of the image, in (0, 1]
+--seeds 1 x: 'x' is not a whole number
+--seeds 1 -1: must be in [0, 2^32)
+--seeds: needs a value
+--model-kwargs a: 'a' is not of the form name=value
+--model-kwargs =1: '=1' is not of the form name=value
 """
 
 

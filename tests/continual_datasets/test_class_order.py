@@ -1,6 +1,5 @@
 """In which order the classes appear, and how many a task gets."""
 
-import json
 import random
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from continual_datasets.class_order import check_split, read_class_order
 from continual_datasets.scenarios import find_scenario
 from helpers.command_lines import settings_of
-from helpers.witnessed_loaders import make_stream
 
 NAMES = ["maple tree", "oak", "zebra", "1st", "12"]
 
@@ -65,12 +63,6 @@ def test_read_class_order_understands_a_file_or_names_its_problem(
 ):
     found = read(tmp_path / name, content, ["1", "2", "3"] if "both" in name else NAMES)
     assert found == expected if isinstance(expected, list) else found.startswith(expected)
-
-
-def test_read_class_order_reads_back_what_a_stream_reports(tmp_path):
-    stream = make_stream()
-    order = read(tmp_path / "order.json", json.dumps(stream.class_order), stream.train.classes)
-    assert make_stream(order=order).class_order == stream.class_order
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

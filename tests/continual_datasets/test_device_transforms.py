@@ -39,6 +39,12 @@ def make_options(size, interpolation="bilinear", **changes):
     return TransformSettings(input_size=size, **both, **changes)
 
 
+def parts_of(*sources):
+    """Parts by number, the first half for training."""
+    half = len(sources) // 2
+    return dict(enumerate(sources[:half])), dict(enumerate(sources[half:]))
+
+
 def crops_of(sources, train, options):
     """Crop parameters of all images; the global generator is seeded with the image's number."""
     kind = device_transforms.random_crop if train else device_transforms.central_crop
@@ -147,10 +153,9 @@ def test_images_of_a_stream_are_those_of_the_workers():
     sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
     made = []
     for on_device in (True, False):
-        pipeline, placed = build_pipeline(on_device, options, sources, CPU)
+        pipeline, placed = build_pipeline(on_device, options, parts_of(*sources), CPU)
         assert pipeline.on_device is on_device
-        train, test = (dict(zip("ab", placed[at : at + 2], strict=True)) for at in (0, 2))
-        stream, found = by_parts(train, test, pipeline), []
+        stream, found = by_parts(*placed, pipeline), []
         for task in stream.tasks:
             number = range(len(task.data))
             keys = [*train_keys(task.index, 0, number), *train_keys(task.index, 1, number)]
@@ -180,36 +185,37 @@ def test_images_of_a_stream_are_those_of_the_workers():
     ({"norm": "imagenet", "color_jitter": 0.0, "remode": "const", "recount": 3}, None),
 ])  # fmt: skip
 def test_reason_against_images_on_the_device_is_named(changes, reason):
-    options, sources = TransformSettings(**changes), [make_source((60, 64, 3)), make_source((8, 8))]
+    parts = parts_of(make_source((60, 64, 3)), make_source((8, 8)))
+    options = TransformSettings(**changes)
     if reason is None:
-        assert build_pipeline(True, options, sources, CPU)[0].on_device
+        assert build_pipeline(True, options, parts, CPU)[0].on_device
         return
     with pytest.raises(ValueError, match=f"^--data_on_device true: {reason} the loader's workers"):
-        build_pipeline(True, options, sources, CPU)
-    assert not build_pipeline("auto", options, sources, META)[0].on_device
+        build_pipeline(True, options, parts, CPU)
+    assert not build_pipeline("auto", options, parts, META)[0].on_device
 
 
 def test_images_in_files_and_by_default_on_the_cpu_are_loaded_by_workers(caplog):
     caplog.set_level("INFO")
-    sources = [make_source((8, 8)), FileSource(["a.png"], [0], ["name0"])]
+    parts = parts_of(make_source((8, 8)), FileSource(["a.png"], [0], ["name0"]))
     options = make_options(16)
     with pytest.raises(ValueError, match="the images are files, which are read when they are"):
-        build_pipeline(True, options, sources, CPU)
+        build_pipeline(True, options, parts, CPU)
     for given, device in (("auto", CPU), (False, META), ("auto", META)):
         assert caplog.text == ""
-        built, same = build_pipeline(given, options, sources, device)
-        assert (built.on_device, same) == (False, sources)
+        built, same = build_pipeline(given, options, parts, device)
+        assert (built.on_device, same) == (False, parts)
     assert "Images are not stored on meta: the images are files" in caplog.text
-    assert not build_pipeline("auto", options, sources[:1], CPU)[0].on_device
+    assert not build_pipeline("auto", options, (parts[0], {}), CPU)[0].on_device
 
 
 def test_images_may_take_a_quarter_of_the_free_memory(monkeypatch, caplog):
     caplog.set_level("INFO")
-    sources = [make_source((8, 8)), make_source((10, 20, 3))]  # 24 of 3 x 10 x 20 bytes
+    parts = parts_of(make_source((8, 8)), make_source((10, 20, 3)))  # 24 of 3 x 10 x 20 bytes
     for free in (4 * 14_400, 4 * 14_400 - 1):
         assert caplog.text == ""
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
-        built, _ = build_pipeline("auto", make_options(24), sources, META)
+        built, _ = build_pipeline("auto", make_options(24), parts, META)
         assert built.on_device == (free == 4 * 14_400)
     assert "Images are not stored on meta: they take 0.0 GB" in caplog.text
-    assert build_pipeline(True, make_options(24), sources, META)[0].on_device
+    assert build_pipeline(True, make_options(24), parts, META)[0].on_device

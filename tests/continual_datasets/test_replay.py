@@ -30,23 +30,6 @@ def filled(targets, parts, seed=0, size=None, per_class=None):
     return buffer
 
 
-def held(buffer, num_classes):
-    """How many images of each class the buffer holds."""
-    return np.bincount(buffer.targets[buffer.indices], minlength=num_classes).tolist()
-
-
-@pytest.mark.parametrize(("available", "sizes", "expected"), [
-    ([50, 50, 50, 50], {"size": 12}, [3, 3, 3, 3]), ([50, 2, 50, 50], {"size": 20}, [6, 2, 6, 6]),
-    ([50, 50, 50], {"size": 5}, [2, 2, 1]), ([1, 0, 50], {"size": 9}, [1, 0, 8]),
-    ([3, 4, 5], {"size": 100}, [3, 4, 5]), ([3, 20, 0, 5], {"per_class": 5}, [3, 5, 0, 5]),
-    ([], {"size": 5}, []),
-])  # fmt: skip
-def test_places_are_shared_evenly_where_images_suffice(available, sizes, expected):
-    targets = np.repeat(np.arange(len(available)), np.array(available, dtype=int))
-    buffer = filled(targets, [range(len(targets))], **sizes)
-    assert (held(buffer, len(available)), buffer.indices.dtype) == (expected, np.int64)
-
-
 @pytest.mark.parametrize("size", [{"size": 13}, {"per_class": 3}])
 def test_buffer_depends_neither_on_order_repetition_nor_global_generators(size):
     targets = np.random.default_rng(1).integers(0, 5, 200)
@@ -58,7 +41,9 @@ def test_buffer_depends_neither_on_order_repetition_nor_global_generators(size):
     assert filled(targets, parts, seed=1, **size).indices.tolist() != expected
 
 
-@pytest.mark.parametrize("size", [{"size": 10}, {"size": 12}, {"size": 2}, {"per_class": 4}])
+@pytest.mark.parametrize(
+    "size", [{"size": 10}, {"size": 12}, {"size": 2}, {"size": 999}, {"per_class": 4}]
+)
 def test_buffer_holds_the_lowest_priorities_of_all_that_each_class_has_shown(size):
     """So it is a uniform sample, however the shares of the classes move from task to task."""
     rng = np.random.default_rng(3)
@@ -66,23 +51,27 @@ def test_buffer_holds_the_lowest_priorities_of_all_that_each_class_has_shown(siz
         targets = rng.integers(0, 3, 150)
         buffer = filled(targets, [], seed, **size)
         assert (len(buffer), buffer.indices.dtype) == (0, np.int64)
-        parts = np.split(rng.permutation(150), np.sort(rng.integers(1, 150, 4)))
+        parts = np.split(rng.permutation(150), [0, *np.sort(rng.integers(1, 150, 4))])
         shown = np.empty(0, dtype=np.int64)
         for part in parts:
             buffer.add(part)
             shown = np.union1d(shown, part)
-            counts = held(buffer, 3)
+            counts = np.bincount(targets[buffer.indices], minlength=3)
             for class_id, count in enumerate(counts):
                 images = shown[targets[shown] == class_id]
                 first = images[np.argsort(buffer.priorities[images])][:count]
                 kept = buffer.indices[targets[buffer.indices] == class_id]
                 assert sorted(first.tolist()) == kept.tolist()
             assert sorted(buffer.indices.tolist()) == buffer.indices.tolist()
-            assert len(buffer) == sum(counts)
-            if "size" in size:
-                assert len(buffer) == min(size["size"], len(shown))
-                lacking = counts == np.bincount(targets[shown], minlength=3)
-                assert all(lacking | (max(counts) - np.array(counts) <= 1))
+            assert (len(buffer), buffer.indices.dtype) == (sum(counts), np.int64)
+            available = np.bincount(targets[shown], minlength=3)
+            if "per_class" in size:
+                assert counts.tolist() == np.minimum(available, 4).tolist()
+                continue
+            assert len(buffer) == min(size["size"], len(shown))
+            shares = counts[counts < available]  # of classes that do not lack images
+            assert all(max(counts) - shares <= 1)
+            assert shares.tolist() == sorted(shares, reverse=True)  # the lowest ids first
 
 
 # Steps with replayed images

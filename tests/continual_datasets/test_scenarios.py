@@ -11,7 +11,7 @@ from continual_datasets.task_data import TrainKey
 from experiment import build
 from helpers.command_lines import SHALLOW, rejections, settings_of
 from helpers.tables import cases
-from helpers.true_formats import TRUE_FORMATS
+from helpers.true_formats import write
 from helpers.witnessed_loaders import CPU, joined, load, make_source, rows, without
 
 SEVERAL = "--dataset MNIST,SVHN,digits"
@@ -61,7 +61,7 @@ def test_scenario_is_found_by_name_data_and_joint():
 
 
 def test_domains_are_counted_in_their_folders(tmp_path):
-    TRUE_FORMATS["domains"](tmp_path, None)
+    write("domains", tmp_path)
     line = f"--scenario domain-incremental --dataset ImageFolder --data-path {tmp_path}"
     found = find_scenario(settings_of(line))
     assert (found.name, found.num_tasks(), found.num_classes()) == ("domain-incremental", 3, 2)
@@ -266,13 +266,6 @@ def test_joint_is_one_task_of_every_image_tested_on_everything(name):
     assert task.data.source is joint.train
     if "--scenario" not in line:
         assert built(f"{line} --scenario joint", *images).class_order == joint.class_order
-
-
-def test_data_sets_in_a_row_are_read_by_their_names(tmp_path):
-    TRUE_FORMATS["MNIST"](tmp_path, None)
-    stream = stream_of(f"--dataset digits,MNIST --data-path {tmp_path}")
-    assert [task.name for task in stream.tasks] == ["digits", "MNIST"]
-    assert stream.class_order == [[*range(10)], [*range(10, 20)]]
 
 
 def test_classes_that_fill_no_task_are_left_out():

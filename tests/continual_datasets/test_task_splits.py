@@ -45,7 +45,7 @@ def test_class_without_images_is_named(split):
         task_splits.by_classes(TRAIN, TEST, [(0, 6)], None)
 
 
-def test_domains_are_tested_on_one_set_or_on_each_so_far():
+def test_domains_are_tasks_and_may_have_one_test_set():
     train = {name: make_source(3, seed=i) for i, name in enumerate(("sun", "rain", "snow"))}
     train["rain"] = without(train["rain"], 2)
     stream = task_splits.by_parts(train, {"the rest": TEST}, None)
@@ -59,10 +59,6 @@ def test_domains_are_tested_on_one_set_or_on_each_so_far():
         assert task.data.indices.tolist() == list(range(first, first + len(source)))
         assert task.data.source is stream.train
         assert task.data[5] == source[5]
-    test = {name: make_source(2, seed=10 + i) for i, name in enumerate(train)}
-    stream = task_splits.by_parts(train, test, None)
-    assert rows(stream) == [[0], [0, 1], [0, 1, 2]]
-    assert [(one.name, one.data.source) for one in stream.test_sets] == list(test.items())
 
 
 def test_presence_is_that_of_its_formula_the_paper_and_the_release():
@@ -126,7 +122,7 @@ def test_episodes_are_never_empty_and_follow_from_seed_and_order_alone():
     assert all(drawn(sigma=2.2, num_episodes=15, steps=7, order=range(9)))
 
 
-def test_evaluations_are_left_after_every_nth_task_and_the_last():
+def test_evaluations_are_left_after_every_nth_task_and_the_last_or_a_joint_one():
     stream = make_stream()
     for every, expected in {1: [0, 1, 2], 2: [1, 2], 3: [2], 9: [2]}.items():
         fewer = task_splits.evaluate_every(stream, every)
@@ -136,6 +132,8 @@ def test_evaluations_are_left_after_every_nth_task_and_the_last():
         for task, same in zip(fewer.tasks, stream.tasks, strict=True):
             assert task.test_sets in ((), same.test_sets)
             assert task.data is same.data
+    (task,) = task_splits.joint(stream).tasks
+    assert task.test_sets == tuple(stream.test_sets)
     assert [task_splits.evaluated_tasks(7, n) for n in (2, 3)] == [{1, 3, 5, 6}, {2, 5, 6}]
 
 

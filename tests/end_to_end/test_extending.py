@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cli.paths import ROOT
-from experiment.training_run import Checkpointer
 from helpers.finished_runs import Run, evaluate, rejected, typed
 from helpers.process_groups import together
+from helpers.resumed_runs import stop_when
 from helpers.tiny_flags import TINY_DIGITS
 from helpers.tiny_model import close_by_name, differing
 from prompt import SELECTION_RULES, Prompt, selection_rule
@@ -143,13 +143,8 @@ def test_selection_rule_trains_evaluates_and_resumes_with_its_memory(tmp_path, m
     assert (none, both) == (0, first + second)  # prompts 1 and 2, then 2 and 3
     assert min(first, second) > 0
     assert_reproduced(run)
-    at_boundary = Checkpointer.at_boundary
-
-    def stop_in_second_task(checkpointer, state, update, stop=False):
-        at_boundary(checkpointer, state, update, stop or (state.task, state.step) == (1, 2))
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "at_boundary", stop_in_second_task)
+        stop_when(patch, lambda state, _: (state.task, state.step) == (1, 2))
         train(folder, flags, code=75)
     assert not differing(train(folder, f"{flags} --resume auto").model, run.model)
 
@@ -166,13 +161,3 @@ def test_pooling_trains_and_evaluates(tmp_path, monkeypatch):
 def test_selection_rule_reports_its_problems():
     error = rejected(*TINY_DIGITS, "--diversify", "in_turn", "--size", "2")
     assert "--size 2: needs more prompts than 2 tasks" in error
-
-
-@pytest.mark.parametrize(
-    ("flag", "name", "choices"),
-    [("--diversify", "in_turn", "none, mask, frequency"),
-     ("--head_type", "patches", "token, prompt, token+prompt, gap")],
-)  # fmt: skip
-def test_unknown_name_is_rejected_with_all_names(flag, name, choices):
-    wanted = f"{flag} {name} is unknown: choose one of {choices}\n"
-    assert wanted in rejected(*TINY_DIGITS, flag, name)

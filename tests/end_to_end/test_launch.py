@@ -16,10 +16,9 @@ from helpers.process_runs import GONE, assert_equal_runs, shape
 HEAVY = {"torch", "torchvision", "timm", "matplotlib", "sklearn", "torchprofile", "submitit"}
 NEEDED = {"torch", "torchvision", "timm"}
 
-#: Runs main.py; the last line it prints is what became of it. A first argument names a signal that
-#: the process gets when timm begins to be imported.
+#: Runs main.py; the last line it prints is what became of it.
 SCRIPT = f"""
-import gc, json, runpy, signal, sys
+import gc, json, runpy, sys
 
 class Finder:
     collects = None
@@ -27,13 +26,9 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "timm":
             Finder.collects = gc.isenabled()
-            if signal_name:
-                signal.raise_signal(signal.Signals[signal_name])
 
-signal_name = sys.argv.pop(1)
 sys.meta_path.insert(0, Finder())
 sys.path.insert(0, {str(ROOT)!r})
-signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 try:
     runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
 except SystemExit as end:
@@ -48,9 +43,9 @@ LAUNCH = ("-m", "torch.distributed.launch", "--use_env")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-def start(*argv, signal_name=""):
+def start(*argv):
     """Runs one command line; gives its end, its output, its errors and what it imported."""
-    done = command(sys.executable, "-c", SCRIPT, signal_name, *argv)
+    done = command(sys.executable, "-c", SCRIPT, *argv)
     *output, end = done.stdout.splitlines()
     end = json.loads(end)
     return end, "\n".join(output), done.stderr, HEAVY & set(end["modules"])
@@ -91,21 +86,6 @@ def test_run_imports_what_it_needs(tiny, flags, more):
     """Without a folder, and so without a picture."""
     end, _, error, heavy = start(*tiny, "--output_dir", "", "--epochs", "1", *flags)
     assert (end["code"], error, heavy) == (0, "", NEEDED | more)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "code", "text"),
-    [
-        ("SIGINT", 130, "interrupted before anything ran"),
-        ("SIGUSR1", 75, "SIGUSR1 stopped the program outside of training"),
-    ],
-)
-def test_signal_during_the_imports_ends_the_program(name, code, text):
-    """An interrupt at once and on the error output, another signal behind the imports."""
-    end, output, error, _ = start("--size", "0", signal_name=name)
-    assert end["code"] == code
-    assert (output, error) == (("", f"{text}\n") if name == "SIGINT" else (text, ""))
 
 
 @pytest.mark.slow

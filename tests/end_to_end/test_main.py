@@ -21,9 +21,6 @@ from reports.metrics import SELECTIONS
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
-PROMPTS = {"prompt.prompt", "prompt.prompt_key"}
-HEAD = {"head.weight", "head.bias"}
-
 
 @pytest.fixture
 def copy(trained, tmp_path):
@@ -76,11 +73,8 @@ def test_results_follow_the_interface(trained):
     assert results["config"]["top_k"] == 2
     assert results["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [t["task"] for t in results["timing"]] == [1, 2]
-    usage = results["prompt_usage"]
-    assert [(u["after_task"], u["test_set"]) for u in usage] == [(1, 0), (2, 0), (2, 1)]
-    for entry in usage:
+    for entry in results["prompt_usage"]:
         assert sum(entry["batch"]) == sum(entry["instance"]) == 2 * 2 * 3  # K * classes * images
-        assert -1 <= entry["mean_similarity"] <= 1
         assert len(entry["key_similarity"]) == 4
         best = sum(sorted(entry["key_similarity"])[-2:]) / 2
         assert best <= entry["mean_similarity"] + 1e-6  # each image selects its own two best
@@ -91,7 +85,7 @@ def test_results_tell_the_command_and_what_follows_from_it(trained):
     assert command["configurations"] == []
     assert (flags["size"], flags["lr"], flags["dataset"]) == (4, 0.5, "ImageFolder")
     assert "resume" not in flags
-    state = resume._parse((trained.folder / "checkpoint/last.pth").read_bytes(), "")
+    state = resume.load(trained.folder / "checkpoint/last.pth")
     assert trained.results["run"] == {
         "processes": 1,
         "images_per_step": 4,
@@ -113,6 +107,7 @@ def test_log_stats_has_a_line_per_task_and_the_curve_every_epoch(trained):
         assert last["Loss"] == line["train_Loss"]
         assert last["Acc@1"] == line["train_Acc@1"]
     assert lines[1]["average_Acc@1"] == pytest.approx(results["batch"]["average_accuracy"])
+    assert lines[0]["forgetting"] is None
     assert lines[1]["forgetting"] == results["batch"]["forgetting"]
     assert lines[1]["instance_backward"] == results["instance"]["backward_transfer"]
 
@@ -126,15 +121,9 @@ def test_log_keeps_the_originals_lines(trained):
         assert piece in trained.log, piece
 
 
-def test_resolved_config_holds_the_flags(trained):
-    config = yaml.safe_load((trained.folder / "config.yaml").read_text())
-    assert config["vote_group_size"] is None  # follows --batch-size when run again
-    assert trained.results["config"]["vote_group_size"] == 4
-    assert config["model_kwargs"] == dict(patch_size=8, embed_dim=16, depth=2, num_heads=2)
-    assert "eval" not in config
-
-
 def test_config_runs_again_to_the_same_results_and_the_first_are_moved_aside(trained, copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    assert config["vote_group_size"] is None  # follows --batch-size when run again
     assert typed(copy / "config.yaml", "--no-plots", "--output_dir", copy)[0] == 0
     again = Run(copy)
     for key in (*SELECTIONS, "class_order", "backbone", "prompt_usage"):
@@ -143,12 +132,6 @@ def test_config_runs_again_to_the_same_results_and_the_first_are_moved_aside(tra
     assert Run(kept).results == trained.results
     assert not differing(again.model, trained.model)
     assert not differing(Run(kept).model, trained.model)
-
-
-def test_empty_output_dir_writes_nothing(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert typed(*tiny, "--epochs", "1", "--output_dir", "")[0] == 0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_in_another_folder_finds_shipped_weights_and_writes_there(
@@ -188,59 +171,6 @@ def test_every_option_changes_what_is_learned(trained, train):
         other = train(f"--eval_every 2 {flags}", to=flags.replace(" ", "_")).model
         shared = [k for k in plain if k in other and plain[k].shape == other[k].shape]
         assert any(not torch.equal(plain[k], other[k]) for k in shared), flags
-
-
-#: Flags; then others, each of which changes what they learn. Queries differ from class to class in
-#: the first line, so that images disagree.
-DEPENDENT = """
---embedding_key max --no-shuffle --size 8 | --batchwise_prompt false | --vote_group_size 2
---use_prompt_mask | --shared_prompt_pool | --shared_prompt_key
-"""
-
-
-def test_options_that_depend_on_others_change_what_is_learned(train):
-    for number, line in enumerate(DEPENDENT.strip().splitlines()):
-        flags, *others = line.split("|")
-        plain = train(f"{flags} --epochs 1", to=f"plain{number}").model
-        for other in others:
-            changed = train(f"{flags} {other} --epochs 1", to=f"{number}{other.strip()}").model
-            assert differing(changed, plain), other
-    log = train("--shared_prompt_pool --size 3 --epochs 1", to="exhausted").log
-    assert "Task 2 shares no prompts with task 1" in log
-
-
-def test_task_inc_changes_accuracies_only(trained, train):
-    told = train("--task_inc")
-    assert not differing(told.model, trained.model)
-    accuracy = told.results["batch"]["average_accuracy"]
-    assert accuracy >= trained.results["batch"]["average_accuracy"]
-    assert accuracy > 0
-
-
-def test_pull_constraint_off_leaves_keys_as_they_were(train):
-    run = train("--no-pull_constraint --epochs 1")
-    first, last = (run.checkpoint(task).model["prompt.prompt_key"] for task in (1, 2))
-    assert torch.equal(first, last)
-
-
-def test_class_order_follows_the_seed_a_file_or_a_number_of_classes(trained, train, tmp_path):
-    (tmp_path / "order.txt").write_text("d b\nc a\n")
-    order = train(f"--epochs 1 --class_order {tmp_path / 'order.txt'}").results["class_order"]
-    assert order == [[3, 1], [2, 0]]
-    few = train("--epochs 1 --classes_per_task 1 --no-shuffle", to="few").results
-    assert few["class_order"] == [[0], [1]]
-    seven = train("--epochs 1 --seed 7", to="seven").results
-    assert seven["class_order"] != trained.results["class_order"]
-    random_weights = seven["backbone"]["sha256"]
-    assert random_weights != trained.results["backbone"]["sha256"]
-
-
-def test_non_finite_loss_saves_and_names_the_place(tiny, tmp_path):
-    failed(*tiny, *"--lr 1e30 --lr_scale none --clip-grad none --output_dir".split(), tmp_path)
-    text = (tmp_path / "log.txt").read_text()
-    assert "loss is nan in task 1, epoch 1, step 2" in text or "loss is inf in task 1" in text
-    saved = checkpoints.load(tmp_path / "checkpoint" / "last_finite_checkpoint.pth")
-    assert saved.model.keys() == PROMPTS | HEAD
 
 
 # Evaluation of checkpoints
@@ -291,7 +221,6 @@ def test_checkpoint_of_a_task_that_was_not_evaluated_evaluates(trained, copy):
 #: Entries of a checkpoint, and what is said of them.
 DAMAGE = [
     ({"config": {"top_k": "abc"}}, "--top_k abc: 'abc' is not a whole number"),
-    ({"surprise": 1}, "the entry surprise is not expected there"),
     ({"backbone": {"name": "vit", "source": "timm", "sha256": "0" * 64}},
      "was trained on the backbone vit (timm"),
     ({"class_order": [[0, 1], [1, 2]]}, "gives a class to more than one task"),
@@ -338,6 +267,7 @@ def test_eval_rejects_flags_that_contradict_the_checkpoint_or_train(trained):
     assert "--head_type token contradicts" in text
     assert "--prompt_pool false contradicts the checkpoint" in said("linear_probe")
     assert "--speed_test and --eval are two commands" in said("--speed_test")
+    assert "--resume and --eval are two commands" in said("--resume", "auto")
 
 
 # Checkpoints of the original
@@ -478,8 +408,6 @@ PROBLEMS = """
 --epochs 0: must be at least 1
 """
 WRONG = """
-nonsense -> 'nonsense' is neither a configuration nor the value of a flag
---topk 3 -> did you mean --top_k?
 --freeze blocs -> --freeze blocs matches no parameter
 --model vit_tny_patch16_224 -> did you mean vit_tiny_patch16_224
 --model resnet18 -> as a plain ViT
@@ -500,14 +428,25 @@ nonsense -> 'nonsense' is neither a configuration nor the value of a flag
 --dry_run --speed_test -> --speed_test and --dry_run are two commands
 --dry_run --speed_test_only -> --speed_test_only and --dry_run are two commands
 --seeds 1 --output_dir= -> --seeds needs --output_dir: give the folder
+--seeds 1 1 -> --seeds 1 1: seed 1 is given twice, give each once
+--seeds 1 --seed 2 -> --seed and --seeds are two ways to say one thing
+--seeds 1 --resume . -> is one run's state
+--resume auto --output_dir= -> looks for the state in --output_dir, which is empty
+--resume nowhere.pth -> --resume nowhere.pth: neither auto nor a state of a run that exists
+--resume auto --save_every nan -> --save_every nan: must be positive
 --output_dir /proc/version -> is a file, not a folder
---world_size 4 -> the launcher starts the processes
 --checkpoint x.pth -> --checkpoint needs --eval: give it too
 --device gpu -> --device gpu is unknown
---scale 0.5 0.1 -> --scale
 --dataset ImageFolder -> train
 --dataset CIFAR11 --scenario gaussian -> --dataset CIFAR11 is unknown: choose one of
 --device cuda -> --device cuda: torch finds no CUDA device
+--tf32 -> --tf32 is for CUDA, and the run would take place on the CPU: leave it out
+--data_on_device true --reprob 0.3 -> --data_on_device true: --reprob 0.3 needs
+--data_on_device true --dataset Flowers102 -> the images of Flowers102 are files, opened when
+--eval_batch_size 7 -> --eval_batch_size 7: a vote group, 16 images, must be in one batch
+--test_cache -1 -> --test_cache -1: must be a finite number that is not negative
+--grad_checkpointing --no-prompt_pool --head_type token -> only the head trains
+--compile -> --compile needs a C++ compiler: install one of g++
 """
 
 
@@ -519,6 +458,7 @@ def test_everything_wrong_is_told_at_once():
 
 def test_wrong_command_line_is_rejected_with_the_reason(tmp_path, no_cuda, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run has left its files
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no compiler
     for line in WRONG.strip().splitlines():
         flags, message = line.split(" -> ")
         words = f"{SHALLOW} --no-plots {flags}".split()
@@ -526,6 +466,7 @@ def test_wrong_command_line_is_rejected_with_the_reason(tmp_path, no_cuda, monke
     assert " (the default) does not exist: name the folder" in rejected("cifar100_l2p")
     given = rejected("cifar100_l2p", "--data-path", "/nowhere")
     assert "/nowhere does not exist: name the folder" in given
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_failing_start_leaves_an_earlier_run_alone(tiny, copy, tmp_path):
@@ -533,18 +474,6 @@ def test_failing_start_leaves_an_earlier_run_alone(tiny, copy, tmp_path):
         rejected(*tiny, *wrong, "--output_dir", copy)
     assert (copy / "results.json").exists()
     assert not (copy / "previous").exists()
-
-
-def test_damaged_image_ends_the_run_with_its_name(image_folder, tiny, tmp_path):
-    data = shutil.copytree(image_folder, tmp_path / "data")
-    path = next((data / "train" / "a").iterdir())
-    path.write_bytes(path.read_bytes()[:60])
-    places = "--data-path", data, "--output_dir", tmp_path / "out"
-    out = failed(*tiny, *places, "--num_workers", "1")
-    (line,) = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert str(path) in line
-    assert "Training:  adam" in out  # it had begun
-    assert "Total training time" not in out
 
 
 # The original's own data set

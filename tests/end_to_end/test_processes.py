@@ -219,7 +219,7 @@ def test_loss_that_is_no_number_ends_all_when_the_model_is_saved(pictures, tmp_p
     assert done.codes == [1, 1]
     assert all("in task 1, epoch 1, step " in text for text in done.texts), done.text
     assert "Traceback" not in done.text
-    assert path.exists()
+    assert checkpoints.load(path).model.keys() >= {"prompt.prompt", "head.weight"}
 
 
 def save_slowly(path, rank):

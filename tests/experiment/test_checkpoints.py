@@ -70,15 +70,6 @@ def test_checkpoint_round_trips_as_plain_data(tmp_path):
     assert torch.load(path, weights_only=True)["format"] == "l2p checkpoint 3"
 
 
-def test_write_leaves_the_old_checkpoint_when_it_fails(path):
-    checkpoints.write(path, content(task=1))
-    before = path.read_bytes()
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        checkpoints.write(path, content(config={"unpicklable": lambda: None}))
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
 def test_write_reports_a_full_disk_as_the_system_does(path, monkeypatch):
     class Full(io.BytesIO):
         def write(self, content):

@@ -90,19 +90,3 @@ def test_figures_that_fail_do_not_end_a_single_seed(command, tmp_path, monkeypat
     assert f"Draw them again: python plots.py {tmp_path / 'seed9'}" in text
     assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
     assert results(tmp_path / "seed9")["seed"] == 9
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        (["--seeds", "1", "1"], "--seeds 1 1: seed 1 is given twice, give each once"),
-        (["--seeds", "1", "-2"], "--seeds 1 -2: must be in [0, 2^32)\n"),
-        (["--seeds", "1", "--seed", "2"], "--seed and --seeds are two ways to say one thing"),
-        (["--seeds", "1", "--output_dir", ""], "--seeds needs --output_dir"),
-        (["--seeds", "1", "--resume", "{folder}"], "is one run's state"),
-    ],
-)
-def test_seeds_that_cannot_be_are_refused(command, flags, problem, tmp_path, capsys):
-    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
-    assert main.main([*command, "--output_dir", str(tmp_path / "out"), *flags]) == 2
-    assert problem in capsys.readouterr().err

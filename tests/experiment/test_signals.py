@@ -31,12 +31,19 @@ SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 @pytest.fixture(autouse=True)
 def heard():
-    """What this process hears that no run listens to; by default it would end the tests."""
+    """What this process hears that no run listens to; by default it would end the tests.
+
+    However a run ends, it has restored the handlers.
+    """
     came = []
-    earlier = [signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS]
+
+    def hear(number, _):
+        came.append(number)
+
+    earlier = [signal.signal(number, hear) for number in SIGNALS]
     yield came
-    for number, handler in zip(SIGNALS, earlier, strict=True):
-        signal.signal(number, handler)
+    found = [signal.signal(*pair) for pair in zip(SIGNALS, earlier, strict=True)]
+    assert found == [hear] * len(SIGNALS)
 
 
 def sending(patch, where, name, number, at=1, behind=False):
@@ -84,12 +91,13 @@ def test_handlers_are_restored_and_hear_what_comes_later(heard):
 
 
 def test_hand_on_tells_who_listened_before(heard):
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with StopSignals() as signals:
         for number in SIGNALS:
             signal.raise_signal(number)
         assert heard == []
     signals.hand_on()
+    signal.signal(signal.SIGUSR2, handler)
     assert heard == [signal.SIGTERM, signal.SIGUSR1]
 
 
@@ -193,30 +201,13 @@ def test_signal_behind_the_last_task_leaves_a_complete_run(
     assert "The run is complete already" in capsys.readouterr().out
 
 
-def test_run_without_output_dir_stops_too(command, tmp_path, monkeypatch, capsys):
+def test_run_without_output_dir_stops_too(command, tmp_path, monkeypatch, capsys, heard):
     monkeypatch.chdir(tmp_path)
     steps = sending(monkeypatch, engine, "_forward_backward", signal.SIGTERM, at=3)
     assert main.main([*command, "--output_dir", ""]) == EXIT_CODE
-    assert steps["n"] == 4
+    assert (steps["n"], heard) == (4, [signal.SIGTERM])  # handed on at the end
     assert contents(tmp_path) == {}
     assert "epoch 2, step 2: nothing is saved" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("way", "code"),
-    [("done", 0), ("stopped", 75), ("rejected", 2), (OSError("no"), 1), (KeyError("no"), 1)],
-    ids=str,
-)
-def test_command_restores_the_handlers(command, tmp_path, monkeypatch, heard, way, code):
-    earlier = [signal.getsignal(number) for number in SIGNALS]
-    if way == "stopped":
-        sending(monkeypatch, engine, "_forward_backward", signal.SIGUSR1)
-    if isinstance(way, Exception):
-        monkeypatch.setattr(main, "assemble", Mock(side_effect=way))
-    flags = {"done": ["--dry_run"], "rejected": ["--epochs", "0"]}.get(way, [])
-    assert start(command, tmp_path, *flags) == code
-    assert [signal.getsignal(number) for number in SIGNALS] == earlier
-    assert heard == ([signal.SIGUSR1] if way == "stopped" else [])
 
 
 # Runs that are asked to stop from outside

@@ -22,7 +22,7 @@ def newest(folder):
 
 def load(path):
     """The state in a file."""
-    return resume._parse(path.read_bytes(), str(path))
+    return resume.load(path)
 
 
 def place(folder):

@@ -38,9 +38,8 @@ def pictures(size, generator=None, side=8):
     return 4 * colour * torch.rand(size, 3, side, side, generator=generator)
 
 
-def keys_that_divide(model):
-    """Keys for the ways in which queries differ, so that images select different prompts."""
-    queries = model.query(pictures(M))
+def keys_that_divide(queries):
+    """A key for each query, for the way in which it differs, so that images select differently."""
     middle = queries.mean(dim=0)
     apart = queries - middle
     return apart - torch.outer(apart @ middle, middle) / middle.square().sum()
@@ -60,7 +59,7 @@ def make_model(pool=None, vit=None, seed=0, **changes):
     if prompt is not None:
         model.pos_embed_prompt.data.copy_(backbone.pos_embed.data[:, :1])
         if prompt.prompt_key is not None:
-            prompt.prompt_key.data.copy_(keys_that_divide(model))
+            prompt.prompt_key.data.copy_(keys_that_divide(model.query(pictures(M))))
     return model
 
 

@@ -1,6 +1,6 @@
 """Tiny data sets in the files and folders in which the true ones are published.
 
-`TRUE_FORMATS[name](data_path, monkeypatch)` writes one, and makes torchvision find the published
+`write(name, data_path, monkeypatch)` writes one, and makes torchvision find the published
 checksums. Every class has a colour (or grey level) of its own, so that it can be learned at a
 glance.
 """
@@ -31,8 +31,8 @@ DOMAINS = ("paint", "photo", "sketch")
 
 def load_one(name, data_path):
     """The training and test images of a single data set."""
-    (splits,) = load_parts(name, data_path).values()
-    return splits
+    (train,), (test,) = (split.values() for split in load_parts(name, data_path))
+    return train, test
 
 
 def rejected(call, *args):
@@ -216,7 +216,8 @@ def write_core50(data_path):
     (lists / "test_filelist.txt").write_text(core50_list(TEST_SESSIONS))
 
 
-#: What writes a data set to a folder: images and class ids, if they are arrays.
+#: What writes a data set of `registry.SOURCES`, or two folders of domains, to a folder: images and
+#: class ids, if they are arrays.
 WRITERS = {
     "CIFAR10": write_cifar10,
     "CIFAR100": write_cifar100,
@@ -236,7 +237,3 @@ def write(name, data_path, monkeypatch=None, times=1):
     WRITERS[name](data_path, *(arrays(name, times) if name in ARRAYS else ()))
     if monkeypatch and getattr(SOURCES.get(name), "downloadable", False):
         take_for_published(name, data_path, monkeypatch)
-
-
-#: Maker of every data set in `registry.SOURCES`, and of two folders of domains.
-TRUE_FORMATS = {name: partial(write, name) for name in WRITERS}

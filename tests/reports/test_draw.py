@@ -29,10 +29,6 @@ def asked(monkeypatch):
     return asked
 
 
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
 def both(*names):
     return sorted(f"{name}.{form}" for name in names for form in ("png", "svg"))
 
@@ -77,21 +73,11 @@ def drawn():
 
 def test_a_figure_gives_the_same_bytes_in_every_format(tmp_path):
     for folder in (tmp_path / "a", tmp_path / "b"):
-        draw.draw_run(make_results(), folder, ["forgetting"], draw.FORMATS)
+        draw.draw_run(make_results(), folder, only=["forgetting"], formats=draw.FORMATS)
     for form, begin in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
         first, again = (tmp_path / name / f"forgetting.{form}" for name in "ab")
         assert first.read_bytes().startswith(begin)
         assert first.read_bytes() == again.read_bytes()
-
-
-def test_figures_without_data_are_left_out_and_removed(tmp_path):
-    for name in ("key_similarity.pdf", "overview.png", "prompt_selection.svg"):
-        (tmp_path / name).write_text("of another run")
-    only = ["forgetting", "prompt_selection", "key_similarity"]
-    _, left_out = draw.draw_run(without_pool(), tmp_path, only)
-    reason = "these results have no prompt usage: the run had no prompt pool"
-    assert left_out == [f"prompt_selection: {reason}", f"key_similarity: {reason}"]
-    assert names_in(tmp_path) == sorted([*both("forgetting"), "overview.png"])
 
 
 # Command line
@@ -105,13 +91,18 @@ def test_transcript(runs, asked, capsys, argv, expected):
     assert bool(drawn()) == (code == 0)
 
 
-def test_one_run_gets_its_figures_and_the_reason_for_others(runs, capsys):
-    assert plots.main(["pool", "--only", "forgetting", "prompt_selection"]) == 0
-    reason = "without prompt_selection: these results have no prompt usage: the run had no prompt"
-    figure, left_out = capsys.readouterr().out.splitlines()
+def test_figures_without_data_are_left_out_and_removed(runs, capsys):
+    (runs / "pool" / "plots").mkdir()
+    for name in ("key_similarity.pdf", "overview.png", "prompt_selection.svg"):
+        (runs / "pool" / "plots" / name).write_text("of another run")
+    assert plots.main("pool --only forgetting prompt_selection key_similarity".split()) == 0
+    figure, *left_out = capsys.readouterr().out.splitlines()
+    reason = "these results have no prompt usage: the run had no prompt pool"
     assert figure == "pool/plots/forgetting.png, .svg"
-    assert left_out == f"pool/plots: {reason} pool"
-    assert drawn() == {"pool/plots": both("forgetting")}
+    assert left_out == [
+        f"pool/plots: without {name}: {reason}" for name in ("prompt_selection", "key_similarity")
+    ]
+    assert drawn() == {"pool/plots": sorted([*both("forgetting"), "overview.png"])}
 
 
 @pytest.mark.parametrize(
@@ -152,16 +143,22 @@ def test_unfinished_runs_are_not_compared(runs, asked):
     assert group.seeds == "1 2"
 
 
-def test_a_command_imports_only_what_it_needs(tmp_path):
-    script = """
-import sys, plots
-heavy = {"torch", "timm", "pandas", "matplotlib", "matplotlib.pyplot"}
-try: plots.main(["--help"])
+@pytest.mark.parametrize(
+    ("command", "rejected", "asked", "needed"),
+    [
+        ("plots", ["--only", "nothing"], ["--only", "forgetting"], {"matplotlib"}),
+        ("summarize", ["--form"], [], {"pandas", "tabulate"}),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(tmp_path, command, rejected, asked, needed):
+    script = f"""
+import sys, {command}
+heavy = {{"torch", "timm", "scipy", "pandas", "tabulate", "matplotlib", "matplotlib.pyplot"}}
+try: {command}.main(["--help"])
 except SystemExit as end: assert end.code == 0
-assert plots.main([sys.argv[1], "--only", "nothing"]) == 2 and not heavy & set(sys.modules)
-assert plots.main([sys.argv[1], "--only", "forgetting"]) == 0
-assert heavy & set(sys.modules) == {"matplotlib"}
+assert {command}.main([sys.argv[1], *{rejected}]) == 2 and not heavy & set(sys.modules)
+assert {command}.main([sys.argv[1], *{asked}]) == 0 and heavy & set(sys.modules) == {needed}
 """
-    command = [sys.executable, "-c", script, write(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-c", script, write(tmp_path / "run")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (0, 2), done.stderr

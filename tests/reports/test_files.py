@@ -7,14 +7,6 @@ import pytest
 from reports import files
 
 
-def half_and_fail(error):
-    def write(file):
-        file.write(b"half")
-        raise error
-
-    return write
-
-
 def test_write_whole_makes_folder_and_replaces_file_when_it_is_complete(tmp_path):
     path = tmp_path / "a" / "b" / "file"
 
@@ -33,10 +25,15 @@ def test_write_whole_makes_folder_and_replaces_file_when_it_is_complete(tmp_path
 @pytest.mark.parametrize("existed", [True, False])
 def test_write_whole_leaves_old_file_when_writing_fails(tmp_path, existed, error):
     path = tmp_path / "file"
+
+    def write(file):
+        file.write(b"half")
+        raise error
+
     if existed:
         path.write_bytes(b"old")
     with pytest.raises(error):
-        files.write_whole(path, half_and_fail(error), keep=tmp_path / "before")
+        files.write_whole(path, write, keep=tmp_path / "before")
     assert os.listdir(tmp_path) == (["file"] if existed else [])
     assert not existed or path.read_bytes() == b"old"
 
