@@ -1,4 +1,7 @@
-"""The measurements of `benchmark.py`: the program (`ours`) and the baseline, in turns."""
+"""The measurements of `benchmark.py`: the program (`ours`) and the baseline, in turns.
+
+torch.utils.benchmark times one after the other; in turns, both see the same load of the machine.
+"""
 
 import statistics
 import tempfile

@@ -225,7 +225,11 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
 
 
 def _differences(run: Run, num_processes: int) -> Iterator[str]:
-    """How the finished run that is stored in the folder of a run differs from it."""
+    """How the finished run that is stored in the folder of a run differs from it.
+
+    Settings are compared, not the keys of `stored_runs`: those need weights and data, which are
+    read when the run starts, perhaps on another machine.
+    """
     results = stored_runs.load_results(run.folder)
     wanted, stored = run.settings.stored(), {**Settings().stored(), **results["config"]}
     images = wanted["images_per_step"] = wanted["batch_size"] * num_processes
