@@ -82,9 +82,9 @@ def evaluated_tasks(num_tasks: int, every: int) -> set[int]:
     return {*range(every - 1, num_tasks, every), num_tasks - 1}
 
 
-def evaluate_every(stream: TaskStream, num_tasks: int) -> TaskStream:
+def evaluate_every(stream: TaskStream, every: int) -> TaskStream:
     """Leaves evaluations only after every so many tasks, and after the last."""
-    kept = evaluated_tasks(stream.num_tasks, num_tasks)
+    kept = evaluated_tasks(stream.num_tasks, every)
     tasks = [t if t.index in kept else replace(t, test_sets=()) for t in stream.tasks]
     return replace(stream, tasks=tuple(tasks))
 

@@ -40,7 +40,8 @@ TESTS = {
     "continual_datasets/samplers": "test_continual_dataloader.py continual_datasets/test_replay.py",
     "continual_datasets/replay": "continual_datasets/test_replay.py",
     "continual_datasets/scenarios": "continual_datasets/test_scenarios.py cli/test_configs.py",
-    "continual_datasets/task_splits": "continual_datasets/test_task_splits.py",
+    "continual_datasets/task_splits": "continual_datasets/test_task_splits.py "
+    "continual_datasets/test_scenarios.py",
     "experiment/checkpoints": "experiment/test_checkpoints.py experiment/test_resume.py",
     "experiment/resume": "experiment/test_resume.py",
 }

@@ -109,6 +109,12 @@ def test_drawn_episodes_agree_with_the_probabilities():
     assert np.abs(together).max() < 0.25  # nor does one episode depend on another
 
 
+def test_episodes_of_a_seed_are_those_of_runs_that_are_resumed():
+    assert drawn(seed=42, order=range(6), num_episodes=8, steps=1, sigma=1.5) == [
+        (0, 1, 2, 3), (1, 2, 3), (2,), (1, 2, 3), (3, 4, 5), (3, 5), (5,), (4,)
+    ]  # fmt: skip
+
+
 def test_episodes_are_never_empty_and_follow_from_seed_and_order_alone():
     natural, turned = drawn(), drawn(order=range(19, -1, -1))
     np.random.seed(5)
