@@ -161,7 +161,7 @@ def _warn(run: Run) -> None:
         )
     if settings.tasks.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
         logger.info("--task_inc has no effect here: the test images may be of any class")
-    num_groups = -(-run.global_batch // settings.vote_group_size)
+    num_groups = run.batching.num_groups(run.global_batch)
     if world_size > num_groups:
         logger.warning(
             "%d of %d processes have nothing to train on: %d images a step are %d vote groups, and "

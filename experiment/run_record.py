@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cli.settings import Settings
-from continual_datasets.samplers import Batching
 from continual_datasets.stream import display_names
 from reports import files, metrics
 from reports.metrics import SELECTIONS
@@ -89,7 +88,7 @@ def numerics(run: Run) -> dict[str, Any]:
     return {
         **dataclasses.asdict(run.settings.precision),
         "data_on_device": run.stream.pipeline.on_device,
-        "eval_batch_size": Batching(run.settings, run.processes, run.global_batch).test_batch,
+        "eval_batch_size": run.batching.test_batch,
     }
 
 

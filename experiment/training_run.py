@@ -11,7 +11,6 @@ from typing import Any
 
 import utils
 from cli import configurations
-from continual_datasets.samplers import Batching
 from experiment import checkpoints, describe, live_log, resume, run_record
 from experiment.live_log import LiveLog
 from experiment.resume import RunState
@@ -154,8 +153,7 @@ def save_checkpoint(run: Run, path: Path, task: int) -> None:
 
 def steps_before(run: Run, task: int, epoch: int = 0) -> int:
     """Steps of the run before an epoch of a task, both counted from 0."""
-    batching = Batching(run.settings, run.processes, run.global_batch)
-    steps = [batching.num_steps(len(one.data)) for one in run.stream.tasks[: task + 1]]
+    steps = [run.batching.num_steps(len(one.data)) for one in run.stream.tasks[: task + 1]]
     return sum(steps[:task]) * run.settings.optimizer.epochs + sum(steps[task:]) * epoch
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from continual_datasets.samplers import Batching
 from utils import is_main_process
 
 if TYPE_CHECKING:
@@ -132,6 +133,11 @@ class Run:
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.processes.device
+
+    @property
+    def batching(self) -> Batching:
+        """How its images are put into batches and shared by the processes."""
+        return Batching(self.settings, self.processes, self.global_batch)
 
     @property
     def output_dir(self) -> Path | None:

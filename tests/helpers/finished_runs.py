@@ -66,6 +66,7 @@ def made_up(matrices, reports, tasks, test_sets, **settings):
         model=torch.nn.Linear(1, 1),
         backbone={"name": "vit"},
         global_batch=1,
+        batching=SimpleNamespace(test_batch=1),
         matrices=matrices,
         reports=reports,
     )
