@@ -6,15 +6,18 @@ configuration describes an experiment; an overlay changes a few settings of the 
 
 import difflib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cli.paths import ROOT
+from cli.paths import ROOT, expanded, open_regular
 
 CONFIG_DIR = ROOT / "configs"
+
+#: Largest file of settings; and most aliases in it, each of which may double what is read.
+_MOST_BYTES, _MOST_ALIASES = 200_000, 16
 
 #: What the first line of an overlay begins with.
 _OVERLAY = "Overlay: "
@@ -32,7 +35,7 @@ def is_file_name(word: str) -> bool:
 
 def exists(name: str) -> bool:
     """Whether there is a configuration of that name, or a file at that path."""
-    return _path(name).is_file()
+    return os.path.isfile(_path(name))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -41,8 +44,8 @@ def load(name: str) -> dict[str, Any]:
     Raises:
         ValueError: If there is none, it is no YAML, or it sets a key twice.
     """
-    path = _path(name)
-    if not path.is_file():
+    path = expanded(_path(name))
+    if not os.path.exists(path):
         near = difflib.get_close_matches(name.lower(), names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         if is_file_name(name):
@@ -52,13 +55,22 @@ def load(name: str) -> dict[str, Any]:
             "--list shows the configurations; a file of your own must end in .yaml"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold `name: value` lines")
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        with open_regular(path) as file:
+            text = file.read(_MOST_BYTES + 1).decode("utf-8")
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES} bytes")
+        loader = yaml.SafeLoader(text)
+        tree = loader.get_single_node()  # a RecursionError where it is nested too deep
+        if sum(isinstance(one, yaml.AliasEvent) for one in yaml.parse(text)) > _MOST_ALIASES:
+            raise ValueError(f"it has more than {_MOST_ALIASES} aliases")
+        twice = sorted(_set_twice(tree))
+        content = (tree and loader.construct_document(tree)) or {}
+        str(content)  # raises ValueError for a number that is too long to write
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if twice := sorted(_set_twice(yaml.compose(text, Loader=yaml.SafeLoader))):
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `name: value` lines")
+    if twice:
         raise ValueError(f"{path} sets {', '.join(twice)} twice: once is enough")
     return content
 
@@ -95,8 +107,8 @@ def to_yaml(settings: dict[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=True, default_flow_style=None)
 
 
-def _path(name: str) -> Path:
-    return Path(name).expanduser() if is_file_name(name) else CONFIG_DIR / f"{name}.yaml"
+def _path(name: str) -> str:
+    return os.path.expanduser(name) if is_file_name(name) else f"{CONFIG_DIR / name}.yaml"
 
 
 def _set_twice(node: yaml.Node | None) -> set[str]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from cli.paths import PathStr, expanded
+
 T = TypeVar("T")
 
 #: What a setting decides. `method`: what is learned. `place`: which repetition a run is, and where
@@ -84,7 +86,7 @@ class Flag:
         if [word.lower() for word in words] == ["none"]:
             if can_be_none:
                 return None
-            if not self.at_least_one or self.default == "":
+            if not self.at_least_one or self.default == "" or self.kind is PathStr:
                 return type(self.default)()
         try:
             value = self._value(words)
@@ -97,7 +99,8 @@ class Flag:
             known += ["true", "false"] * (self.kind == bool | str)
             raise ValueError(f"{given} is unknown: choose one of {', '.join(known)}")
         if self.range is not None and not all(map(self.range[1], several)):
-            raise ValueError(f"{given}: {self.range[0]}")
+            none = ", or none" * (can_be_none and self._shape[0] is not str)
+            raise ValueError(f"{given}: {self.range[0]}{none}")
         return value
 
     @property
@@ -122,6 +125,12 @@ class Flag:
         if number == 1:
             return values[0]
         return dict(values) if kind is dict else tuple(values)
+
+
+def between(least: float, most: float, *, above: bool = False) -> Range:
+    """The range of a number between two bounds; `above`: the lower one is excluded."""
+    text = f"must be {'above' if above else 'at least'} {least:.12g} and at most {most:.12g}"
+    return text, lambda x: (least < x if above else least <= x) and x <= most
 
 
 def flag(default: Any, help: str, **kwargs: Any) -> Any:
@@ -156,15 +165,16 @@ def choose(table: Mapping[str, T], flag: str, name: str) -> T:
 
 
 def _read_one(kind: Any, word: str) -> Any:
-    """A word as a value of a type: bool, int, float, str, `bool | str`, or a pair for a dict."""
+    """Converts a word to a type: bool, int, float, text, `bool | str`, or a pair for a dict."""
     if kind is dict:
         return _key_value(word)
-    if kind in (bool, bool | str) and word.lower() in _YES_NO:
+    *others, kind = typing.get_args(kind) or (kind,)
+    if bool in (kind, *others) and word.lower() in _YES_NO:
         return _YES_NO[word.lower()]
     if kind is bool:
         raise ValueError("is not true or false")
-    if kind == bool | str:
-        return word
+    if kind is PathStr:
+        return expanded(word)
     try:
         return kind(word)
     except ValueError:
@@ -172,11 +182,12 @@ def _read_one(kind: Any, word: str) -> Any:
 
 
 def _key_value(word: str) -> tuple[str, Any]:
-    """Reads `name=value`; the value is a Python literal, or else a string."""
+    """Reads `name=value`; the value is a Python literal, or one of YAML, or else a string."""
     name, separator, value = word.partition("=")
     if not separator or not name:
         raise ValueError(f"{word!r} is not of the form name=value")
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        is_constant = value in ("true", "false", "none")
+        return name, ast.literal_eval(value.capitalize() if is_constant else value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return name, value

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from cli.flags import Flag, flags_of
 from cli.parser import FLAG, shown
+from cli.terminal import exit_code
 
 Options = TypeVar("Options")
 
@@ -40,7 +41,7 @@ def take(
         word = rest.pop(0)
         if word in ("-h", "--help"):
             _print_help(flags.values(), about)
-            raise SystemExit(0)
+            raise SystemExit(exit_code(0))
         spelling, has_value, value = word.partition("=")
         one = flags.get(spelling[2:].replace("-", "_")) if spelling.startswith("--") else None
         if one is None:

@@ -3,7 +3,9 @@
     main.py [CONFIG ...] [--flags]
 
 A CONFIG is a file of configs/ (named without its ending) or a path to a .yaml file. They are merged
-from left to right; flags win over them; what nobody sets keeps the default of l2p-pytorch.
+from left to right; flags win over them; what nobody sets keeps the default of l2p-pytorch. To an
+`output_dir` of a configuration the names of those behind it are added: `digits_l2p linear_probe`
+writes to `output/digits_l2p_linear_probe`.
 
 Every flag may be written with dashes or underscores. A yes/no flag may be written `--flag`,
 `--flag true`, `--flag=false` or `--no-flag`.
@@ -24,6 +26,7 @@ import yaml
 from cli import configurations
 from cli.flags import Flag, flags_of
 from cli.settings import FLAGS, GROUPS, LEGACY_FLAGS, REMOVED_FLAGS, Given, Settings, names_of
+from cli.terminal import exit_code, one_line
 
 #: What the first characters of a flag look like; a negative number is a value.
 FLAG = re.compile(r"--?[A-Za-z]")
@@ -48,7 +51,7 @@ class UsageError(ValueError):
 
     def report(self, program: str) -> int:
         """Prints, a line each, why a program rejects its command line; returns its exit code."""
-        lines = [f"  - {problem}" for problem in self.problems]
+        lines = ["  - " + one_line(one[:2000]) for one in self.problems]
         print(f"{program}: this command line cannot run:", *lines, sep="\n", file=sys.stderr)
         return 2
 
@@ -61,11 +64,12 @@ def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """
     if {"-h", "--help"} & {*argv}:
         sys.stdout.write(_help())
-        raise SystemExit(0)
+        raise SystemExit(exit_code(0))
     problems: list[str] = []
     names, occurrences = _split(argv, problems)
     flags = _read(occurrences, problems)
     configured: dict[str, Any] = {}
+    own = {*flags}
     problems.extend(configurations.problems_of_order(names))
     for name in names:
         try:
@@ -73,9 +77,13 @@ def parse(argv: Sequence[str]) -> tuple[Settings, list[str]]:
         except ValueError as error:
             problems.append(str(error))
         else:
+            if configured.get("output_dir") and "output_dir" not in values:  # a folder of its own
+                values["output_dir"] = f"{configured['output_dir']}_{Path(name).stem}"
             configured |= values
+            if configurations.is_file_name(name):
+                own |= {n for n, value in values.items() if value != FLAGS[n].default}
             problems += [f"{name}: {problem}" for problem in found]
-    given = Given(tuple(names), flags, frozenset({*configured, *flags}))
+    given = Given(tuple(names), flags, frozenset({*configured, *flags}), frozenset(own))
     return Settings().replace(given, **(configured | flags)), problems
 
 
@@ -85,16 +93,25 @@ def read_mapping(content: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]
     occurrences = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name in _WRITTEN:
+        if name in _WRITTEN and _fits(_WRITTEN[name], value):
             occurrences.append(_Occurrence(name, f"--{key}", words_of(value)))
+        elif name in _WRITTEN:
+            problems.append(f"--{key}: needs a value or a list of values")
         elif name not in REMOVED_FLAGS or value:  # older configurations have them, without effect
             problems.append(_unknown(f"--{key}"))
     return _read(occurrences, problems), problems
 
 
+def _fits(one: Flag, value: Any) -> bool:
+    """Whether a value of a file has the form that a flag takes."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    has_parts = any(isinstance(part, dict | list | tuple | set | bytes) for part in parts)
+    return not has_parts or isinstance(one.default, dict)
+
+
 def shown(value: Any) -> str:
-    """A value as people write it on the command line."""
-    return " ".join(words_of(value)) or "none"
+    """A value as people write it on the command line, in one line."""
+    return one_line(" ".join(words_of(value))) or "none"
 
 
 def command_words(command: Mapping[str, Any]) -> str:
@@ -102,7 +119,8 @@ def command_words(command: Mapping[str, Any]) -> str:
     names = ["/".join(Path(name).parts[-2:]) for name in command["configurations"]]
     not_configuration = set(names_of("command", "compute", "place"))
     flags = {n: v for n, v in command["flags"].items() if n not in not_configuration}
-    return " ".join([*names, *(f"--{name} {shown(value)}" for name, value in flags.items())])
+    words = [*names, *(f"--{name} {shown(value)}" for name, value in flags.items())]
+    return one_line(" ".join(words))
 
 
 class _Occurrence(NamedTuple):

@@ -6,7 +6,6 @@ and methods here.
 """
 
 import dataclasses
-import math
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -14,21 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cli.flags import Range, Role, command, compute, flag, flags_of, place
-from cli.paths import ROOT
+from cli.flags import Range, Role, between, command, compute, flag, flags_of, place
+from cli.paths import ROOT, PathStr
 
-#: What values must be.
-COUNT: Range = ("must be at least 1", lambda x: x >= 1)
-NATURAL: Range = ("must be at least 0", lambda x: x >= 0)
-POSITIVE: Range = ("must be positive and finite", lambda x: 0 < x < math.inf)
-LIMIT: Range = ("must be positive and finite (none: no limit)", POSITIVE[1])
-NOT_NEGATIVE: Range = ("must be a finite number that is not negative", lambda x: 0 <= x < math.inf)
+#: What values must be. An upper end is what no machine can hold or no method needs.
+COUNT = between(1, 10**9)
+NATURAL = between(0, 10**9)
+BATCH = between(1, 100_000)
+STEPS = between(1, 10_000)
+PIXELS = between(1, 4096)
+QUALITY = between(1, 100)
+POSITIVE = between(0, 1e9, above=True)
+NOT_NEGATIVE = between(0, 1e9)
+RATE = between(0, 1000)
+POSITIVE_RATE = between(0, 1000, above=True)
 SHARE: Range = ("must be in [0, 1)", lambda x: 0 <= x < 1)
-PROBABILITY: Range = ("must be a probability, in [0, 1]", lambda x: 0 <= x <= 1)
-QUALITY: Range = ("must be a quality, in [1, 100]", lambda x: 1 <= x <= 100)
+PROBABILITY = between(0, 1)
 SEED: Range = ("must be in [0, 2^32)", lambda x: 0 <= x < 2**32)
 AREA: Range = ("must be two rising shares of the image, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1)
-RATIO: Range = ("must be two rising, positive numbers", lambda x: 0 < x[0] <= x[1] < math.inf)
+RATIO: Range = ("must be two rising numbers in [0.01, 100]", lambda x: 0.01 <= x[0] <= x[1] <= 100)
 
 #: Other names of settings, which the original has: the setting's name, and its value for each
 #: value of the other name; None: the same values.
@@ -42,6 +45,7 @@ LEGACY_FLAGS: dict[str, tuple[str, dict[bool, str] | None]] = {
 REMOVED_FLAGS = {
     "predefined_key": "the original does nothing with it; keys start from --prompt_key_init",
     "world_size": "the launcher starts the processes; use its own option, such as --nproc_per_node",
+    "nproc_per_node": "it is torchrun's, before main.py: torchrun --nproc_per_node=4 main.py",
 }
 
 
@@ -50,17 +54,17 @@ class RunSettings:
     """Run."""
 
     list: bool = command(False, "show the configurations and overlays, then stop")
-    output_dir: str = compute("./output", "folder of results and checkpoints; empty: write nothing")
+    output_dir: PathStr = compute("./output", "folder of what a run writes; empty: write nothing")
     seed: int = place(42, "seed of class order, initial values and augmentation", range=SEED)
     seeds: tuple[int, ...] | None = command(None, "train once for each, in its folder", range=SEED)
     device: str = compute("auto", "cuda, cuda:N, cpu, or auto: CUDA where there is one")
     dist_url: str = command("env://", "rendezvous of the processes; env://: what the launcher sets")
-    local_rank: int | None = command(None, "")  # passed by torch.distributed.launch
-    resume: str | None = command(None, "a saved state: auto (newest in --output_dir) or a path")
+    local_rank: int | None = command(None, "", range=NATURAL)  # passed by torch.distributed.launch
+    resume: PathStr | None = command(None, "a saved state: auto (newest in --output_dir) or a path")
     save_every: float = command(300.0, "seconds between two states inside an epoch", range=POSITIVE)
     dry_run: bool = command(False, "check data and weights, run one step, leave no results, stop")
     eval: bool = command(False, "evaluate the task checkpoints of --output_dir")
-    checkpoint: str | None = command(None, "with --eval: this checkpoint alone")
+    checkpoint: PathStr | None = command(None, "with --eval: this checkpoint alone")
     speed_test: bool = command(False, "measure images/s, GMACs and memory before the run")
     speed_test_only: bool = command(False, "measure, then stop")
 
@@ -85,21 +89,22 @@ class DataSettings:
         "digits (ships with scikit-learn) or ImageFolder; several, separated by commas, are "
         "learned one after the other; 5-datasets: five of them as in the original",
     )
-    data_path: str = place(
+    data_path: PathStr = place(
         "/local_datasets/",
         "folder of the data; ImageFolder: with [<domain>/]train/<class>/* and val/ or test/",
     )
     domains: tuple[str, ...] | None = flag(None, "domains to learn, in this order; none: all")
-    file_lists: str | None = flag(
+    file_lists: PathStr | None = flag(
         None, "CORe50: folder of published file lists that define the domains; none: its sessions"
     )
-    num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=NATURAL)
+    skip_damaged: bool = flag(False, "leave out damaged image files")
+    num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=between(0, 512))
     pin_mem: bool = compute(True, "page-locked memory for faster copies to a GPU")
     data_on_device: bool | str = compute(
         "auto", "store and transform all images on the device (auto: a GPU)", choices=("auto",)
     )
     eval_batch_size: int | None = compute(
-        None, "test images of a batch; none: --batch-size, on a GPU at least 256", range=COUNT
+        None, "test images of a batch; none: --batch-size, on a GPU at least 256", range=BATCH
     )
     test_cache: float = compute(2.0, "GB of test images that a process caches", range=NOT_NEGATIVE)
 
@@ -117,13 +122,13 @@ class TaskSettings:
         None,
         "tasks that the classes are split into, or episodes of the gaussian scenario; none: 10, "
         "200 episodes, or as many as there are data sets or domains",
-        range=COUNT,
+        range=STEPS,
     )
     classes_per_task: int | None = flag(
         None, "classes of a task; none: all classes, evenly", range=COUNT
     )
     shuffle: bool = flag(True, "shuffle the classes by --seed before the split")
-    class_order: str | None = flag(None, "file of the classes' order: ids or names, JSON or text")
+    class_order: PathStr | None = flag(None, "file of the class order: ids or names, JSON or text")
     train_mask: bool = flag(True, "training predicts the task's own classes only")
     task_inc: bool = flag(False, "evaluation predicts among the classes of the image's task only")
     joint: bool = flag(False, "all tasks at once: the upper bound")
@@ -134,8 +139,10 @@ class TaskSettings:
         "(paper), or of whole epochs on all images of their classes (released)",
         choices=("paper", "released"),
     )
-    steps_per_task: int = flag(5, "steps of an episode of the paper's variant", range=COUNT)
-    gaussian_sigma: float = flag(50.0, "sigma of a class's presence, in steps", range=POSITIVE)
+    steps_per_task: int = flag(5, "steps of an episode of the paper's variant", range=STEPS)
+    gaussian_sigma: float = flag(
+        50.0, "sigma of a class's presence, in steps", range=between(0.1, 1e6)
+    )
 
     @property
     def schedule_steps(self) -> int:
@@ -156,7 +163,7 @@ class ReplaySettings:
     buffer_size: int | None = flag(None, "images of earlier tasks to store in all", range=COUNT)
     buffer_per_class: int | None = flag(None, "images to store of each class", range=COUNT)
     replay_batch: int | None = flag(
-        None, "replayed images of a step, of each process; none: --batch-size", range=COUNT
+        None, "replayed images of a step, of each process; none: --batch-size", range=BATCH
     )
 
     @property
@@ -173,7 +180,7 @@ class ModelSettings:
     model_kwargs: dict[str, Any] = flag(
         {}, "arguments of timm's constructor, name=value", at_least_one=False
     )
-    pretrained: bool | str = place(
+    pretrained: bool | PathStr = place(
         True, "weights: true (of timm), false (random) or a .npz, .safetensors, .pth or .bin file"
     )
     drop: float = flag(0.0, "dropout of positions and projections, in training", range=SHARE)
@@ -199,7 +206,7 @@ class ModelSettings:
         """The local file of `--pretrained PATH`; shipped weights are found from any folder."""
         if isinstance(self.pretrained, bool):
             return None
-        path = Path(self.pretrained).expanduser()
+        path = Path(self.pretrained)
         return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
     @property
@@ -215,9 +222,9 @@ class PromptSettings:
     """Prompts."""
 
     prompt_pool: bool = flag(True, "learn prompts; false: the head and what is not frozen alone")
-    size: int = flag(10, "prompts in the pool (M)", range=COUNT)
-    length: int = flag(5, "tokens of a prompt (L)", range=COUNT)
-    top_k: int = flag(5, "prompts selected for an image (K)", range=COUNT)
+    size: int = flag(10, "prompts in the pool (M)", range=STEPS)
+    length: int = flag(5, "tokens of a prompt (L)", range=between(1, 1000))
+    top_k: int = flag(5, "prompts selected for an image (K)", range=between(1, 1000))
     initializer: str = flag(
         "uniform",
         "initial prompts: U(-1, 1), zeros, or U(0, 0.01) as the JAX release",
@@ -234,10 +241,12 @@ class PromptSettings:
     shared_prompt_key: bool = flag(False, "a task's keys start from those of the previous task")
     batchwise_prompt: bool = flag(True, "a vote group shares its most frequent prompts")
     vote_group_size: int | None = flag(
-        None, "images that vote together; none: --batch-size", range=COUNT
+        None, "images that vote together; none: --batch-size", range=BATCH
     )
     vote_ties: str = flag(
-        "lowest", "who wins a tied vote: lowest id, or topk (original)", choices=("lowest", "topk")
+        "lowest",
+        "among equal votes or similarities: lowest id, or torch.topk's choice (original)",
+        choices=("lowest", "topk"),
     )
     embedding_key: str = flag(
         "cls",
@@ -245,30 +254,25 @@ class PromptSettings:
         choices=("cls", "mean", "max", "mean_max"),
     )
     pull_constraint: bool = flag(True, "pull selected keys towards the query")
-    pull_constraint_coeff: float = flag(0.1, "weight of the pull term", range=NOT_NEGATIVE)
-
-    @property
-    def pull_coeff(self) -> float:
-        """Weight of the pull term; 0 leaves it out."""
-        return self.pull_constraint_coeff if self.pull_constraint else 0.0
+    pull_constraint_coeff: float = flag(0.1, "weight of the pull term", range=RATE)
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Optimizer and learning rate."""
 
-    batch_size: int = flag(16, "images of a step, of each process", range=COUNT)
+    batch_size: int = flag(16, "images of a step, of each process", range=BATCH)
     drop_last: bool = flag(False, "drop the last step of an epoch if its batch is incomplete")
-    epochs: int = flag(5, "epochs of each task", range=COUNT)
+    epochs: int = flag(5, "epochs of each task", range=STEPS)
     opt: str = flag("adam", "any optimizer of timm")
-    opt_eps: float = flag(1e-8, "epsilon of the optimizer", range=POSITIVE)
-    opt_betas: tuple[float, ...] | None = flag(None, "betas of the optimizer")
-    clip_grad: float | None = flag(1.0, "largest norm of the gradient; none: no limit", range=LIMIT)
+    opt_eps: float = flag(1e-8, "epsilon of the optimizer", range=between(1e-30, 1000))
+    opt_betas: tuple[float, ...] | None = flag(None, "betas of the optimizer", range=SHARE)
+    clip_grad: float | None = flag(1.0, "largest norm of the gradient; none: any", range=POSITIVE)
     momentum: float = flag(0.9, "momentum of SGD", range=SHARE)
-    weight_decay: float = flag(0.0, "weight decay", range=NOT_NEGATIVE)
+    weight_decay: float = flag(0.0, "weight decay", range=RATE)
     reinit_optimizer: bool = flag(True, "a fresh optimizer for each task")
     smoothing: float = flag(0.0, "label smoothing over the predictable classes", range=SHARE)
-    lr: float = flag(0.03, "learning rate for a batch of 256", range=POSITIVE)
+    lr: float = flag(0.03, "learning rate for a batch of 256", range=POSITIVE_RATE)
     lr_scale: str = flag(
         "per-device",
         "factor of --lr: none (1), per-device (batch-size / 256), global (that * processes)",
@@ -280,18 +284,20 @@ class OptimizerSettings:
         choices=("constant", "cosine", "tanh", "step", "multistep", "poly", "plateau"),
     )
     lr_noise: tuple[float, ...] | None = flag(
-        None, "start and end of learning rate noise, as shares of the schedule"
+        None, "start and end of learning rate noise, as shares of the schedule", range=PROBABILITY
     )
-    lr_noise_pct: float = flag(0.67, "limit of that noise, as a share of the learning rate")
-    lr_noise_std: float = flag(1.0, "standard deviation of that noise")
-    warmup_lr: float = flag(1e-6, "learning rate at the start of the warm-up", range=NOT_NEGATIVE)
-    min_lr: float = flag(1e-5, "lowest learning rate of cyclic schedules", range=NOT_NEGATIVE)
-    decay_epochs: float = flag(30.0, "epochs between two decays (step)")
-    decay_milestones: tuple[int, ...] = flag((30, 60), "epochs of the decays (multistep)")
+    lr_noise_pct: float = flag(
+        0.67, "limit of that noise, as a share of the learning rate", range=between(0.01, 1)
+    )
+    lr_noise_std: float = flag(1.0, "standard deviation of that noise", range=between(0, 3))
+    warmup_lr: float = flag(1e-6, "learning rate at the start of the warm-up", range=RATE)
+    min_lr: float = flag(1e-5, "lowest learning rate of cyclic schedules", range=RATE)
+    decay_epochs: float = flag(30.0, "epochs between two decays (step)", range=POSITIVE)
+    decay_milestones: tuple[int, ...] = flag((30, 60), "epochs of decays (multistep)", range=STEPS)
     warmup_epochs: int = flag(5, "epochs of warm-up (all but constant)", range=NATURAL)
     cooldown_epochs: int = flag(10, "epochs at the lowest rate after a cycle", range=NATURAL)
-    patience_epochs: int = flag(10, "epochs without gain before a decay (plateau)")
-    decay_rate: float = flag(0.1, "factor of a decay", range=POSITIVE)
+    patience_epochs: int = flag(10, "epochs without gain before a decay (plateau)", range=NATURAL)
+    decay_rate: float = flag(0.1, "factor of a decay", range=POSITIVE_RATE)
 
     def learning_rate(self, global_batch: int) -> float:
         """The rate that the optimizer gets: `--lr`, scaled by the batch of one or all processes.
@@ -306,25 +312,30 @@ class OptimizerSettings:
 class TransformSettings:
     """Image transforms."""
 
-    input_size: int = flag(224, "pixels a side; the patch size must divide it", range=COUNT)
+    input_size: int = flag(224, "pixels a side; the patch size must divide it", range=PIXELS)
     scale: tuple[float, float] = flag((0.08, 1.0), "range of the crop's area", range=AREA)
     ratio: tuple[float, float] = flag((3 / 4, 4 / 3), "range of width/height", range=RATIO)
+    crop_rule: str = flag(
+        "torchvision",
+        "what is uniform in random crops: their area (torchvision) or their height (TensorFlow)",
+        choices=("torchvision", "tensorflow"),
+    )
     hflip: float = flag(0.5, "probability of a horizontal flip", range=PROBABILITY)
     train_interpolation: str = flag(
         "bilinear",
         "resampling of the crop; random: bilinear or bicubic for each image",
         choices=("nearest", "bilinear", "bicubic", "random"),
     )
-    train_resize: int | None = flag(None, "pixels a side before the crop", range=COUNT)
+    train_resize: int | None = flag(None, "pixels a side before the crop", range=PIXELS)
     train_jpeg: int | None = flag(None, "quality of a JPEG round trip before crops", range=QUALITY)
     test_interpolation: str = flag(
         "bicubic", "resampling of test images (JAX: bilinear)", choices=("bilinear", "bicubic")
     )
-    color_jitter: float | None = flag(None, "strength of colour jitter", range=NOT_NEGATIVE)
+    color_jitter: float | None = flag(None, "strength of colour jitter", range=RATE)
     aa: str | None = flag(None, "timm's augmentation policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = flag(0.0, "probability of random erasing", range=PROBABILITY)
     remode: str = flag("pixel", "what fills an erased box", choices=("const", "rand", "pixel"))
-    recount: int = flag(1, "number of erased boxes", range=COUNT)
+    recount: int = flag(1, "number of erased boxes", range=between(1, 100))
     norm: str = flag(
         "none",
         "pixel values: none ([0, 1], the original), half ([-1, 1]) or imagenet",
@@ -358,6 +369,7 @@ class Given:
     configurations: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
     explicit: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()  # flags, and what a file of one's own sets to no default
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ cifar100_l2p: {}
 cifar100_l2p_head: &cropped {shuffle: false, scale: [0.05, 1.0]}
 cifar100_l2p_paper: &jax {<<: *cropped, model_kwargs: {act_layer: gelu_tanh}, drop_last: true}
 cifar100_l2p_official_v1: &released
-  {<<: *jax, train_resize: 256, train_jpeg: 95, test_interpolation: bilinear}
+  {<<: *jax, train_resize: 256, train_jpeg: 95, test_interpolation: bilinear,
+   ratio: [0.75, 1.33], crop_rule: tensorflow}
 cifar100_l2p_official_v2: *released
 five_datasets_l2p: {<<: *cropped, diversify: mask, shared_prompt_pool: true}
 five_datasets_l2p_official: {<<: *released, diversify: mask, shared_prompt_pool: true}
@@ -215,6 +216,8 @@ def test_overlays_change_what_they_name_and_nothing_else():
         before = settings_of(name)
         for overlay in OVERLAYS:
             after, wanted = settings_of(name, overlay), yaml.safe_load(content(overlay))
+            if "output_dir" in before.given.explicit:  # then each has a folder of its own
+                wanted["output_dir"] = f"{before.run.output_dir}_{overlay}"
             assert values(after) == values(before) | wanted
             assert after.given.explicit == before.given.explicit | set(wanted)
 
@@ -242,7 +245,7 @@ def test_overlays_change_what_is_trained(name):
     single = build.outline(settings)
     assert single.prompt.prompt.shape[:2] == (1, pool.prompt.prompt.shape[1])
     assert not single.prompt.prompt_key.requires_grad
-    assert settings.prompts.pull_coeff == 0
+    assert not settings.prompts.pull_constraint
     assert trained_names(single) == trained_names(pool) - {"prompt.prompt_key"}
     diversified = build.outline(settings_of(name, "diversified", SHALLOW))
     assert type(diversified.prompt) is find_selection_rule("frequency")
@@ -277,10 +280,6 @@ def quietly(data, domains, tmp_path):
 
 #: More of a scenario alone is in test_scenarios.py, of a single value in test_parser.py.
 REJECTED = """
---diversify most
-  --diversify most is unknown: choose one of none, mask, frequency
-five_datasets_l2p --num_tasks 3
-  --num_tasks 3: the data are 5 tasks (SVHN,MNIST, .. or none
 core50_l2p --num_tasks 9
   --num_tasks 9: the data are 8 tasks (CORe50, domain-incremental) .. or none
 cifar100_gaussian_l2p --num_tasks 19
@@ -299,6 +298,17 @@ replay_small --buffer_size 100
   --replay_batch needs --buffer_size or --buffer_per_class: give one of them
 cifar100_l2p_official_v2 replay_small --replay_batch 20
   --replay_batch 20 .. 8 vote groups of --batch-size 128 .. give a multiple of 8
+--aa rand-m9-n1000
+  --aa rand-m9-n1000 is not a policy of timm
+--aa rand-m9-mstdnan
+  --aa rand-m9-mstdnan is not a policy of timm
+--sched cosine --warmup-epochs 0 --lr-noise 0.5 0.2
+  --lr-noise 0.5 0.2: give its start, or its start and then
+--sched step --warmup-epochs 0 --decay-epochs 1e-300
+--sched step --warmup-epochs 0 --decay-epochs 1e-3 --decay-rate 10
+  --sched step with --decay-rate 10 cannot be computed: OverflowError
+--sched step --warmup-epochs 0 --decay-epochs 1 --decay-rate 100 --lr 100
+  --sched step with --decay-rate 100 makes the learning rate 1e+10
 --diversify mask --size 49
   --diversify mask .. 10 tasks .. --size 49 is too small, use at least 50 .. --top_k
 """

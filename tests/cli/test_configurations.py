@@ -1,5 +1,10 @@
 """Files of settings: how they are found, read, ordered and written."""
 
+import os
+from pathlib import Path
+
+import pytest
+
 from cli import configurations
 from helpers.command_lines import problems_of, rejections, settings_of
 from helpers.tables import assert_says, cases
@@ -26,7 +31,8 @@ def test_missing_configuration_is_named_and_guessed(tmp_path):
 
 def test_file_may_be_in_the_home_directory_and_empty(tmp_path, monkeypatch, yaml_file):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for text, content in ("size: 3", {"size": 3}), ("", {}), ("# no\n", {}), ("null", {}):
+    some = {"size: 3": {"size": 3}, "{size: &s 3, length: *s}": {"size": 3, "length": 3}}
+    for text, content in [*some.items(), ("", {}), ("# no\n", {}), ("null", {})]:
         yaml_file(text)
         assert configurations.load("~/own.yaml") == content
 
@@ -61,6 +67,46 @@ model_kwargs: {depth: 1, depth: 2}
 """
 
 
+#: Content that would take forever to read, or that no flag takes; the message.
+HOSTILE = {
+    "billion laughs": ("a: &a [x]\nb: &b [*a, *a]\nc: [" + "*b, " * 15 + "]", "is no YAML: it has"),
+    "in itself": ("size: &a [*a]", "--size: needs a value or a list of values"),
+    "deep lists": ("size: " + "[" * 400, "is no YAML: "),
+    "deep mappings": ("{a: " * 2000, "is no YAML: "),
+    "large": ("# " + "x" * 200_000, "is no YAML: it is larger than 200000 bytes"),
+    "long number": ("size: " + "9" * 5000, "is no YAML: Exceeds the limit"),
+    "long number of base 16": ("size: 0x" + "9" * 5000, "is no YAML: Exceeds the limit"),
+    "no date": ("lr: 2001-99-99", "is no YAML: month must be in"),
+    "no number": ("lr: !!float x", "is no YAML: could not convert"),
+    "code": ("lr: !!python/object/apply:os.getcwd []", "is no YAML: could not determine"),
+    "bytes": ("output_dir: !!binary aGVs", "--output_dir: needs a value or a list of values"),
+    "list in a list": ("freeze: [[a]]", "--freeze: needs a value or a list of values"),
+    "names": ("model: {a: 1}", "--model: needs a value or a list of values"),
+    "surrogate": ('data-path: "\\ud800"', "--data-path \ud800: no file can have that name"),
+    "home of nobody": ("output_dir: ~nobody_x/a", "--output_dir ~nobody_x/a: there is no home"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_content_that_no_machine_can_read_is_one_line(name, yaml_file):
+    content, problem = HOSTILE[name]
+    path = yaml_file(content)
+    found = problems_of(path)
+    assert_says(found, [f"{path} .. {problem}"])
+    assert "\n" not in found[0]
+
+
+def test_pipe_device_and_folder_are_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("pipe", "zeros", "folder"):
+        (problem,) = problems_of(tmp_path / f"{name}.yaml")
+        assert problem.startswith(f"{tmp_path / name}.yaml is no YAML: ")
+    for word in ("a" * 300, f"{'a' * 300}.yaml", "a\0.yaml"):
+        assert problems_of(Path(word)) == ["no file can have that name, or one so long"]
+
+
 def test_wrong_content_is_named_with_its_file(yaml_file):
     for text, problems in [*cases(WRONG), (b"\xff\xfe\x00size: 1", ["is no YAML: "])]:
         path = yaml_file(text)
@@ -82,6 +128,17 @@ digits_l2p joint cifar100_l2p
   joint is an overlay: put it behind cifar100_l2p, which would overwrite it
   digits_l2p and cifar100_l2p are full .. (--list shows which ones are overlays)
 """
+
+
+def test_overlays_write_to_a_folder_of_their_own(yaml_file):
+    own = yaml_file("output_dir: there")
+    for argv, expected in {
+        "digits_l2p": "./output/digits_l2p", "cifar100_l2p joint": "./output",
+        "digits_l2p linear_probe joint": "./output/digits_l2p_linear_probe_joint",
+        f"digits_l2p {own}": "there", f"{own} joint": "there_joint",
+        "digits_l2p joint --output_dir here": "here", "digits_l2p joint --output_dir=": "",
+    }.items():  # fmt: skip
+        assert settings_of(argv).run.output_dir == expected
 
 
 def test_a_run_has_one_full_configuration_and_overlays_behind_it(yaml_file):

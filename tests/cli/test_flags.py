@@ -5,10 +5,14 @@ import re
 
 import pytest
 
+from benchmark import BenchmarkOptions
 from cli import settings
 from cli.flags import flags_of
 from cli.settings import Settings
 from launch.sweep_plan import SweepOptions
+from plots import PlotOptions
+from run_with_submitit import SubmitOptions
+from summarize import TableOptions
 
 #: A setting of every kind; two options of sweep.py have one of their own.
 KINDS = (
@@ -58,7 +62,7 @@ VALUES = {
     "freeze": {"x none": ("x", "none"), "none": (), "": ()},
     "model_kwargs": {
         "a=1 b=x c=True d=(1,2)": {"a": 1, "b": "x", "c": True, "d": (1, 2)},
-        "a=b=c": {"a": "b=c"}, "none": {}, "": {},
+        "a=b=c": {"a": "b=c"}, "a=false b=none": {"a": False, "b": None}, "none": {}, "": {},
     },
 }  # fmt: skip
 
@@ -78,13 +82,13 @@ PROBLEMS = """
 --shuffle none: is not true or false
 --size x: 'x' is not a whole number
 --size 1.5: '1.5' is not a whole number
---size 0: must be at least 1
+--size 0: must be at least 1 and at most 10000
 --size none: 'none' is not a whole number
 --size: needs a value
---num_tasks 0: must be at least 1
+--num_tasks 0: must be at least 1 and at most 10000, or none
 --lr fast: 'fast' is not a number
---lr nan: must be positive and finite
---clip-grad -1: must be positive and finite (none: no limit)
+--lr nan: must be above 0 and at most 1000
+--clip-grad -1: must be above 0 and at most 1000000000, or none
 --global_pool three is unknown: choose one of token, avg
 --global_pool none is unknown: choose one of token, avg
 --amp three is unknown: choose one of none, bf16, fp16
@@ -94,7 +98,7 @@ PROBLEMS = """
 --scale .1 x: 'x' is not a number
 --scale .5 .1: must be two rising shares of the image, in (0, 1]
 --seeds 1 x: 'x' is not a whole number
---seeds 1 -1: must be in [0, 2^32)
+--seeds 1 -1: must be in [0, 2^32), or none
 --seeds: needs a value
 --model-kwargs a: 'a' is not of the form name=value
 --model-kwargs =1: '=1' is not of the form name=value
@@ -112,19 +116,56 @@ def test_words_that_are_no_value_name_the_flag():
 def test_ranges_hold_what_they_say():
     nan, inf = math.nan, math.inf
     for name, (inside, outside) in {
-        "POSITIVE": ([1e-9, 3], [0, -1, inf, nan]),
-        "LIMIT": ([1e-9, 3], [0, -1, inf, nan]),
+        "POSITIVE": ([1e-9, 3], [0, -1, inf, nan]),  # as all that begin above a number
         "NOT_NEGATIVE": ([0, 3], [-1e-9, inf, nan]),
+        "PIXELS": ([1, 4096], [0, 4097]),  # as all that begin at one
         "SHARE": ([0, 0.99], [-0.1, 1, nan]),
-        "PROBABILITY": ([0, 1], [-0.1, 1.1, nan]),
-        "QUALITY": ([1, 100], [0, 101]),
         "SEED": ([0, 2**32 - 1], [-1, 2**32]),
         "AREA": ([(0.1, 0.1), (0.5, 1)], [(0, 1), (0.5, 0.4), (0.5, 1.1), (nan, 1)]),
-        "RATIO": ([(1, 1), (0.5, 2)], [(0, 1), (2, 1), (1, inf), (nan, 1)]),
-        "COUNT": ([1, 9], [0, -3]),
-        "NATURAL": ([0, 9], [-1]),
+        "RATIO": ([(1, 1), (0.5, 2)], [(0, 1), (2, 1), (1, inf), (nan, 1), (inf, inf)]),
     }.items():
         text, holds = getattr(settings, name)
         assert text.startswith("must be ")
         wanted = [True] * len(inside) + [False] * len(outside)
         assert [holds(value) for value in (*inside, *outside)] == wanted, name
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "-1", "1" + "0" * 30, "9" * 400, "1e400"])
+def test_every_number_has_a_range_that_ends(word):
+    """Also of options of the commands; one that is added without a range fails here."""
+    options = [one for kind in (BenchmarkOptions, SubmitOptions) for one in flags_of(kind)]
+    options += [*settings.FLAGS.values(), *flags_of(SweepOptions)]
+    numbers = [one for one in options if one.accepts("1") and not one.accepts("x")]
+    numbers = [one for one in numbers if not one.is_switch]
+    assert len(numbers) > 60
+    for one in numbers:
+        several = 2 if one.most_values == 2 else 1
+        with pytest.raises(ValueError, match=rf"{one.spelling} {word}\b.*: "):
+            one.read([word] * several)
+
+
+PATHS = "output_dir resume checkpoint data_path file_lists class_order pretrained".split()
+
+
+def is_path(one):
+    return "PathStr" in str(one.kind)
+
+
+def test_every_path_may_begin_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    kinds = (SweepOptions, SubmitOptions, BenchmarkOptions, PlotOptions, TableOptions)
+    found = [[one.name for one in flags_of(kind) if is_path(one)] for kind in kinds]
+    paths = [["output_dir"], ["shared_folder"], ["json"], ["output_dir"], ["compare", "output"]]
+    assert found == paths
+    assert [name for name, one in settings.FLAGS.items() if is_path(one)] == PATHS
+    for name in PATHS:
+        one = settings.FLAGS[name]
+        assert one.read(["~/a/~"]) == "/home/somebody/a/~"
+        assert one.read(["./~"]) == "./~"
+        for word in ("~nobody_of_that_name/a", "a\0b", "\ud800", "a" * 256, "a/" * 2048):
+            with pytest.raises(ValueError, match=f"{one.spelling} .*: (there is no home|no file)"):
+                one.read([word])
+    kept = {"resume": {"auto": "auto"}, "pretrained": {"true": True, "false": False}}
+    kept |= {"class_order": {"none": None}, "output_dir": {"": "", "none": ""}}
+    for name, values in kept.items():
+        assert {word: settings.FLAGS[name].read([word]) for word in values} == values

@@ -18,7 +18,7 @@ def spellings(name):
 
 def test_dashes_underscores_and_an_equals_sign_are_the_same():
     for name, one in FLAGS.items():
-        words = ["0.2", "0.9"] if one.most_values == 2 else ["0.25" if one.kind is float else "7"]
+        words = ["0.2", "0.9"] if one.most_values == 2 else ["0.25" if one.accepts("0.25") else "7"]
         words = [one.choices[0]] if one.choices else ["false"] if one.is_switch else words
         words = ["a=1"] if name == "model_kwargs" else words
         expected = one.read(words)
@@ -66,7 +66,6 @@ BELONGS = """
 --freeze none -> freeze: []
 --freeze joint --seed 1 -> freeze: [joint]
 --lr 1e-3 -> lr: 0.001
---lr-noise-pct -.5 -> lr_noise_pct: -0.5
 """
 
 
@@ -156,6 +155,7 @@ WRONG = {
     "--unscale_lr 2": "--unscale_lr 2: is not true or false",
     "--use-prompt-mask x": "--use_prompt_mask x: is not true or false",
     "--dr x": "--dr x: 'x' is not a number",
+    "--lr-noise-pct -.5": "--lr-noise-pct -.5: must be at least 0.01 and",  # no flag
 }  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def test_wrong_values_name_their_flags_all_at_once():
         "--prompt_position first --length 0 --top_k 0 --vote_group_size 0 --batch-size 0 --amp fp8 "
         "--clip-grad 0 --sched foo --epochs 0 --input-size 0 --scale .5 .1 --ratio 0 1 --hflip 1.5 "
         "--train-interpolation cubic --color-jitter -1.0 --reprob -0.1 --remode noise --recount 0 "
-        "--norm cifar --train_resize 0 --train_jpeg 101 --test_interpolation nearest"
+        "--norm cifar --train_resize 0 --train_jpeg 101 --test_interpolation nearest "
+        "--decay-epochs 0 --warmup-lr 1e300 --lr-noise-pct 0"
     )
     wanted = [f"--{flag.strip()}" for flag in line.split("--")[1:]]
     assert [re.split(": | is ", problem)[0] for problem in problems_of(line)] == wanted

@@ -134,7 +134,6 @@ FOLLOWING = [
         "": (5, 5 * 64), "--steps_per_task 3": (3, 3 * 64), "--joint": (5, None),
         "--gaussian_reading released": (1, None),
     }),
-    (lambda s: s.prompts.pull_coeff, {"": 0.1, "--no-pull_constraint": 0}),
     (lambda s: s.precision.loss_scaling, {"": False, "--amp bf16": False, "--amp fp16": True}),
     (lambda s: s.output_folder, {"--output_dir=": None, "--output_dir a": Path("a")}),
     (lambda s: str(s.for_seed(4).run.output_dir), {"--output_dir a": "a/seed4"}),
