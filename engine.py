@@ -174,7 +174,7 @@ def _forward_backward(
     pool; and the pooled features (B, D).
     """
     images, targets, *flags = batch
-    model, settings, pull_coeff = run.model, run.settings, run.settings.prompts.pull_coeff
+    model, settings, prompts = run.model, run.settings, run.settings.prompts
     served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=run.device)
     if len(images) == 0:
         return served.new_zeros(3), served, served.new_zeros(0, model.width)
@@ -184,8 +184,8 @@ def _forward_backward(
         allowed = None if allowed is None else allowed | flags[0][:, None]  # (B, C)
     out = model(images, task_id=target.task_id, vote_group_size=group)
     loss = masked_cross_entropy(out["logits"], targets, allowed, settings.optimizer.smoothing)
-    if pull_coeff and "reduce_sim" in out:
-        loss = loss - pull_coeff * out["reduce_sim"]
+    if prompts.pull_constraint and "reduce_sim" in out:
+        loss = loss - prompts.pull_constraint_coeff * out["reduce_sim"]
     loss = loss * (len(images) / target.global_size)
     update.backward(loss)
     with torch.no_grad():

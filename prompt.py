@@ -89,6 +89,8 @@ class Prompt(nn.Module):
 
     def select(self, similarity: Tensor) -> Tensor:
         """Ids of the keys nearest to each query, best first, (B, K), by equation 3 of the paper."""
+        if self.vote_ties == "topk":
+            return similarity.topk(self.top_k, dim=1).indices
         return top_k_lowest_id(similarity, self.top_k)
 
     def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
@@ -226,7 +228,7 @@ def vote(own_idx: Tensor, size: int, group_size: int, ties: str = "lowest") -> T
         own_idx: Ids selected by each image, (B, K).
         size: M, the size of the pool.
         group_size: V; images 0..V-1 form the first group, the last group may be smaller.
-        ties: Who wins a tied vote: `lowest` (id), or `topk`, whichever `torch.topk` returns.
+        ties: Who wins a tied vote: `lowest` (id), or `topk`, as the original votes.
     """
     num_images, top_k = own_idx.shape
     group = torch.arange(num_images, device=own_idx.device) // group_size  # (B,)

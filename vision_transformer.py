@@ -252,7 +252,7 @@ class PromptedVisionTransformer(nn.Module):
         Its `pos_embed` is widened: class row, P prompt rows, N patch rows.
         """
         state = dict(state)
-        if "pos_embed" in state and self.num_prompt_tokens:
+        if self.num_prompt_tokens and getattr(state.get("pos_embed"), "ndim", 0) == 3:
             places = (1, 1 + self.num_prompt_tokens)
             first, prompts, patches = state["pos_embed"].tensor_split(places, dim=1)
             state |= {"pos_embed": torch.cat([first, patches], dim=1), "pos_embed_prompt": prompts}

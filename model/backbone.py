@@ -4,12 +4,15 @@ Source of the default: l2p-pytorch loads Google's `ViT-B_16.npz` (ImageNet-21k, 
 fine-tuned) under the name `vit_base_patch16_224`. In timm 1.x that bare name means another network.
 """
 
-import difflib
 import hashlib
-from collections.abc import Iterator
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any
+from unittest import mock
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import timm
@@ -18,14 +21,66 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cli.settings import ModelSettings
-from utils import reason
+from cli import kinds
+from cli.flags import between
+from cli.options import near
+from cli.paths import open_regular
+from cli.settings import SHARE, ModelSettings
+from cli.terminal import one_line, printable, reason
+from utils import is_out_of_memory
 
 #: Bare names that meant other weights in l2p-pytorch than they mean in timm today.
 ORIGINAL_TAGS = {"vit_base_patch16_224": "vit_base_patch16_224.orig_in21k"}
 
 #: Endings of weight files that `--pretrained PATH` reads.
 WEIGHT_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
+
+#: Types of numbers that weights are stored in.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Size = Annotated[int, between(1, 65536)]
+_Count = Annotated[int, between(1, 256)]
+_Few = Annotated[int, between(0, 4096)]
+_Rate = Annotated[float, SHARE]
+_Factor = Annotated[float, between(0, 256, above=True)]
+_Pair = Annotated[tuple[_Size, ...], ("must be two numbers", lambda x: len(x) == 2)]
+
+
+def _one_of(names: str) -> Any:
+    known = names.split()
+    return Annotated[str, (f"must be one of {', '.join(known)}", lambda x: x in known)]
+
+
+#: Arguments of timm's constructor that `--model-kwargs` may give, by their type and range.
+_ARGUMENTS: dict[Any, str] = {
+    _Size | _Pair: "patch_size",
+    _Size: "embed_dim num_heads",
+    _Count: "depth",
+    _Few: "reg_tokens",
+    _Factor: "mlp_ratio",
+    _Factor | None: "init_values",
+    _Rate: "pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate",
+    bool: "qkv_bias qk_norm scale_attn_norm scale_mlp_norm proj_bias no_embed_class pre_norm "
+    "final_norm fix_init",
+    _one_of("learn none"): "pos_embed",
+    _one_of("reset skip jax moco"): "weight_init",
+    _one_of("layernorm rmsnorm simplenorm"): "norm_layer embed_norm_layer",
+    _one_of("gelu gelu_tanh quick_gelu relu relu6 leaky_relu elu selu silu mish"): "act_layer",
+}
+VIT_ARGUMENTS = {name: kind for kind, names in _ARGUMENTS.items() for name in names.split()}
+
+#: What to give instead of others.
+_INSTEAD = {
+    "--input-size": "img_size dynamic_img_size dynamic_img_pad",
+    "--global_pool or --head_type": "global_pool fc_norm pool_include_prefix",
+    "--drop": "drop_rate",
+    "--pretrained": "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict "
+    "checkpoint_path",
+    "nothing, images have three channels": "in_chans",
+    "nothing, the data decide": "num_classes",
+    "nothing, L2P needs the class token": "class_token",
+    "nothing, layers are timm's own": "block_fn mlp_layer attn_layer embed_layer",
+}
 
 
 class WeightsError(ValueError):
@@ -43,18 +98,25 @@ def build_backbone(
     """The timm ViT that the settings name, without classifier; with their weights if `pretrained`.
 
     Raises:
-        WeightsError: If timm does not know the name, rejects an argument, or cannot fetch the
-            weights; if it is no plain ViT with a class token; if the patch size does not divide
-            `input_size`, the pixels a side; if the weight file does not fit.
+        WeightsError: If timm does not know the name, an argument is not allowed, or the weights
+            cannot be fetched; if it is no plain ViT with a class token; if the patch size does not
+            divide `input_size`, the pixels a side; if the weight file does not fit.
     """
     name, fetched = settings.model, pretrained and settings.pretrained is True
+    _check_name(name)
+    if problems := list(_argument_problems(settings.model_kwargs)):
+        raise WeightsError("; ".join(problems))
     drops = {"pos_drop_rate": settings.drop, "proj_drop_rate": settings.drop}
     kwargs: dict[str, Any] = {"num_classes": 0, "img_size": input_size, **drops}
     kwargs |= {"drop_path_rate": settings.drop_path, **settings.model_kwargs}
     try:
-        vit = timm.create_model(resolve_name(name), pretrained=fetched, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-        raise WeightsError(_why_not_built(name, fetched, error)) from error
+        with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+            os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # timm 1.0.20 loads unsafely
+            vit = timm.create_model(resolve_name(name), pretrained=fetched, **kwargs)
+    except Exception as error:  # timm checks little, and a damaged file can raise anything
+        if is_out_of_memory(error):
+            raise
+        raise WeightsError(_why_not_built(settings, fetched, error)) from error
     if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
         raise WeightsError(
             f"--model {name} is no plain vision transformer with a class token "
@@ -72,17 +134,67 @@ def build_backbone(
     return vit
 
 
-def _why_not_built(name: str, pretrained: bool, error: Exception) -> str:
-    if pretrained and not isinstance(error, TypeError):
+def _check_name(name: str) -> None:
+    """Makes sure that a name is one of timm's: no file, folder or address, which may hold code."""
+    bare, _, tag = name.partition(".")
+    if timm.is_model(bare):
+        try:
+            timm.get_pretrained_cfg(resolve_name(name))
+        except RuntimeError:
+            tags = [one.partition(".")[2] for one in timm.list_models(f"{bare}.*", pretrained=True)]
+            hint = near(tag, tags or ["none"], most=99)
+            raise WeightsError(
+                f"--model {printable(name)}: timm has no weights of this tag{hint}"
+            ) from None
+        return
+    models = timm.list_models(["vit_*", "deit_*"])
+    hint = near(bare, models) or ": choose a vit_* or deit_* model"
+    if {*name} & set(":/"):
+        hint = ": give the name of a model, and a file of weights with --pretrained PATH"
+    raise WeightsError(f"--model {printable(name)} is no model of timm{hint}")
+
+
+def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """What of `--model-kwargs` is not allowed: unknown, not for the command line, out of range."""
+    known = {name: value for name, value in arguments.items() if name in VIT_ARGUMENTS}
+    yield from (f"--model-kwargs: {problem}" for problem in kinds.problems(VIT_ARGUMENTS, known))
+    for name in (name for name in arguments if name not in known):
+        instead = next((flag for flag, names in _INSTEAD.items() if name in names.split()), None)
+        hint = near(name, [*VIT_ARGUMENTS]) or ": it takes arguments of the network alone"
+        hint = f": give {instead}" if instead else hint
+        yield f"--model-kwargs {printable(name)} is not allowed{hint}"
+
+
+def _why_not_built(settings: ModelSettings, fetched: bool, error: Exception) -> str:
+    name, kwargs = resolve_name(settings.model), settings.model_kwargs
+    if fetched and (file := _cached_weights(name)) is not None:
         return (
-            f"timm could not fetch the weights of --model {resolve_name(name)}: {error}. Without a "
+            f"the weights of --model {name} in {file} are damaged or do not fit: {reason(error)}; "
+            "delete the file to download it again, or give another with --pretrained PATH"
+        )
+    if fetched:
+        return (
+            f"timm could not fetch the weights of --model {name}: {reason(error)}. Without a "
             "network give a local file: --pretrained PATH (.npz, .safetensors, .pth or .bin)"
         )
-    known = timm.list_models(["vit_*", "deit_*"])
-    bare = name.partition(".")[0]
-    near = [] if timm.is_model(bare) else difflib.get_close_matches(bare, known, n=3)
-    hint = f": did you mean {', '.join(near)}?" if near else ""
-    return f"timm cannot build --model {name} as a plain ViT (vit_*, deit_*): {error}{hint}"
+    given = " ".join(f"{key}={value}" for key, value in kwargs.items())
+    with_kwargs = f" with --model-kwargs {printable(given)}" if kwargs else ""
+    return (
+        f"timm cannot build --model {settings.model}{with_kwargs} as a plain ViT (vit_*, deit_*): "
+        f"{reason(error)}"
+    )
+
+
+def _cached_weights(name: str) -> Path | None:
+    """The file in a cache of downloads that timm reads the weights of a model from, if any."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg: Any = timm.get_pretrained_cfg(name)
+    known = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    names = filter(None, known if cfg.hf_hub_id else ())
+    found = (try_to_load_from_cache(cfg.hf_hub_id, file) for file in names)
+    paths = (Path(one).resolve() for one in found if isinstance(one, str))
+    return next(filter(Path.is_file, paths), None)
 
 
 @contextmanager
@@ -131,7 +243,10 @@ def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
 
 
 def _load_state_dict(vit: VisionTransformer, path: Path) -> None:
-    state = timm.models.load_state_dict(str(path), weights_only=True)
+    with open_regular(path) as file, catch_warnings():
+        simplefilter("ignore")  # of a pickle, or of TorchScript, that is rejected
+        check_checksums(file)
+        state = timm.models.load_state_dict(str(path), weights_only=True)
     assert all(isinstance(value, Tensor) for value in state.values()), "no state dict in it"
     state = {n: v for n, v in checkpoint_filter_fn(state, vit).items() if not n.startswith("head")}
     copy_state(dict(vit.named_parameters()), state, str(path))
@@ -140,6 +255,10 @@ def _load_state_dict(vit: VisionTransformer, path: Path) -> None:
 def _load_npz(vit: VisionTransformer, path: Path) -> None:
     """Loads an `.npz` by timm, after depth, heads and width, which timm would not compare."""
     with np.load(path) as arrays:
+        for name in arrays.files:
+            values = arrays[name]
+            if values.ndim and not (values.dtype.kind == "f" and np.isfinite(values).all()):
+                raise ValueError(f"{name} holds other values than finite floating point numbers")
         parts = {part for name in arrays.files for part in name.split("/")}
         blocks = [part for part in parts if part.startswith("encoderblock_")]
         if len(blocks) != len(vit.blocks):
@@ -154,6 +273,19 @@ def _load_npz(vit: VisionTransformer, path: Path) -> None:
     vit.load_pretrained(str(path))
 
 
+def check_checksums(file: IO[bytes]) -> None:
+    """Makes sure of the checksums that torch.save writes; torch.load ignores them.
+
+    Raises:
+        BadZipFile: Naming the first part whose checksum is wrong.
+    """
+    if zipfile.is_zipfile(file):  # torch.save wrote other files before version 1.6
+        with zipfile.ZipFile(file) as parts:
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
+    file.seek(0)
+
+
 def copy_state(tensors: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
     """Copies a state into tensors of the same names and shapes, all or none.
 
@@ -163,16 +295,31 @@ def copy_state(tensors: dict[str, Tensor], state: dict[str, Tensor], source: str
     for name, value in state.items():
         if name not in tensors:
             problems.append(f"{name} has no place in this model")
-        elif not isinstance(value, Tensor):
-            problems.append(f"{name} is no tensor")
-        elif tensors[name].shape != value.shape:
-            want, got = tuple(tensors[name].shape), tuple(value.shape)
-            problems.append(f"{name} is {got}, expected {want}")
-        elif not value.isfinite().all():
-            problems.append(f"{name} holds values that are no finite numbers")
+        elif problem := _misfit(value, tensors[name]):
+            problems.append(f"{name} {problem}")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" * (len(problems) > 8))
-        raise WeightsError(f"{source} does not fit the model: {shown}")
+        raise WeightsError(f"{source} does not fit the model: {one_line(shown)}")
     with torch.no_grad():
         for name, value in state.items():
             tensors[name].copy_(value)
+
+
+def is_dense(value: object) -> bool:
+    """Whether something is a tensor with plain values: not sparse, quantized, meta or nested."""
+    if not isinstance(value, Tensor) or value.is_quantized or value.is_nested:
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _misfit(value: object, tensor: Tensor) -> str | None:
+    """Why a stored value does not fit a tensor; None: it does."""
+    if not isinstance(value, Tensor) or not is_dense(value):
+        return "is no dense tensor"
+    if tensor.shape != value.shape:
+        return f"is {tuple(value.shape)}, expected {tuple(tensor.shape)}"
+    if value.dtype not in (_FLOATS if tensor.is_floating_point() else (tensor.dtype,)):
+        return f"holds numbers of type {value.dtype}, expected {tensor.dtype}"
+    if not value.to(tensor.dtype).isfinite().all():
+        return "holds values that are no finite numbers"
+    return None

@@ -98,6 +98,30 @@ def test_vote_equals_another_way_to_count_for_both_ties(size, top_k, ties, refer
             assert torch.equal(served, reference(group, size, top_k).expand(len(group), -1))
 
 
+#: Keys of which some are equally near to any query.
+EQUAL_KEYS = {
+    "zero": torch.zeros(10, 4),
+    "shared": torch.eye(4)[[0, 1, 0, 1, 2, 3, 2, 3, 0, 1]],
+    "one": torch.ones(10, 4),
+}
+
+
+@pytest.mark.parametrize("keys", EQUAL_KEYS.values(), ids=EQUAL_KEYS)
+def test_equal_similarities_and_votes_go_to_the_lowest_id_or_to_the_choice_of_the_original(keys):
+    for query in torch.randn(10, 8, 4):
+        lowest, topk = (pool(size=10, top_k=3, vote_ties=ties) for ties in ("lowest", "topk"))
+        for made in (lowest, topk):
+            made.prompt_key.data.copy_(keys)
+        out = lowest(query)
+        ranked = [sorted(range(10), key=lambda i: -row[i])[:3] for row in out.similarity.tolist()]
+        assert out.own_prompt_idx.tolist() == ranked
+        assert torch.equal(out.prompt_idx[0], vote_by_hand(out.own_prompt_idx, 10, 3))
+        out = topk(query)
+        own = out.similarity.topk(3, dim=1).indices
+        assert torch.equal(out.own_prompt_idx, own)
+        assert torch.equal(out.prompt_idx[0], vote_of_the_original(own, 10, 3))
+
+
 @pytest.mark.parametrize(
     ("batchwise", "group_size", "served"),
     [(True, None, [2, 2, 2]), (True, 3, [2, 2, 2]), (True, 2, [0, 0, 2]), (True, 1, [0, 2, 2]),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
+from cli.kinds import Finite, Natural
 from continual_datasets.samplers import Batching
+from reports.metrics import SELECTIONS
 from utils import is_main_process
 
 if TYPE_CHECKING:
@@ -34,6 +36,17 @@ if TYPE_CHECKING:
 Loader = Any
 
 
+#: Types of what is saved, see `cli.kinds`.
+Stats = Annotated[
+    dict[str, dict[str, Finite]],
+    (
+        "must have Acc@1, Acc@5 and Loss of batch and instance",
+        lambda x: all(x.get(one, {}).keys() >= {"Acc@1", "Acc@5", "Loss"} for one in SELECTIONS),
+    ),
+]
+Meter = Annotated[list[Finite], ("must be a sum and a count", lambda x: len(x) == 2 and x[1] > 0)]
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss is not finite; the model has the values before that step."""
 
@@ -42,26 +55,26 @@ class NonFiniteLossError(RuntimeError):
 class Evaluation:
     """Result of one evaluation of one test set; the last three are empty without a pool."""
 
-    index: int  # row of the test set in the accuracy matrix
-    stats: dict[str, dict[str, float]]  # of each selection: Acc@1, Acc@5 (percent) and Loss
-    usage: dict[str, list[int]] = field(default_factory=dict)  # images that each prompt served
-    mean_similarity: float | None = None  # mean cosine of images and the keys they select alone
-    key_similarity: list[float] = field(default_factory=list)  # mean cosine to every key, (M,)
+    index: Natural  # row of the test set in the accuracy matrix
+    stats: Stats  # of each selection: Acc@1, Acc@5 (percent) and Loss
+    usage: dict[str, list[Natural]] = field(default_factory=dict)  # images that each prompt served
+    mean_similarity: Finite | None = None  # mean cosine of images and the keys they select alone
+    key_similarity: list[Finite] = field(default_factory=list)  # mean cosine to every key, (M,)
 
 
 @dataclass
 class TrainState:
     """Where a run is in a task, and the results of the task so far; at its end, all of them."""
 
-    task: int = 0  # 0-based number; T when the run is complete
-    epoch: int = 0  # finished epochs of the task; all of them when it is being evaluated
-    step: int = 0  # finished steps of the epoch
-    meters: dict[str, list[float]] = field(default_factory=dict)  # sum and count of each, in epoch
+    task: Natural = 0  # 0-based number; T when the run is complete
+    epoch: Natural = 0  # finished epochs of the task; all of them when it is being evaluated
+    step: Natural = 0  # finished steps of the epoch
+    meters: dict[str, Meter] = field(default_factory=dict)  # of the epoch
     #: Averages over each finished epoch: Lr, Loss, Acc@1, Acc@5.
-    epoch_stats: list[dict[str, float]] = field(default_factory=list)
+    epoch_stats: list[dict[str, Finite]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)  # of test sets that are done
-    train_seconds: float = 0.0  # wall time
-    eval_seconds: float = 0.0
+    train_seconds: Finite = 0.0  # wall time
+    eval_seconds: Finite = 0.0
     #: State dict that the optimizer of a resumed run starts with; None once it has.
     optimizer: dict[str, Any] | None = field(default=None, repr=False)
 

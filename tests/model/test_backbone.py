@@ -1,5 +1,9 @@
+import inspect
+import os
 import pickle
 import re
+from contextlib import suppress
+from typing import get_args
 from unittest.mock import Mock
 
 import numpy as np
@@ -7,10 +11,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from cli.settings import ModelSettings
+from helpers.hostile_values import nested
+from helpers.pickled_code import Payload
 from helpers.tiny_model import differing, randomize, snapshot
 from model.backbone import (
+    VIT_ARGUMENTS,
     WEIGHT_SUFFIXES,
     WeightsError,
     build_backbone,
@@ -58,23 +66,95 @@ def test_build_backbone_sets_dropout_where_the_original_had_it():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("vit_huge_patch99", {}, r"cannot build --model vit_huge_patch99.*Unknown model"),
-        (f"{NAME}.nonsense", {}, rf"cannot build --model {NAME}\.nonsense.*Invalid pretrained tag"),
-        (NAME, {"num_headz": 2}, rf"cannot build --model {NAME}.*num_headz"),
-        (NAME, {"embed_dim": 16}, rf"cannot build --model {NAME}"),
-        (NAME, {"class_token": False, "global_pool": "avg"},
-         rf"--model {NAME} is no plain vision transformer with a class token"),
+        ("vit_huge_patch99", {}, "--model vit_huge_patch99 is no model of timm: did you mean vit_"),
+        ("vit_tny_patch16_224", {}, rf"is no model of timm: did you mean {NAME}\?$"),
+        (f"{NAME}.augreg_in21", {}, r"no weights of this tag: did you mean augreg_in21k\?$"),
+        (f"{NAME}.nonsense", {}, r"no weights of this tag: there are .*augreg_in21k_ft_in1k"),
+        ("vit\x1b[31m", {}, r"--model vit\\x1b\[31m is no model"),
+        (NAME, {"embed_dim": 16}, f"build --model {NAME} with --model-kwargs embed_dim=16 as"),
         ("resnet18", {}, r"--model resnet18.*vit_\*.*deit_\*"),
         ("swin_tiny_patch4_window7_224", {}, r"--model swin_tiny.*vit_\*.*deit_\*"),
         ("vit_relpos_small_patch16_224", {}, r"--model vit_relpos.*vit_\*.*deit_\*"),
-        (NAME, {"img_size": 225}, "--input-size 225 .*by the patch size 16: use 224 or 240$"),
-        (NAME, {"img_size": 17}, "--input-size 17 is not divisible by .* 16: use 16 or 32$"),
-        (NAME, {"img_size": 10}, "--input-size 10 is not divisible by .* 16: use 16$"),
+        ("vit_base_patch16_siglip_224", {}, "is no plain vision transformer with a class token"),
+        (NAME, 225, "--input-size 225 .*by the patch size 16: use 224 or 240$"),
+        (NAME, 17, "--input-size 17 is not divisible by .* 16: use 16 or 32$"),
+        (NAME, 10, "--input-size 10 is not divisible by .* 16: use 16$"),
     ],
 )  # fmt: skip
 def test_build_backbone_error_names_model_and_reason(name, kwargs, message):
+    size, kwargs = (kwargs, {}) if isinstance(kwargs, int) else (224, kwargs)
     with without_memory(), pytest.raises(WeightsError, match=message):
-        build(name, kwargs.get("img_size", 224), model_kwargs=kwargs)
+        build(name, size, model_kwargs=kwargs)
+
+
+#: Arguments of timm that name files or wrap the network, and those that have a flag.
+FORBIDDEN = {
+    "--pretrained": "pretrained checkpoint_path pretrained_cfg pretrained_cfg_overlay",
+    "--input-size": "img_size", "--global_pool or": "global_pool", "--drop": "drop_rate",
+    "nothing": "in_chans num_classes class_token block_fn",
+    "arguments of the network alone": "cache_dir features_only scriptable device kwargs_filter",
+    "did you mean num_heads": "num_headz",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("instead", "name"), [(text, n) for text, names in FORBIDDEN.items() for n in names.split()]
+)
+def test_model_kwargs_are_arguments_of_the_network_alone(instead, name, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", Mock(side_effect=AssertionError))
+    for value in (None, True, 3, "x.pth"):
+        with pytest.raises(WeightsError, match=f"-kwargs {name} is not allowed: .*{instead}"):
+            build(model_kwargs={**SMALL, name: value})
+
+
+def test_model_kwargs_that_are_allowed_are_arguments_of_timm():
+    known = inspect.signature(VisionTransformer).parameters
+    assert [name for name in VIT_ARGUMENTS if name not in known] == []
+
+
+WRONG = [None, "x", "", [], [1], {}, (8, 8, 8), float("nan"), float("inf"), -1, 10**9, 10**400, 2.5]
+
+
+@pytest.mark.parametrize("name", VIT_ARGUMENTS)
+def test_model_kwargs_of_wrong_type_or_size_are_errors_that_name_them(name, monkeypatch):
+    """Whatever is let through, timm rejects or runs on an image."""
+    for value in [*WRONG, nested(3000)]:
+        with suppress(WeightsError), without_memory():
+            vit = build(input_size=16, model_kwargs={**SMALL, name: value})
+            vit.forward_features(torch.empty(1, 3, 16, 16))
+            assert value is None or isinstance(value, str) or abs(value) < 10, (name, value)
+
+
+@pytest.mark.parametrize(
+    "name", "pos_embed weight_init norm_layer embed_norm_layer act_layer".split()
+)
+def test_model_kwargs_that_are_names_run_an_image(name):
+    _, (must, _) = get_args(VIT_ARGUMENTS[name])
+    for value in must.removeprefix("must be one of ").split(", "):
+        with without_memory():
+            vit = build(input_size=16, model_kwargs={**SMALL, "pre_norm": True, name: value})
+            assert vit.forward_features(torch.empty(1, 3, 16, 16)).shape == (1, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": 0}, "num_heads is 0: must be at least 1 and at most 65536"),
+        ({"num_heads": 3}, "num_heads=3 .*as a plain ViT.*divisible by num_heads"),
+        ({"num_heads": True}, "num_heads is True: must be a whole number"),
+        ({"depth": 10**9}, "depth is 1000000000: must be at least 1 and at most 256"),
+        ({"depth": 10**5000}, "depth is a huge number: must be a whole number"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is nan: must be above 0 and at most 256"),
+        ({"attn_drop_rate": 1}, r"attn_drop_rate is 1: must be in \[0, 1\)"),
+        ({"qkv_bias": 1}, "qkv_bias is 1: must be true or false"),
+        ({"act_layer": "glu"}, "act_layer is 'glu': must be one of gelu, "),
+        ({"norm_layer": "batchnorm2d"}, "norm_layer is 'batchnorm2d': must be one of layernorm, "),
+        ({"depth": "2", "embed_dim": 0}, "embed_dim is 0: .*; --model-kwargs: depth is '2'"),
+    ],
+)
+def test_model_kwargs_error_says_what_is_allowed(kwargs, message):
+    with without_memory(), pytest.raises(WeightsError, match=message):
+        build(input_size=16, model_kwargs={**SMALL, **kwargs})
 
 
 def test_build_backbone_error_without_network_names_local_files(monkeypatch):
@@ -82,6 +162,33 @@ def test_build_backbone_error_without_network_names_local_files(monkeypatch):
     message = r"fetch the weights of --model .*no network.*--pretrained PATH"
     with pytest.raises(WeightsError, match=message):
         build(pretrained=True)
+
+
+def test_damaged_file_in_the_cache_of_downloads_is_named(tmp_path, monkeypatch):
+    repo = tmp_path / f"models--timm--{NAME}.augreg_in21k_ft_in1k"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    weights = snapshot / "model.safetensors"
+    for path, content in ((repo / "refs" / "main", "a" * 40), (weights, "half")):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = rf"in {re.escape(str(weights))} are damaged .*; delete the file"
+    with pytest.raises(WeightsError, match=message):
+        build(pretrained=True)
+
+
+def test_weights_that_timm_loads_run_no_code(tmp_path, monkeypatch):
+    """As timm 1.0.20, which asks for unsafe loading."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    torch.save({"payload": Payload(tmp_path / "ran")}, tmp_path / "w.bin")
+    unsafe = Mock(side_effect=lambda *_, **__: torch.load(tmp_path / "w.bin", weights_only=False))
+    monkeypatch.setattr(timm, "create_model", unsafe)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(WeightsError, match="it does not hold tensors and plain values alone"):
+        build(pretrained=True)
+    assert not (tmp_path / "ran").exists()
+    assert (os.environ[name], os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")) == ("1", None)
 
 
 EXTRAS = ("pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias")
@@ -217,16 +324,6 @@ def test_file_of_another_network_is_an_error_that_names_what_differs(
     assert_rejected(write(tmp_path / f"w{suffix}", without(content, *lacking)), message)
 
 
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["zip.pth", "old.bin", "plain.pth", "ViT.npz"])
 def test_pickled_code_in_a_weight_file_is_rejected_and_not_run(tmp_path, name):
@@ -248,7 +345,9 @@ def test_damaged_foreign_or_missing_file_is_an_error_that_names_it(tmp_path, suf
     whole = write(path, target).read_bytes()
     foreign = [b"<!DOCTYPE html><html>404</html>", b"version https://git-lfs", bytes(500)]
     cut = [whole[: int(part * len(whole))] for part in (0.0, 0.0005, 0.5, 0.999)]
-    for content in cut + foreign:
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # where formats have checksums
+    for content in cut + foreign + [flipped] * (suffix != ".safetensors"):
         path.write_bytes(content)
         assert_rejected(path, "is damaged", target)
     path.unlink()
@@ -258,10 +357,37 @@ def test_damaged_foreign_or_missing_file_is_an_error_that_names_it(tmp_path, suf
         path.mkdir(exist_ok=True)
 
 
+SPECIAL = {
+    "int": lambda t: t.int(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.cfloat(),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "too_large": lambda t: t.double() * 1e300,
+    "nan": lambda t: t * float("nan"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_weights_that_are_no_finite_floating_point_numbers_are_rejected(tmp_path, kind):
+    state = tiny_vit().state_dict()
+    state["pos_embed"] = SPECIAL[kind](state["pos_embed"])
+    assert_rejected(write(tmp_path / "w.pth", state), "")
+    if kind in ("int", "bool", "complex", "nan"):
+        arrays = google_arrays(tiny_vit())
+        arrays["cls"] = SPECIAL[kind](torch.from_numpy(arrays["cls"])).numpy()
+        assert_rejected(write(tmp_path / "w.npz", arrays), "cls holds other values than finite")
+
+
 def test_file_without_weights_is_an_error_that_names_it(tmp_path):
     target = tiny_vit()
     for content in (torch.ones(3), [torch.ones(3)], {"model": torch.ones(3)}, {"epoch": 3}, {}):
         assert_rejected(write(tmp_path / "w.pth", content), "", target)
+    other = {**target.state_dict(), "a\n\x1b[31m": torch.ones(3)}
+    assert_rejected(write(tmp_path / "w.pth", other), r"a\\n\\x1b\[31m has no place", target)
     assert_rejected(write(tmp_path / "w.npz", {"images": np.zeros(3)}), "does not fit --model")
     np.save(tmp_path / "array.npy", np.zeros(3))
     assert_rejected((tmp_path / "array.npy").rename(tmp_path / "array.npz"), "")
