@@ -8,18 +8,27 @@ Shapes: B images of a batch, S input size in pixels.
 """
 
 import atexit
+import logging
+import os
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import Queue, active_children
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import utils
+from cli import terminal
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import Batching, GlobalBatchSampler, evaluation_batches
 from continual_datasets.stream import Task, TaskStream, TestSet
@@ -28,9 +37,23 @@ from continual_datasets.task_data import Key, Replayed, RunData, TrainKey
 #: Seconds that a DataLoader worker runs on after SIGTERM; schedulers rarely wait longer to kill.
 _WORKER_SECONDS = 30
 
+#: The longest path of a temporary folder that leaves room for the name of a socket, in bytes.
+_LONGEST_TMPDIR = 70
+
+#: What error messages have if a worker was killed, or lacks shared memory or open files.
+_LOST = ("DataLoader worker (", "(shm)", "ancdata")
+
+logger = logging.getLogger(__name__)
+
 
 class LostWorkerError(RuntimeError):
-    """A DataLoader worker was killed; no traceback is available."""
+    """A DataLoader worker did not start, or was killed; no traceback is available."""
+
+
+def as_arrays(samples: Sequence[tuple[Tensor, int]]) -> list[NDArray[Any]]:
+    """Collates a batch that a worker sends through its pipe, not in shared memory."""
+    images, targets = zip(*samples, strict=True)
+    return [torch.stack(images).numpy(), np.array(targets)]  # (B, 3, S, S), (B,)
 
 
 @dataclass(frozen=True)
@@ -79,10 +102,17 @@ class Loaders:
         self._current: object = None
         passes = [*map(self.train, stream.tasks), *map(self.test, stream.test_sets)]
         num_workers = min(data.num_workers, utils.usable_cores(), max(map(len, passes)))
+        self._num_workers = num_workers
+        with _starting(num_workers):  # reported here, as DataLoader would add a traceback
+            queues: list[Queue[Any]] = [Queue() for _ in range(3 * num_workers)]
+        del queues
+        if reason := _why_no_shared_memory(num_workers, batching):
+            logger.info("Batches come through pipes, slower than through shared memory: %s", reason)
         self._loader = DataLoader(
             RunData(stream, batching.settings.run.seed),
             batch_sampler=self._keys,
             num_workers=num_workers,
+            collate_fn=as_arrays if reason else None,
             pin_memory=data.pin_mem and self._device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=outlive_stop_signals,
@@ -137,22 +167,68 @@ class Loaders:
         self._current = batches = list(sampler)
         self._keys[:] = [keys or self._any_keys for keys in batches]  # an empty batch has a shape
         try:
-            for keys, tensors in zip(batches, self._loader, strict=True):
-                yield keys, [tensor[: len(keys)] for tensor in tensors]
+            with _starting(self._num_workers):
+                loaded = iter(self._loader)
+            for keys, batch in zip(batches, loaded, strict=True):
+                yield keys, [torch.as_tensor(part)[: len(keys)] for part in batch]
                 assert self._current is batches, "another pass over the data has begun"
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not any(sign in str(error) for sign in _LOST):
                 raise
-            raise LostWorkerError(f"{error} Was memory short? Give fewer --num_workers") from error
+            what = str(error).strip().splitlines()[-1]
+            raise LostWorkerError(
+                f"{what} Was memory short (in Docker also docker run --shm-size), or ulimit -n? "
+                "Give fewer --num_workers, 0 for none, or smaller --batch-size, --eval_batch_size"
+            ) from error
+
+
+@contextmanager
+def _starting(num_workers: int) -> Iterator[None]:
+    """Reports that workers cannot start, and ends those that did, which would wait forever."""
+    others = set(active_children())
+    try:
+        yield
+    except OSError as error:
+        for worker in set(active_children()) - others:
+            worker.kill()
+        raise LostWorkerError(
+            f"the workers of --num_workers {num_workers} cannot start ({terminal.reason(error)}): "
+            "give fewer, or 0 for none; they need open files (ulimit -n), processes (ulimit -u), "
+            "a short TMPDIR, and a /dev/shm with room to write in"
+        ) from error
+
+
+def _why_no_shared_memory(num_workers: int, batching: Batching) -> str | None:
+    """What workers lack to hand over batches in shared memory; None: nothing."""
+    if num_workers == 0:
+        return None
+    options, batches = batching.settings.transforms, 2 * num_workers + 2  # loaded ahead, and in use
+    image_bytes = 3 * options.input_size**2 * (4 if options.reprob else 1)
+    needed = image_bytes * max(batching.full_batches) * batches * batching.processes.world_size
+    try:
+        if len(os.fsencode(folder := tempfile.gettempdir())) > _LONGEST_TMPDIR:
+            return f"TMPDIR {folder} is too long for the name of a socket"
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        return terminal.reason(error)
+    if free < needed:
+        sizes = f"/dev/shm has {free / 1e6:.0f} MB left of {needed / 1e6:.0f} MB"
+        return f"{sizes} that they may take (in Docker: docker run --shm-size)"
+    import resource  # not on every system
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 100 + 16 * num_workers  # of the program, and for the batches of each worker
+    return f"ulimit -n is {limit}, less than {needed}" if 0 <= limit < needed else None
 
 
 def outlive_stop_signals(_worker_id: int) -> None:
-    """Lets a DataLoader worker serve the last step when a scheduler signals every process of a job.
+    """Lets a DataLoader worker serve the last step when every process of a job gets a signal.
 
-    SIGTERM ends it after a while all the same: so does Python, when it clears up.
+    A scheduler sends it, or a terminal; after Ctrl-C the main process ends its workers. SIGTERM
+    ends a worker after a while all the same: so does Python, when it clears up.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_WORKER_SECONDS))
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

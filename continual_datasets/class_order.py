@@ -1,19 +1,25 @@
 """In which order the classes appear, and how many a task gets."""
 
 import json
-from collections.abc import Sequence
+import math
+import re
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from cli.paths import open_regular
 
 
 def read_class_order(path: Path, classes: Sequence[str]) -> list[int]:
     """Read the class order, class ids, from a file.
 
     Args:
-        path: JSON (a list, or one list per task as `class_order` of results.json) or plain text
-            (one per line, or separated by blanks or commas) of class ids or class names. It may
-            name fewer classes than there are: the others are left out. Lists of tasks are joined;
-            `--num_tasks` and `--classes_per_task` alone decide where a task ends.
+        path: JSON (a list, or one list per task as `class_order` of results.json), where strings
+            are names and numbers are ids; or plain text (one per line, or separated by blanks or
+            commas) of class ids or class names. It may name fewer classes than there are: the
+            others are left out. Lists of tasks are joined; `--num_tasks` and `--classes_per_task`
+            alone decide where a task ends.
         classes: Class names, indexed by class id.
 
     Raises:
@@ -21,33 +27,38 @@ def read_class_order(path: Path, classes: Sequence[str]) -> list[int]:
     """
     ids_by_name = {name: class_id for class_id, name in enumerate(classes)}
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig").strip()
         is_json = path.suffix == ".json" or text[:1] in ("[", "{")
-        entries = _json_entries(text) if is_json else _text_entries(text, classes)
-        order = [_class_id(entry, ids_by_name) for entry in entries]
+        entries = _json_entries(text) if is_json else _text_entries(text, ids_by_name)
+        only_names = is_json and any(_number(name) < len(classes) for name in classes)
+        order: dict[int, None] = {}
+        for entry in entries:
+            class_id = _class_id(entry, ids_by_name, only_names)
+            if class_id in order:
+                raise ValueError(f"class {entry} appears twice")
+            order[class_id] = None
         if not order:
             raise ValueError("no classes in the file")
-        if twice := [entry for i, entry in enumerate(entries) if order[i] in order[:i]]:
-            raise ValueError(f"class {twice[0]} appears twice")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         if isinstance(error, UnicodeDecodeError):
             reason = f"not a text file ({error.reason})"
         raise ValueError(f"--class_order {path}: {reason}") from error
-    return order
+    return list(order)
 
 
 def _json_entries(text: str) -> list[Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(content, list):
         raise ValueError("expected a list of classes, or a list of such lists")
     return [item for entry in content for item in (entry if isinstance(entry, list) else [entry])]
 
 
-def _text_entries(text: str, classes: Sequence[str]) -> list[str]:
+def _text_entries(text: str, classes: Collection[str]) -> list[str]:
     """Split at commas and blanks, unless a whole line or what stands between commas is a name."""
     entries: list[str] = []
     for line in map(str.strip, text.splitlines()):
@@ -56,19 +67,27 @@ def _text_entries(text: str, classes: Sequence[str]) -> list[str]:
     return entries
 
 
-def _class_id(entry: Any, ids_by_name: dict[str, int]) -> int:
-    text = str(entry) if type(entry) in (str, int) else ""
-    is_id = text.isascii() and text.isdigit() and int(text) < len(ids_by_name)
-    by_name = ids_by_name.get(entry) if isinstance(entry, str) else None
+def _number(text: str) -> float:
+    """The id that a text could be; infinite if none."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else math.inf
+
+
+def _class_id(entry: Any, ids_by_name: Mapping[str, int], only_names: bool) -> int:
+    """The class that an entry names; a string may be an id unless it could be a name, too."""
+    by_name, number = None, entry if type(entry) is int else math.inf
+    if isinstance(entry, str):
+        by_name = ids_by_name.get(entry)
+        number = math.inf if only_names else _number(entry)
+    is_id = 0 <= number < len(ids_by_name)
     if by_name is None:
-        if not is_id:
-            last = len(ids_by_name) - 1
-            raise ValueError(f"unknown class {entry!r}: give class names or ids from 0 to {last}")
-        return int(text)
-    if is_id and int(text) != by_name:
+        if is_id:
+            return int(number)
+        given, last = reprlib.repr(entry), len(ids_by_name) - 1
+        raise ValueError(f"unknown class {given}: give class names or ids from 0 to {last}")
+    if is_id and number != by_name:
         raise ValueError(
-            f"{entry} is the name of class {by_name} but could mean the id {text}: write JSON "
-            "with plain numbers for ids, or rename the classes"
+            f"{entry} is the name of class {by_name} but could mean the id {entry}: write JSON, "
+            f'["{entry}"] for the name or [{entry}] for the id'
         )
     return by_name
 

@@ -16,10 +16,9 @@ length it is resized to, and the first of the S pixels wanted of that.
 
 import torch
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
 
 from cli.settings import TransformSettings
-from continual_datasets.transforms import LARGEST_UNCROPPED
+from continual_datasets.transforms import CROP_RULES, LARGEST_UNCROPPED
 
 #: Pillow computes with weights of so many fractional bits.
 _WEIGHT_BITS = 22
@@ -32,7 +31,8 @@ def random_crop(place: Place, options: TransformSettings) -> Tensor:
     """Draws crop and flip from torch's global generator, as `build_transform(train=True, ...)`."""
     no_pixels = torch.empty(place, device="meta")  # get_params asks for the size alone
     scale, ratio, size = list(options.scale), list(options.ratio), options.input_size
-    top, left, height, width = RandomResizedCrop.get_params(no_pixels, scale, ratio)
+    rule = CROP_RULES[options.crop_rule]
+    top, left, height, width = rule.get_params(no_pixels, scale, ratio)
     flip = bool(torch.rand(1) < options.hflip)
     return torch.tensor((place[0], flip, top, height, size, 0, left, width, size, 0))  # (10,)
 

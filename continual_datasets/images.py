@@ -19,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from cli.paths import open_regular
+from cli.terminal import one_line, printable
+
 ClassIds = Sequence[int] | NDArray[np.integer]
 
 _TRACEBACK = "Traceback (most recent call last)"
@@ -37,7 +40,7 @@ class DataError(ValueError):
         if _TRACEBACK in message:
             last_line = message.strip().splitlines()[-1]
             message = last_line.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 @contextmanager
@@ -61,7 +64,7 @@ class ImageSource(ABC):
     by_class = False  # whether images of a class stand together
 
     def __init__(self, targets: ClassIds, classes: Iterable[str]) -> None:
-        self.targets = np.asarray(targets, dtype=np.int64)
+        self.targets = np.ascontiguousarray(targets, dtype=np.int64)
         self.classes = list(classes)
 
     def __len__(self) -> int:
@@ -76,8 +79,21 @@ class ImageSource(ABC):
         """The image of a number from 0 to n - 1."""
 
     def digest(self) -> str:
-        """Identifies the images without opening them: SHA-256 of the labels, and of file names."""
-        return _sha256(self.targets.tobytes())
+        """Identifies the images without opening files.
+
+        SHA-256 of labels and file names; with that of labels and pixels in front, and a hyphen, if
+        the images are in memory.
+        """
+        labels, pixels = self.digests()
+        return f"{sha256(labels.encode(), pixels.encode())}-{labels}" if pixels else labels
+
+    def digests(self) -> tuple[str, str]:
+        """SHA-256 of labels and file names; and of the pixels, empty if they are in files."""
+        return sha256(self.targets), ""
+
+    def sizes(self) -> list[int]:
+        """Size of every image file, bytes; none if the images are in memory."""
+        return []
 
 
 #: Training and test images, by name of the data set or domain.
@@ -97,6 +113,11 @@ class ArraySource(ImageSource):
         """An image, as RGB."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
+    def digests(self) -> tuple[str, str]:
+        """SHA-256 of the labels; and of all pixels and their shape."""
+        pixels = np.ascontiguousarray(self.images)
+        return sha256(self.targets), sha256(str(pixels.shape).encode(), pixels)
+
 
 class FileSource(ImageSource):
     """Images in files, opened when they are asked for; only their paths are stored.
@@ -106,6 +127,7 @@ class FileSource(ImageSource):
         targets: Their class ids, (n,).
         classes: Class names.
         folder: What the paths have in common, stored once.
+        left_out: Images in other files beside them, likewise.
     """
 
     by_class = True
@@ -116,10 +138,12 @@ class FileSource(ImageSource):
         targets: ClassIds,
         classes: Iterable[str],
         folder: str | Path = "",
+        left_out: Iterable[str] = (),
     ) -> None:
         super().__init__(targets, classes)
+        self.left_out = tuple(left_out)
         self._names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
-        self._folder = str(folder)
+        self.folder = str(folder)
         assert len(self._names) == len(self.targets)
 
     @property
@@ -130,22 +154,25 @@ class FileSource(ImageSource):
     @property
     def paths(self) -> list[str]:
         """The whole path of every image."""
-        return [os.path.join(self._folder, name) for name in self.names]
+        return [os.path.join(self.folder, name) for name in self.names]
 
     def select(self, which: NDArray[Any]) -> "FileSource":
         """Some of the images: by their numbers, or a mask."""
         names = (os.fsdecode(name) for name in self._names[which])
-        return FileSource(names, self.targets[which], self.classes, self._folder)
+        return FileSource(names, self.targets[which], self.classes, self.folder, self.left_out)
 
     def image(self, index: int) -> Any:
         """Opens an image, see `open_image`."""
-        return open_image(os.path.join(self._folder, os.fsdecode(self._names[index])))
+        return open_image(os.path.join(self.folder, os.fsdecode(self._names[index])))
 
-    def digest(self) -> str:
+    def digests(self) -> tuple[str, str]:
         """SHA-256 of the labels and of the paths, without the folder in front of all of them."""
         names = self._names.tolist()
-        ends = np.cumsum([0, *map(len, names)])
-        return _sha256(self.targets.tobytes(), b"".join(names), ends.tobytes())
+        return sha256(self.targets, b"".join(names), np.cumsum([0, *map(len, names)])), ""
+
+    def sizes(self) -> list[int]:
+        """Size of every image file, bytes."""
+        return [os.path.getsize(path) for path in self.paths]
 
 
 class ConcatSource(ImageSource):
@@ -174,23 +201,30 @@ class ConcatSource(ImageSource):
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
         return self._parts[which].image(index - int(self._firsts[which]))
 
-    def digest(self) -> str:
-        """SHA-256 of the labels and of the parts."""
-        return _sha256(self.targets.tobytes(), *(part.digest().encode() for part in self._parts))
+    def digests(self) -> tuple[str, str]:
+        """SHA-256 of the labels and those of the parts; and of the pixels of the parts."""
+        labels, pixels = zip(*(part.digests() for part in self._parts), strict=True)
+        of_labels = sha256(self.targets, "".join(labels).encode())
+        return of_labels, sha256("-".join(pixels).encode()) if any(pixels) else ""
+
+    def sizes(self) -> list[int]:
+        """Those of the parts."""
+        return [size for part in self._parts for size in part.sizes()]
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Open an image file of any pixel format as 8-bit RGB.
 
     Grey, palette, black-and-white and CMYK images are converted; transparent ones are laid on
-    white, as viewers show them; 16-bit grey values are scaled to 8 bit, never clipped.
+    white, as viewers show them; 16-bit grey values are scaled to 8 bit, never clipped. The EXIF
+    orientation is not applied, as in torchvision and timm.
 
     Raises:
-        DataError: If the file is missing, empty, truncated, no image, or of a format that has no
-            defined range (floating point). The message starts with the path.
+        DataError: If the file is missing, empty, truncated, a pipe or a device, no image, or of a
+            format that has no defined range (floating point). The message starts with the path.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             image.load()
             return _to_rgb(image)
     except Exception as error:  # damaged files make decoders raise anything, struct.error included
@@ -218,12 +252,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return canvas.convert("RGB")
 
 
-def _sha256(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def sha256(*parts: Any) -> str:
+    """SHA-256 of bytes and contiguous arrays, one behind the other; no copy is made."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def join_names(names: Sequence[str]) -> str:
     """Name the first few, and how many there are beyond."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
+    shown = ", ".join(map(one_line, names[:_NAMES_SHOWN]))
     rest = len(names) - _NAMES_SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown

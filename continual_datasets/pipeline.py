@@ -84,10 +84,15 @@ class PlacedSource(ImageSource):
     def __init__(self, source: ArraySource, first_row: int) -> None:
         super().__init__(source.targets, source.classes)
         self.first_row, self.shape = first_row, source.images.shape[1:3]
+        self._digests = source.digests()
 
     def image(self, index: int) -> Place:
         """Where an image is."""
         return self.first_row + index, *self.shape
+
+    def digests(self) -> tuple[str, str]:
+        """The digests of the source."""
+        return self._digests
 
 
 def build_pipeline(

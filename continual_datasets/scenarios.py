@@ -112,7 +112,7 @@ class Scenario:
 
     @property
     def _path(self) -> Path:
-        return Path(self.settings.data.data_path).expanduser()
+        return Path(self.settings.data.data_path)
 
     def class_order(self, classes: Sequence[str], given: TaskClasses | None = None) -> list[int]:
         """Class ids in the order of their appearance: given, from a file, or shuffled."""
@@ -228,7 +228,7 @@ class DomainIncremental(Scenario):
 
     def _domains(self) -> DomainList:
         data = self.settings.data
-        lists = None if data.file_lists is None else Path(data.file_lists).expanduser()
+        lists = None if data.file_lists is None else Path(data.file_lists)
         return registry.list_domains(data.dataset, self._path, lists, data.domains)
 
 

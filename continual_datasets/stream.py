@@ -9,6 +9,7 @@ Shapes: n images, T tasks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,6 +92,17 @@ class TaskStream:
     def train_digest(self) -> str:
         """Identifies the training images, see `ImageSource.digest`."""
         return self.train.digest()
+
+    @property
+    def test_sources(self) -> list[ImageSource]:
+        """What the images of the test sets are taken from, each once."""
+        return list({id(one.data.source): one.data.source for one in self.test_sets}.values())
+
+    @cached_property
+    def test_digest(self) -> str:
+        """Identifies the test images of all test sets."""
+        digests = " ".join(source.digest() for source in self.test_sources)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     @property
     def num_tasks(self) -> int:

@@ -11,6 +11,8 @@ before the crop, and timm for the policies, all of which are off unless asked fo
 """
 
 import io
+import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -25,6 +27,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import get_dimensions
 
 from cli.settings import TransformSettings
 
@@ -36,6 +39,9 @@ NORMS: dict[str, tuple[Sequence[float], ...]] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
+#: Numbers in a policy that would take forever, or that are not finite.
+_ENDLESS = re.compile(r"nan|inf|-[nwd]\d{3}|(?<![.\d])\d{4}")
+
 #: The original resizes and crops test images only above this input size.
 LARGEST_UNCROPPED = 32
 
@@ -43,6 +49,8 @@ LARGEST_UNCROPPED = 32
 def policy_problem(policy: str) -> str | None:
     """What is wrong with a policy of `--aa`; None: nothing."""
     try:
+        if _ENDLESS.search(policy):
+            raise ValueError("a number of operations, or a strength, that has no use")
         _policies(TransformSettings(aa=policy))
     except (AssertionError, LookupError, TypeError, ValueError):
         return (
@@ -97,11 +105,51 @@ def _through_jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
+class TensorFlowCrop(transforms.RandomResizedCrop):
+    """A random crop of uniform height, where torchvision's has a uniform area; smaller on average.
+
+    Source: `tf.image.sample_distorted_bounding_box` without boxes. After 100 attempts it takes the
+    whole image; it never draws the last possible position.
+    """
+
+    @staticmethod
+    def get_params(
+        img: Any, scale: Sequence[float], ratio: Sequence[float]
+    ) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a crop, from torch's global generator."""
+        _, height, width = get_dimensions(img)
+        areas = [share * height * width for share in scale]
+        for _ in range(100):
+            aspect = torch.empty(1).uniform_(*ratio).item()  # width / height
+            low, high = (round(math.sqrt(area / aspect)) for area in areas)
+            high = min(high, height, int((width + 0.5) / aspect))
+            rows = int(torch.randint(min(low, high), high + 1, (1,)))
+            if rows * round(rows * aspect) < areas[0]:
+                rows += 1
+            if rows * round(rows * aspect) > areas[1]:
+                rows -= 1
+            columns = round(rows * aspect)
+            fits = rows <= height and columns <= width
+            if fits and areas[0] <= rows * columns <= areas[1]:
+                free = height - rows, width - columns
+                top, left = (int(torch.randint(max(1, places), (1,))) for places in free)
+                return top, left, rows, columns
+        return 0, 0, height, width
+
+
+#: The crop of each `--crop_rule`.
+CROP_RULES: dict[str, type[transforms.RandomResizedCrop]] = {
+    "torchvision": transforms.RandomResizedCrop,
+    "tensorflow": TensorFlowCrop,
+}
+
+
 def _random_crop(options: TransformSettings) -> Callable:
     is_random = options.train_interpolation == "random"
     names = ["bilinear", "bicubic"] if is_random else [options.train_interpolation]
     where = options.input_size, options.scale, options.ratio
-    crops = [transforms.RandomResizedCrop(*where, InterpolationMode(name)) for name in names]
+    rule = CROP_RULES[options.crop_rule]
+    crops = [rule(*where, InterpolationMode(name)) for name in names]
     return transforms.RandomChoice(crops) if is_random else crops[0]
 
 

@@ -5,9 +5,17 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
+import resource
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields, replace
+from itertools import chain
+from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -16,7 +24,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import to_tensor
 
+import continual_dataloader
 import utils
+from cli.paths import ROOT
 from cli.settings import ReplaySettings, TransformSettings
 from continual_dataloader import Loaders, LostWorkerError
 from continual_datasets import task_data
@@ -27,7 +37,8 @@ from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import GlobalBatchSampler, evaluation_batches
 from continual_datasets.task_data import Replayed, RunData, TrainKey
 from continual_datasets.task_splits import by_classes
-from continual_datasets.transforms import NORMS, build_transform, policy_problem
+from continual_datasets.transforms import CROP_RULES, NORMS, build_transform, policy_problem
+from helpers.commands import command, wait_until
 from helpers.witnessed_loaders import (
     CPU,
     DEVICES,
@@ -151,11 +162,23 @@ def test_train_transform_is_torchvisions_crop_and_flip_behind_resize_and_jpeg():
             assert torch.equal(found, to_tensor(both(image)))
 
 
+def test_crops_of_tensorflow_are_even_in_height_and_cover_less():
+    image, scale, ratio = Image.new("RGB", (256, 256)), [0.05, 1.0], [0.75, 1.33]
+    for rule, area, height in (("torchvision", 0.462, 0.648), ("tensorflow", 0.378, 0.562)):
+        drawn = [CROP_RULES[rule].get_params(image, scale, ratio) for _ in range(4000)]
+        top, left, rows, columns = np.array(drawn).T / 256
+        assert abs((rows * columns).mean() - area) < 0.012
+        assert abs(rows.mean() - height) < 0.012
+        assert 0 == min(top.min(), left.min()) < (top + rows).max() <= 1 >= (left + columns).max()
+    for scale, ratio in (((0.5, 0.5), (9, 9)), ((1e-9, 1e-9), (1, 1)), ((1, 1), (1e-9, 1e-9))):
+        assert CROP_RULES["tensorflow"].get_params(image, scale, ratio) == (0, 0, 256, 256)
+
+
 CHANGES = {
     "input_size": 24, "scale": (0.5, 0.6), "ratio": (1.0, 1.0), "hflip": 0.0,
     "train_interpolation": "bicubic", "test_interpolation": "bilinear", "norm": "half",
     "aa": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "train_resize": 20, "train_jpeg": 30,
-    "reprob": 0.5, "remode": "const", "recount": 3,
+    "reprob": 0.5, "remode": "const", "recount": 3, "crop_rule": "tensorflow",
 }  # fmt: skip
 
 
@@ -392,6 +415,7 @@ def test_workers_start_once_for_all_tasks_epochs_and_evaluations():
 
 
 LEFT_AT_THE_END = """
+from helpers.commands import command, wait_until
 from helpers.witnessed_loaders import batching, pids, witnessed
 stream, loaders, _ = witnessed(batching(4, 4, num_workers=1))
 batches = loaders.train(stream.tasks[0])
@@ -551,16 +575,97 @@ def test_unreadable_image_is_named_from_a_loader(tmp_path, num_workers):
             assert "\n" not in message
 
 
-def test_lost_worker_is_reported_in_a_line():
-    def fail(message):
-        raise RuntimeError(message)
-        yield
-
+@pytest.mark.parametrize(("what", "kind"), [
+    ("DataLoader worker (pid 7) is killed by signal: Bus error.", LostWorkerError),
+    ("Caught RuntimeError\nTraceback\nRuntimeError: unable to allocate (shm)", LostWorkerError),
+    ("received 0 items of ancdata", LostWorkerError), ("something else", RuntimeError),
+])  # fmt: skip
+def test_lost_worker_is_reported_in_a_line(what, kind):
     stream = make_stream()
     loaders = Loaders(stream, batching(4, 4))
-    loaders._loader = fail("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(LostWorkerError, match=r"Killed\. Was memory short\? Give fewer --num_wor"):
+    loaders._loader = MagicMock(__iter__=Mock(side_effect=RuntimeError(what)))
+    with pytest.raises(RuntimeError) as error:
         list(loaders.train(stream.tasks[0]))
-    loaders._loader = fail("something else")
-    with pytest.raises(RuntimeError, match="something else"):
-        list(loaders.train(stream.tasks[0]))
+    assert error.type is kind
+    hint = r" Was memory short \(.*docker run --shm-size\), or ulimit -n\? Give fewer --num_w"
+    hint = hint * (kind is LostWorkerError)
+    assert re.match(re.escape(what.splitlines()[-1]) + hint, str(error.value))
+
+
+# What workers need of the machine
+
+
+LACKS = {
+    "TMPDIR /xxxxx": (tempfile, "tempdir", "/" + "x" * 80),
+    "No such file or dir": (
+        shutil,
+        "disk_usage",
+        Mock(side_effect=OSError(2, "No such file or dir")),
+    ),
+    "/dev/shm has 0 MB left of 4 MB": (shutil, "disk_usage", lambda _: SimpleNamespace(free=9)),
+    "ulimit -n is 40, less than 132": (resource, "getrlimit", lambda _: (40, 40)),
+}
+
+
+def test_batches_come_through_pipes_where_memory_cannot_be_shared(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    stream, options = make_stream(RICH), batching(4, 4, num_workers=2)
+    for lack, patch in LACKS.items():
+        caplog.clear()
+        with monkeypatch.context() as context:
+            context.setattr(*patch)
+            given = Loaders(stream, options).train(stream.tasks[0])
+            Loaders(stream, batching(4, 4))
+        assert caplog.text.count(lack) == caplog.text.count("through pipes") == 1
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    Loaders(stream, options)
+    assert caplog.text.count("through pipes") == 1
+    batches = list(given)
+    assert not any(one.is_shared() for one in chain.from_iterable(batches))
+    assert_same(batches, epoch_batches(stream, 0, batching(4, 4), 0))
+
+
+no_files = Mock(side_effect=OSError(24, "Too many open files"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("late", [False, True])
+def test_workers_that_cannot_start_are_an_error_that_names_the_flag(late, monkeypatch):
+    """Whether that is seen before the first starts, or when it runs already."""
+    failing = (multiprocessing.Process, "start") if late else (continual_dataloader, "Queue")
+    stream, before, starts = make_stream(), children(), []
+
+    def start(process):
+        starts.append(process)
+        return really_start(process) if len(starts) == 1 else no_files()
+
+    really_start = multiprocessing.Process.start
+    monkeypatch.setattr(*failing, start if late else no_files)
+    with pytest.raises(LostWorkerError, match=r"--num_workers 2 cannot start \(OSError.*ulimit -n"):
+        next(iter(Loaders(stream, batching(4, 4, num_workers=2)).train(stream.tasks[0])))
+    assert len(starts) == 2 * late
+    wait_until(lambda: children() == before, seconds=5)
+
+
+SHORT = {
+    "few files": "ulimit -n 40",
+    "no file": "ulimit -n 15",
+    "long TMPDIR": f"export TMPDIR=$PWD/{'x' * 120}; mkdir $TMPDIR",
+    "small shm": "unshare -m true || exit 77; mount -t tmpfs -o size=400k tmpfs /dev/shm",
+    "read-only shm": "unshare -m true || exit 77; mount -t tmpfs -o ro tmpfs /dev/shm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_run_ends_whatever_its_workers_lack(kind, tiny, tmp_path):
+    script = tmp_path / "run.sh"
+    flags = "--num_workers 2 --output_dir out --input-size 96 --batch-size 8 --epochs 1".split()
+    words = sys.executable, ROOT / "main.py", *tiny, *flags
+    script.write_text(f"cd {tmp_path}; {SHORT[kind]}\nexec {shlex.join(map(str, words))}\n")
+    done = command(*["unshare", "-m"] * ("shm" in kind), "bash", script, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("no mount namespaces here")
+    *_, last = done.stdout.splitlines()
+    assert done.returncode == (kind in ("no file", "read-only shm")), done.stdout + done.stderr
+    assert last.startswith("error: the workers of --num_workers 2" if done.returncode else "Evalu")

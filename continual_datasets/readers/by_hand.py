@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.utils import extract_archive
 
+from cli.paths import open_regular
 from continual_datasets.images import DataError, FileSource, Parts, join_names
 from continual_datasets.readers.class_folders import (
     DomainList,
@@ -23,6 +24,8 @@ from continual_datasets.readers.class_folders import (
     common_classes,
     folders_in,
     gather,
+    is_split,
+    nearby,
     val_or_test,
 )
 from continual_datasets.readers.storage import new_folder, one_at_a_time
@@ -62,16 +65,25 @@ class Unpacked(Reader):
 
     def _find(self, data_path: Path) -> Path | None:
         """The folder of the data; None if there is only the archive."""
-        if (data_path / self.folder).is_dir():
-            return data_path / self.folder
-        if data_path.is_dir() and folders_in(data_path, self.member):
-            return data_path
-        if (data_path / self.archive).is_file():
-            return None
+        if found := self._look_in(data_path):
+            return None if found.is_file() else found
         raise DataError(
             f"{self.name} is not in {data_path}: expected {data_path / self.folder}/{self.layout}, "
             f"or {self.archive} to unpack. It is not downloaded by itself: get it from {self.url}"
+            + nearby(data_path, lambda folder: self._look_in(folder) is not None)
         )
+
+    def _look_in(self, folder: Path) -> Path | None:
+        """The folder of the data, or their archive, if one is in a folder."""
+        if (folder / self.folder).is_dir():
+            return folder / self.folder
+        if folder.is_dir() and self._is_root(folder):
+            return folder
+        return archive if (archive := folder / self.archive).is_file() else None
+
+    def _is_root(self, folder: Path) -> bool:
+        """Whether a folder holds the data itself."""
+        return bool(folders_in(folder, self.member))
 
     def _unpack(self, archive: Path) -> Path:
         """Unpacks the archive, which holds the folder or what belongs in it; others wait."""
@@ -134,7 +146,7 @@ class NotMnist(Unpacked):
 
 def _is_png(path: str) -> bool:
     signature = b"\x89PNG\r\n\x1a\n"
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(len(signature)) == signature
 
 
@@ -197,7 +209,7 @@ def _find_lists(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"no folder {folder}; {_LIST_LAYOUT}")
     files = os.listdir(folder)
-    found = (re.fullmatch(r"train_(batch_(\d+))_filelist\.txt", name) for name in files)
+    found = (re.fullmatch(r"train_(batch_([0-9]{2,4}))_filelist\.txt", name) for name in files)
     lists = {int(match[2]): match for match in found if match}
     wanted = {n: f"train_batch_{n:02}_filelist.txt" for n in range(max(lists, default=0) + 1)}
     absent = [name for number, name in wanted.items() if number not in lists]
@@ -210,7 +222,8 @@ def _find_lists(folder: Path) -> dict[str, Path]:
 def _read_list(path: Path, images: FileSource, numbers: Mapping[str, int]) -> FileSource:
     """The images in a list, each line of which is compared with the image of that name."""
     found = []
-    lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    with open_regular(path) as file:
+        lines = file.read().decode(errors="backslashreplace").splitlines()
     for line_number, line in enumerate(lines, start=1):
         name, *label = line.split() or [""]
         image = numbers.get(name)
@@ -229,7 +242,8 @@ class ImagenetR(Unpacked):
 
     The published set has no split. Here it follows from the names of the files: in the order of the
     SHA-256 sums of "<class>/<file>", the first fifth of a class (rounded, at least one) are for the
-    test. So it is the same everywhere, whatever the seed, and nothing is moved.
+    test. So it is the same everywhere, whatever the seed, and nothing is moved. Where another
+    program has moved the images to `train` and `test` (or `val`), its split is used instead.
     """
 
     name = "Imagenet-R"
@@ -243,11 +257,24 @@ class ImagenetR(Unpacked):
 
     def _find_classes(self, root: Path) -> list[str]:
         layout = self._expected(root)
-        if (root / "train").is_dir() and val_or_test(root).is_dir():
+        if is_split(root):
             layout += f", or --dataset ImageFolder --data-path {root} to use its own split"
-        return common_classes([root], layout, self.member)
+        return common_classes(self._splits(root) or [root], layout, self.member)
+
+    def _is_root(self, folder: Path) -> bool:
+        is_part = folder.name in ("train", "val", "test") and is_split(folder.absolute().parent)
+        return not is_part and (super()._is_root(folder) or bool(self._splits(folder)))
+
+    def _splits(self, root: Path) -> list[Path]:
+        """The folders of another program's split; none if the classes are as published."""
+        splits = [root / "train", val_or_test(root)]
+        is_moved = is_split(root) and folders_in(splits[0], self.member)
+        return splits if is_moved and not super()._is_root(root) else []
 
     def _read(self, root: Path, classes: list[str]) -> Splits:
+        if splits := self._splits(root):
+            logger.info("%s is split already: using %s and %s", self.name, *splits)
+            return gather(splits[0], classes), gather(splits[1], classes)
         images = gather(root, classes)
         sums = [hashlib.sha256(os.fsencode(name)).digest() for name in images.names]
         is_test = np.zeros(len(images), dtype=bool)

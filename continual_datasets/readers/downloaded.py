@@ -5,7 +5,6 @@ All but Flowers-102 fit in memory.
 Shapes: n images of a source, H height, W width in pixels.
 """
 
-import errno
 import gzip
 import logging
 import os
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from torchvision import datasets
 from torchvision.datasets import utils
 
+from cli.paths import open_regular
 from continual_datasets.images import ArraySource, DataError, FileSource, ImageSource, join_names
-from continual_datasets.readers.class_folders import Reader, Splits, files_below
+from continual_datasets.readers.class_folders import Reader, Splits, files_below, nearby
 from continual_datasets.readers.storage import new_folder, one_at_a_time
 
 logger = logging.getLogger(__name__)
@@ -43,19 +43,16 @@ class Downloaded(Reader):
     #: DataError, or what torchvision raises, if they are missing or damaged.
     _read_split: Callable[[Path, str, bool], ImageSource]
 
-    def count_classes(self, data_path: Path) -> int:
-        """The number of classes; DataError if a file is there without permission to read it."""
-        for path in (data_path / self.folder).rglob("*"):
-            if not os.access(path, os.R_OK):
-                raise DataError(f"{path}: {os.strerror(errno.EACCES)}")
-        return self.num_classes
-
     def load(self, data_path: Path) -> Splits:
         """Reads the data; if they are missing or damaged, one process downloads them first."""
         try:
             return self._read(data_path)  # complete data need neither a lock nor write permission
         except DataError as error:
             found = str(error)
+        here = data_path.absolute()
+        for above in here.parents[:2]:
+            if here.is_relative_to(above / self.folder) and self._is_in(above):
+                raise DataError(f"{self.name} is not in {here}: give --data-path {above}")
         try:
             with one_at_a_time(data_path):
                 with suppress(DataError):
@@ -76,8 +73,14 @@ class Downloaded(Reader):
                 f"{self.name} is missing or damaged ({found}): expected {expected}, and the "
                 f"download failed ({reason}). Get {' and '.join(path.name for path in files)} from "
                 f"{self.url} and put it in {files[0].parent}, or give as --data-path the folder "
-                f"that holds {self.folder}"
+                f"that holds {self.folder}{nearby(data_path, self._is_in)}"
             ) from error
+
+    def _is_in(self, folder: Path) -> bool:
+        try:
+            return bool(self._read(folder))
+        except (DataError, OSError):
+            return False
 
     def _read(self, root: Path, download: bool = False) -> Splits:
         """Both splits; DataError with everything that is missing or damaged."""
@@ -146,7 +149,7 @@ def _read_idx(path: str, *size: int) -> tuple[str, NDArray[np.uint8]]:
     if is_packed := os.path.exists(f"{path}.gz") and not os.path.exists(path):
         path += ".gz"
     try:
-        with gzip.open(path) if is_packed else open(path, "rb") as file:
+        with open_regular(path) as raw, gzip.open(raw) if is_packed else raw as file:
             content = bytearray(file.read())
         dims = 1 + len(size)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(-1, *size)
@@ -154,7 +157,7 @@ def _read_idx(path: str, *size: int) -> tuple[str, NDArray[np.uint8]]:
         if not len(values) or not content.startswith(header):
             raise ValueError("another shape or type")
         return path, values
-    except (gzip.BadGzipFile, DeflateError, EOFError, ValueError) as error:
+    except (gzip.BadGzipFile, DeflateError, EOFError, ValueError, MemoryError) as error:
         shape = " x ".join(["n", *map(str, size)])
         raise DataError(f"{path}: damaged, not a whole idx file of {shape} bytes") from error
 

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from continual_datasets.images import DataError, Parts, os_errors_as_data_errors
 from continual_datasets.readers import by_hand, downloaded
-from continual_datasets.readers.class_folders import DomainList, ImageFolder, Reader
+from continual_datasets.readers.class_folders import DomainList, ImageFolder, Reader, warn_left_out
 
 #: Everything that `--dataset` can name, in any letter case.
 SOURCES: dict[str, Reader] = {
@@ -105,6 +105,7 @@ def load_parts(names: str, data_path: Path) -> Parts:
     train, test = {}, {}
     for name, reader in find_sources(names).items():
         train[name], test[name] = reader.load(data_path)
+    warn_left_out((train, test))
     return train, test
 
 

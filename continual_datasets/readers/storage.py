@@ -23,22 +23,37 @@ _LEFT_OVER_AFTER = 24 * 3600.0  # seconds
 _WAIT_UNREPORTED = 3.0  # seconds
 
 
+def take_lock(file: Path, seconds: float) -> FileLock:
+    """Locks a file, which is created; the lock ends with the process, even if it is killed.
+
+    Where locking is impossible (a read-only folder, a file system without locks), that is logged,
+    and the lock is not held.
+
+    Raises:
+        Timeout: If another process holds it for so long; below 0 seconds waits forever.
+    """
+    # A soft lock, filelock's way out where there is no flock, would outlive a killed process.
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=seconds, poll_interval=0.2)
+    except Timeout:
+        raise
+    except OSError as error:
+        logger.info("%s cannot be locked (%s): continuing without a lock", file.parent, error)
+    return lock
+
+
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process at a time run the body, among all that name the same folder.
 
-    The lock ends with its process, however that ends; its file stays. A folder that cannot be
-    locked (read only, a file system without locks) stops nobody: `new_folder` is safe without.
+    A folder that cannot be locked stops nobody: `new_folder` is safe without.
     """
-    # A soft lock, filelock's way out where there is no flock, would outlive a killed process.
-    lock = FileLock(folder / ".l2p.lock", fallback_to_soft=False)
     try:
-        lock.acquire(timeout=_WAIT_UNREPORTED)
+        lock = take_lock(folder / ".l2p.lock", _WAIT_UNREPORTED)
     except Timeout:
         logger.info("another process prepares %s: waiting", folder)
-        lock.acquire(poll_interval=0.5)
-    except OSError as error:
-        logger.info("%s cannot be locked (%s): continuing without a lock", folder, error)
+        lock = take_lock(folder / ".l2p.lock", -1)
     try:
         yield
     finally:

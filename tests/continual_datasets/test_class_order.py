@@ -1,5 +1,6 @@
 """In which order the classes appear, and how many a task gets."""
 
+import os
 import random
 
 import pytest
@@ -55,14 +56,34 @@ def test_class_order_is_the_originals():
     ("empty.json", "[]", "no classes"),
     ("binary.txt", b"\xff\xfe\x00", "not a text file"),
     ("missing.txt", None, "No such file"),
-    ("both", "1\n2", "1 is the name of class 0 but could mean the id 1"),
+    ("both", "1\n2", "1 is the name of class 0 but could mean the id 1: write JSON, [\"1\"] for "
+     "the name or [1] for the id"),
     ("both.json", "[1, 2]", [1, 2]),
+    ("both.json", '["1", "30", ["2"]]', [0, 2, 1]),
+    ("both.json", '["1", 1]', [0, 1]),
+    ("both.json", '["1", 0]', "class 0 appears twice"),
+    ("both.json", '["0"]', "unknown class '0'"),
+    ("strings.json", '["0", "2"]', [0, 2]),
+    ("nested.json", "[" * 10**5, "not valid JSON"),
+    ("huge.json", "[1e999]", "unknown class inf"),
+    ("digits.json", f"[{'9' * 5000}]", "not valid JSON"),
+    ("digits.txt", "9" * 5000, "unknown class '9999"),
+    ("letters.txt", "x" * 5000, "unknown class 'xxxx"),
+    ("surrogate.json", '["\\ud800"]', "unknown class '\\ud800'"),
 ])  # fmt: skip
 def test_read_class_order_understands_a_file_or_names_its_problem(
     tmp_path, name, content, expected
 ):
-    found = read(tmp_path / name, content, ["1", "2", "3"] if "both" in name else NAMES)
+    found = read(tmp_path / name, content, ["1", "2", "30"] if "both" in name else NAMES)
     assert found == expected if isinstance(expected, list) else found.startswith(expected)
+    assert len(found) < 200
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_read_class_order_rejects_what_is_no_regular_file(tmp_path, make):
+    make(tmp_path / "order.txt")
+    assert read(tmp_path / "order.txt", None) == "is no regular file"
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

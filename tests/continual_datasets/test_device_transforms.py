@@ -90,6 +90,8 @@ def test_pixels_are_those_of_pillow(train, size, interpolation, device):
     make_options(32, "bilinear", scale=(0.01, 0.02), hflip=0.0),  # a few pixels
     make_options(40, "bicubic", scale=(0.5, 1.0), ratio=(0.2, 5.0)),
     make_options(48, "bicubic", scale=(1.0, 1.0), ratio=(3.0, 4.0)),  # the central crop
+    make_options(40, "bilinear", scale=(0.05, 1.0), crop_rule="tensorflow"),
+    make_options(48, "bicubic", scale=(0.5, 0.5), ratio=(9.0, 9.0), crop_rule="tensorflow"),
 ])  # fmt: skip
 def test_pixels_of_all_crops_are_those_of_pillow(options):
     assert_as_workers(

@@ -69,6 +69,54 @@ def test_image_folder_reads_sorted_classes_and_warns_of_other_images(tmp_path, t
         assert len(load_one("ImageFolder", tmp_path)[1]) == 6
 
 
+def test_images_behind_links_count_once_in_their_class(tmp_path):
+    """Links to the folder itself, to one above it and to each other; those to a class count."""
+    images = class_folders("train", ["ant", "bee"], 2) + class_folders("val", ["ant", "bee"], 1)
+    true_formats.write_images(tmp_path, images)
+    ant, bee = (tmp_path / "train" / name for name in ("ant", "bee"))
+    for name in ("x", "y"):
+        (ant / name).mkdir()
+        shutil.copy(ant / "0.png", ant / name / f"{name}.png")
+    links = {
+        ant / "a": ant, ant / "b": tmp_path, bee / "d": ant, ant / "c": bee, bee / "e": "/",
+        ant / "x/f": ant / "y", ant / "y/g": ant / "x", ant / "h": ant / "h", tmp_path / "train/i":
+        tmp_path / "train", tmp_path / "val/j": tmp_path,
+    }  # fmt: skip
+    for link, target in links.items():
+        link.symlink_to(target)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for data_path in (tmp_path, tmp_path / "linked"):
+        train, test = load_one("ImageFolder", data_path)
+        assert train.classes == ["ant", "bee"]
+        both = ["0.png", "0.png", "1.png", "1.png", "x.png", "y.png"]
+        assert sorted(os.path.basename(name) for name in train.names) == sorted(both * 2)
+        assert train.targets.tolist() == [0] * 6 + [1] * 6
+        assert len(test) == 2
+    (tmp_path / "val" / "k").symlink_to(tmp_path / "unplugged")  # perhaps a class
+    assert f"mend or remove them: {tmp_path}/val/k" in rejected(load_one, "ImageFolder", tmp_path)
+
+
+def test_images_of_other_formats_are_counted_in_one_warning(tmp_path, caplog):
+    write("domains", tmp_path)
+    for number, name in enumerate(("x.GIF", "x.avif", "x.heic", "x.JXL", "x", "x.unknown")):
+        folder = tmp_path / DOMAINS[number % 3] / "train" / "ant"
+        Image.new("L", (5, 5)).save(folder / name, format="gif")
+        shutil.copy(folder / name, tmp_path / "photo" / "test" / "bee")
+    os.mkfifo(tmp_path / "photo" / "test" / "ant" / "pipe")
+    load_domains("ImageFolder", tmp_path)
+    assert warned(caplog).startswith(f"left out 12 images in {tmp_path}, such as {tmp_path}/paint/")
+
+
+def test_numbered_folders_are_sorted_as_numbers(tmp_path):
+    for names in (["1", "2", "10"], ["08", "9", "10"], ["1", "10", "2b"], ["-1", "0", "10"]):
+        folder = tmp_path / "-".join(names)
+        true_formats.write_images(folder, class_folders("train", names, 1))
+        shutil.copytree(folder / "train", folder / "val")
+        train, _ = load_one("ImageFolder", folder)
+        assert train.classes == names
+        assert pairs(train, folder) == class_folders("train", names, 1)
+
+
 # Domains
 
 
@@ -86,6 +134,19 @@ def test_domains_have_test_images_of_their_own(tmp_path):
         if name == "photo":
             expected = [(path.replace("test", "val"), label) for path, label in expected]
         assert pairs(test[name], tmp_path) == expected
+
+
+def test_names_that_are_no_text_are_escaped_where_people_see_them(tmp_path):
+    write("domains", tmp_path)
+    (tmp_path / "photo").rename(tmp_path / "caf\udce9")
+    for split in tmp_path.glob("*/t*"):
+        (split / "ant").rename(split / "\udce9nt")
+    train, test = load_domains("ImageFolder", tmp_path)
+    assert list(train) == list(test) == ["caf\\udce9", "paint", "sketch"]
+    assert train["paint"].classes == ["bee", "\udce9nt"]  # as files store them
+    assert len(list(train["caf\\udce9"])) == 8
+    [path.unlink() for path in tmp_path.glob("*/test/\udce9nt/*")]
+    assert "/test/\\udce9nt (1 of 2" in rejected(load_domains, "ImageFolder", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
@@ -200,7 +261,8 @@ def test_core50_sessions_are_domains_in_their_order(tmp_path, root, place):
 
 
 def test_file_lists_are_domains_in_their_order(tmp_path, root, lists, monkeypatch):
-    (lists / "readme.txt").write_text("not a list")
+    for name in ("readme.txt", "train_batch_99999999999_filelist.txt"):  # would be as many domains
+        (lists / name).write_text("not a list")
     reversed_list = lists / "train_batch_03_filelist.txt"
     lines = reversed_list.read_text().splitlines()[::-1]
     reversed_list.write_bytes("\r\n \r\n".join(lines).encode())
@@ -253,8 +315,9 @@ def test_missing_empty_or_unreadable_file_list_is_named(tmp_path, lists):
         assert_rejected(load_domains, f"{path}: the list is empty")
     path.unlink()
     assert_rejected(list_domains, f"no {path.name} in {lists}")
-    path.symlink_to(path)
-    assert path.name in rejected(load_domains, "CORe50", tmp_path, lists)
+    os.mkfifo(path)
+    message = rejected(load_domains, "CORe50", tmp_path, lists)
+    assert message == f"{path}: is no regular file"
     test.unlink()
     assert_rejected(list_domains, f"no {test.name} in {lists}")
     empty(lists)
@@ -349,6 +412,11 @@ def rename_to_fly(folder):
     folder.rename(folder.with_name("fly"))
 
 
+def all_in_one(folder):
+    shutil.copytree(folder / "ant", folder / "images")
+    [shutil.rmtree(folder / name) for name in ("ant", "bee", "cat")]
+
+
 def split_already(folder):
     empty_folder(folder)
     [(folder / split).mkdir() for split in ("train", "test")]
@@ -376,17 +444,11 @@ LAYOUT_PROBLEMS = [
     ("Imagenet-R", all_but_first, "", "only one class (n01443537)", "hendrycks"),
     ("Imagenet-R", empty_folder, "", "no class folder in {root}", "hendrycks"),
     ("Imagenet-R", split_already, "", "ImageFolder --data-path {root} to use"),
+    ("ImageFolder", all_in_one, "val", "{root}/val holds all images in one folder, images: move"),
 ]
 IMAGE_PROBLEMS = [
     ("ImageFolder", empty, "train", "no image in {root}/train/ant, bee, cat (3 of 3 folders; look"),
-    (
-        "ImageFolder",
-        empty,
-        "val/ant",
-        "no image in {root}/val/ant (1 of 3",
-        ".jpg, ",
-        ": add images",
-    ),
+    ("ImageFolder", empty, "val/ant", "no image in {root}/val/ant (1 of 3", ": add images"),
     ("domains", empty, "photo/train/bee", "no image in {root}/photo/train/bee (1 of 2"),
     ("NotMNIST", empty, "Test/C", "no image in {root}/Test/C"),
     ("CORe50", empty, "s9/o2", "no image in {root}/s9/o2"),
@@ -408,3 +470,45 @@ def test_what_is_wrong_with_folders_is_named(tmp_path, problem):
         for call in [at_once, later] if problem in LAYOUT_PROBLEMS else [later]:
             message = rejected(call, name, data_path)
             assert all(part.format(root=root) in message for part in parts), message
+
+
+@pytest.mark.parametrize(("written", "given", "where"), [
+    ("ImageFolder", "up/data/train", "above"), ("ImageFolder", "up/data/train/ant", "above"),
+    ("ImageFolder", "up", "below"), ("ImageFolder", ".", "below"),
+    ("domains", "up/data/photo", "above"), ("domains", "up/data/photo/train", "above"),
+    ("domains", "up", "below"), ("domains", ".", "below"),
+    ("Imagenet-R", "up/data/imagenet-r/n01443537", "above"), ("Imagenet-R", "up", "below"),
+    ("CORe50", "up/data/core50_128x128/s1/o1", "above"), ("CORe50", ".", "below"),
+    ("NotMNIST", "up/data/notMNIST/Train", "above"),
+])  # fmt: skip
+def test_folder_a_level_too_deep_or_too_high_is_guessed(tmp_path, written, given, where):
+    data_path = tmp_path / "up" / "data"
+    write(written, data_path)
+    call, name = (count_classes, written)
+    if written == "domains":
+        call, name = list_domains, "ImageFolder"
+    message = rejected(call, name, tmp_path / given)
+    assert f"; give the folder {where}: --data-path {data_path}" in message
+
+
+def test_other_layouts_are_named(tmp_path):
+    write("domains", tmp_path)
+    assert "give --scenario domain-incremental" in rejected(count_classes, "ImageFolder", tmp_path)
+    unsplit = tmp_path / "photo" / "train"
+    unsplit.rename(tmp_path / "unsplit")
+    message = rejected(count_classes, "ImageFolder", tmp_path / "unsplit")
+    assert "; its classes are not split: move them to train, and a part of each to val" in message
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_imagenet_r_that_another_program_has_split_keeps_its_split(tmp_path, name, caplog):
+    root, parts = tmp_path / "imagenet-r", (("train", 9), (name, 1))
+    splits = [class_folders(split, WNIDS, number, ".jpg") for split, number in parts]
+    true_formats.write_images(root, splits[0] + splits[1])
+    caplog.set_level("INFO")
+    for data_path in (tmp_path, root):
+        assert count_classes("Imagenet-R", data_path) == 3
+        assert [pairs(x, root) for x in load_one("Imagenet-R", data_path)] == splits
+    assert f"Imagenet-R is split already: using {root}/train and {root}/{name}" in caplog.text
+    message = rejected(count_classes, "Imagenet-R", root / "train")
+    assert "; give the folder above: --data-path " in message

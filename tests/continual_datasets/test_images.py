@@ -1,5 +1,6 @@
 """Images of every format as RGB, sources of them, and what is said about damaged ones."""
 
+import os
 import pickle
 import tracemalloc
 import warnings
@@ -16,6 +17,7 @@ from continual_datasets.images import (
     open_image,
     os_errors_as_data_errors,
 )
+from continual_datasets.pipeline import PlacedSource
 from helpers.true_formats import rejected
 
 # Images of every kind
@@ -82,6 +84,14 @@ def test_open_image_converts_every_mode_to_rgb(tmp_path):
     assert {"RGB", "L", "LA", "RGBA", "P", "CMYK", "1", "I;16", "I;16B", "I"} <= modes
 
 
+def test_open_image_leaves_the_orientation_to_those_who_took_it(tmp_path):
+    """As torchvision and timm do."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (80, 40)
+
+
 def test_open_image_scales_the_whole_sixteen_bit_range(tmp_path):
     values = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
     Image.fromarray(values).save(tmp_path / "ramp.png")
@@ -101,9 +111,12 @@ def test_open_image_names_every_file_it_cannot_read(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)).save(tmp_path / "wide.tif")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.png")
     reasons = {
         "empty.png": "empty", "text.jpg": "not an image", "float.tif": "floating-point",
         "wide.tif": "16-bit range", "dangling.png": "No such file",
+        "device.png": "is no regular file", "pipe.png": "is no regular file",
     }  # fmt: skip
     for path in tmp_path.iterdir():
         message = rejected(open_image, path)
@@ -138,6 +151,27 @@ def test_concat_source_joins_images_and_shifts_labels():
     assert ConcatSource(parts, ["even", "odd"]).targets.tolist() == [0, 1, 1, 0, 1, 0]
     with pytest.raises(ValueError):
         ConcatSource(parts, names, label_offsets=[0])
+
+
+def test_digest_covers_labels_pixels_and_their_shape():
+    def placed(*values):
+        return PlacedSource(grey_source(*values), 0)
+
+    def joined(*values):
+        return ConcatSource([grey_source(*values), grey_source(7)], ["even", "odd"])
+
+    for make in (grey_source, placed, joined):
+        digest, of_labels = make(2, 4, 5).digest(), make(2, 4, 5).digests()[0]
+        assert digest == make(2, 4, 5).digest() != make(2, 4, 7).digest()
+        assert of_labels == make(2, 4, 7).digests()[0] != make(2, 5, 7).digests()[0]
+        assert digest[:12] != make(2, 4, 7).digest()[:12]
+        assert digest.endswith(f"-{of_labels}")  # which was all in files of early versions
+    source, flat = grey_source(2, 4), grey_source(2, 4)
+    flat.images = flat.images.reshape(2, 2, 8)
+    assert source.digest() == placed(2, 4).digest() != flat.digest()
+    source.images = np.asfortranarray(source.images)
+    source = ArraySource(source.images, np.array([0, 9, 0, 9])[::2], source.classes)
+    assert source.digest() == grey_source(2, 4).digest()
 
 
 def test_file_source_opens_any_files(tmp_path):
@@ -185,5 +219,6 @@ def test_errors_of_the_file_system_name_the_file(error, message):
 def test_data_error_survives_pickling_and_line_breaks():
     error = DataError("two\nlines")
     assert str(error) == "two lines"
+    assert str(DataError("caf\udce9")) == "caf\\udce9"
     assert str(pickle.loads(pickle.dumps(error))) == "two lines"
     assert isinstance(error, ValueError)

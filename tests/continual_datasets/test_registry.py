@@ -89,6 +89,7 @@ def test_count_classes_needs_no_data_where_they_can_be_downloaded(tmp_path):
         assert str(tmp_path / folder) in message
 
 
+@pytest.mark.slow
 def test_several_data_sets_are_read_one_by_one(tmp_path, monkeypatch):
     write("MNIST", tmp_path, monkeypatch)
     assert count_classes("digits,MNIST", tmp_path) == 20
@@ -112,7 +113,7 @@ def test_domains_are_known_for_some_data_sets_only(tmp_path, name, problem):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_true_format_is_read_and_a_file_without_read_permission_named(tmp_path, monkeypatch, name):
+def test_true_format_is_read(tmp_path, monkeypatch, name):
     write(name, tmp_path, monkeypatch)
     train, test = load_one(name, tmp_path)
     assert isinstance(test, FileSource) == SOURCES[name].in_files == (name not in IN_MEMORY)
@@ -133,11 +134,31 @@ def test_true_format_is_read_and_a_file_without_read_permission_named(tmp_path, 
         means = [colours[0][train.targets == c].mean(0) for c in range(len(train.classes))]
         nearest = [np.abs(means - colour).sum(1).argmin() for colour in colours[1]]
         assert nearest == test.targets.tolist()
-    if SOURCES[name].downloadable:
-        (path, *_) = (path for path in tmp_path.rglob("*") if path.is_file())
-        monkeypatch.setattr("os.access", lambda asked, mode: (asked, mode) != (path, os.R_OK))
-        message = rejected(count_classes, f"digits,{name}", tmp_path)
-        assert message == f"{path}: Permission denied"
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("CIFAR100", "cifar-100-python/train"), ("MNIST", "MNIST/raw/train-images-idx3-ubyte"),
+    ("SVHN", "SVHN/test_32x32.mat"), ("NotMNIST", "notMNIST/Test/C/1.png"),
+])  # fmt: skip
+def test_pipe_in_the_place_of_a_file_is_rejected(tmp_path, monkeypatch, name, file):
+    write(name, tmp_path, monkeypatch)
+    point(monkeypatch, NOWHERE)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    assert str(tmp_path / Path(file).parts[0]) in rejected(load_one, name, tmp_path)
+
+
+def test_folder_of_a_downloaded_data_set_given_itself_is_named(tmp_path, monkeypatch):
+    """It is not downloaded into itself; and one below is named if it cannot be downloaded."""
+    point(monkeypatch, NOWHERE)
+    data_path = tmp_path / "data"
+    for name, inside in {"CIFAR100": ".", "MNIST": "raw"}.items():
+        write(name, data_path, monkeypatch)
+        given = data_path / SOURCES[name].folder / inside
+        message = rejected(load_one, name, given)
+        assert message == f"{name} is not in {given}: give --data-path {data_path}"
+        message = rejected(load_one, name, tmp_path)
+        assert message.endswith(f"; give the folder below: --data-path {data_path}")
 
 
 def assert_read(splits, name, times=1):

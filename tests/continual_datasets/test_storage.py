@@ -6,11 +6,11 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import stat
 import tarfile
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,17 +20,15 @@ from torchvision.datasets import CIFAR100, MNIST
 from continual_datasets.readers import downloaded, storage
 from continual_datasets.readers.registry import count_classes
 from continual_datasets.readers.storage import new_folder, one_at_a_time
+from helpers.commands import wait_until
 from helpers.data_server import NOWHERE, point
-from helpers.forked_calls import finish, start
+from helpers.killed_commands import exit_code, in_child
+from helpers.pickled_code import Payload
+from helpers.resumed_runs import contents
 from helpers.true_formats import digest, load_one, rejected, write
 
 ARCHIVE = "cifar-100-python.tar.gz"
 FOLDER = "cifar-100-python"
-
-
-def content(folder):
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def names(folder):
@@ -51,15 +49,8 @@ def start_two(tmp_path, name, data_path):
     """Two processes that load a data set; and a function that reads what both have logged."""
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     [log.touch() for log in logs]
-    processes = [start(load_and_log, name, data_path, log) for log in logs]
+    processes = [in_child(load_and_log, name, data_path, log) for log in logs]
     return processes, lambda: "".join(log.read_text() for log in logs)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # Several processes
@@ -74,10 +65,10 @@ def test_processes_that_start_together_download_once(cifar, tmp_path, monkeypatc
     assert cifar.half_sent.wait(20)
     assert not (data_path / FOLDER).exists()
     cifar.go_on.set()
-    [finish(process) for process in processes]
+    assert [exit_code(process) for process in processes] == [0, 0]
     assert cifar.downloads == [ARCHIVE]
     assert names(data_path) == [".l2p.lock", FOLDER]
-    assert content(data_path / FOLDER) == content(cifar.data / FOLDER)
+    assert contents(data_path / FOLDER) == contents(cifar.data / FOLDER)
     assert logged().count("waiting") == 1
 
 
@@ -92,19 +83,19 @@ def test_processes_without_locks_prepare_one_whole_folder(cifar, tmp_path, monke
     processes, logged = start_two(tmp_path, "CIFAR100", data_path)
     wait_until(lambda: len(cifar.downloads) == 2)
     cifar.go_on.set()
-    [finish(process) for process in processes]
+    assert [exit_code(process) for process in processes] == [0, 0]
     assert logged().count(f"{data_path} cannot be locked") == 2
-    assert content(data_path / FOLDER) == content(cifar.data / FOLDER)
+    assert contents(data_path / FOLDER) == contents(cifar.data / FOLDER)
     assert set(names(data_path)) <= {".l2p.lock", FOLDER}
 
 
 def test_killed_download_is_not_taken_for_the_data(cifar, tmp_path):
     data_path = tmp_path / "data"
     cifar.pause()
-    killed = start(load_one, "CIFAR100", data_path)
+    killed = in_child(load_one, "CIFAR100", data_path)
     assert cifar.half_sent.wait(20)
-    killed.kill()
-    killed.join(20)
+    os.kill(killed, signal.SIGKILL)
+    assert exit_code(killed) == -signal.SIGKILL
     cifar.go_on.set()
     (left_over,) = data_path.glob(".l2p-unfinished-*")
     assert not (data_path / FOLDER).exists()
@@ -167,9 +158,9 @@ def test_missing_data_are_downloaded_once_and_files_put_there_are_not(
         assert names(data_path / folder) == ["imagelabels.mat", "jpg", "setid.mat"]
     for other, put_there in (("belongs", place), ("beside", "")):
         copy_published(server, name, tmp_path / other / put_there)
-        before = content(tmp_path / other)
+        before = contents(tmp_path / other)
         assert sizes(name, tmp_path / other) == expected
-        assert put_there or before.items() <= content(tmp_path / other).items()
+        assert put_there or before.items() <= contents(tmp_path / other).items()
     assert server.downloads == files
 
 
@@ -214,28 +205,20 @@ def test_every_mirror_is_tried(server, tmp_path, monkeypatch):
 # Checksums
 
 
-@dataclass
-class MakesFolder:
-    path: Path
-
-    def __reduce__(self):
-        return Path.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize(("number", "damaged"), [(0, "train"), (1, "test"), (2, "meta")])
 def test_cifar_is_unpickled_only_with_the_right_checksum(
     cifar, tmp_path, monkeypatch, number, damaged
 ):
     path = tmp_path / "data" / FOLDER / damaged
     shutil.copytree(cifar.data / FOLDER, path.parent)
-    path.write_bytes(pickle.dumps(MakesFolder(tmp_path / "unpickled")))
-    before = content(path.parent)
+    path.write_bytes(pickle.dumps(Payload(tmp_path / "unpickled")))
+    before = contents(path.parent)
     point(monkeypatch, NOWHERE)
     message = rejected(load_one, "CIFAR100", tmp_path / "data")
     expected = [CIFAR100.train_list[0][1], CIFAR100.test_list[0][1], CIFAR100.meta["md5"]][number]
     assert f"{path}: checksum differs, MD5 {digest(path)} instead of {expected}" in message
     assert not (tmp_path / "unpickled").exists()
-    assert content(path.parent) == before
+    assert contents(path.parent) == before
     pickle.loads(path.read_bytes())
     assert (tmp_path / "unpickled").exists()
 
@@ -298,7 +281,7 @@ def test_archive_is_unpacked_once(tmp_path, name, has_top_folder):
     assert count_classes(name, data_path) == published_classes
     assert names(data_path) == before
     processes, logged = start_two(tmp_path, name, data_path)
-    [finish(process) for process in processes]
+    assert [exit_code(process) for process in processes] == [0, 0]
     assert logged().count("unpacking") == 1
     assert names(data_path) == sorted([*before, ".l2p.lock", folder])
     assert (count_classes(name, data_path), sizes(name, data_path)) == (num_classes, expected)
@@ -374,10 +357,10 @@ def test_new_folder_moves_a_link_aside(tmp_path, link):
         assert stat.S_IMODE(tmp_dir.stat().st_mode) == 0o700
         make(tmp_dir, "new")
     assert not (tmp_path / "flowers").is_symlink()
-    assert content(tmp_path / "flowers") == {"note": b"new"}
+    assert contents(tmp_path / "flowers") == {"note": b"new"}
     (aside,) = tmp_path.glob("flowers.damaged-*")
     assert aside.readlink() == Path(link)
-    assert content(tmp_path / "elsewhere/flowers") == {"note": b"old"}
+    assert contents(tmp_path / "elsewhere/flowers") == {"note": b"old"}
 
 
 def test_new_folder_removes_old_left_overs_only_and_must_be_made(tmp_path):
