@@ -3,8 +3,9 @@
     python main.py [CONFIG ...] [--flags]
     python -m torch.distributed.launch --nproc_per_node=N --use_env main.py [CONFIG ...] [--flags]
 
-Exit code: 0 done, 1 error (message on stderr), 2 rejected command line, 75 stopped by a signal
-(`--resume auto` resumes the run), 130 interrupted.
+Exit code: 0 done, 1 error (a line of the log), 2 rejected command line (message on stderr),
+75 stopped by a signal (`--resume auto` resumes the run), 128 + its number where nothing was saved,
+130 interrupted.
 
 torch and timm take seconds to import, so they are imported where a run needs them: `--help` and
 `--list` answer without them.
@@ -16,16 +17,18 @@ import atexit
 import functools
 import gc
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import configurations
+from cli import configurations, terminal
 from cli.parser import parse
+from cli.paths import command
 from cli.settings import Settings
 from experiment import signals as stop_signals
-from experiment.signals import StopSignals
+from experiment.signals import StopSignals, interruptible
 
 if TYPE_CHECKING:
     from continual_datasets.scenarios import TaskClasses
@@ -43,20 +46,21 @@ def main(argv: list[str] | None = None) -> int:
             settings, problems = parse(sys.argv[1:] if argv is None else argv)
             if settings.run.list:
                 print(configurations.list_text())
-                return 0
+                return terminal.exit_code(0)
             session = _import_session()(signals)
         except KeyboardInterrupt:
             print("interrupted before anything ran", file=sys.stderr)
             return 130
-        with session:  # reports what ends the run, and decides the exit code
+        with session, interruptible():  # reports what ends the run, and decides the exit code
             settings = session.begin(settings, problems)
+            session.own(settings)
             if settings.run.eval:
                 session.code = evaluate(settings, session)
             elif settings.run.seeds is None:
                 train(settings, session)
             else:
                 train_seeds(settings, session)
-    if session.code == stop_signals.EXIT_CODE:
+    if stop_signals.was_stopped(session.code):
         signals.hand_on()
     return session.code
 
@@ -69,6 +73,7 @@ def train(settings: Settings, session: Session) -> None:
 
     start = time.monotonic()
     saved = resume.find(settings, session.processes)  # None: the run starts at its first task
+    session.signals.saved |= saved is not None and settings.run.resume == "auto"
     batch = saved.batch_of(settings, session.processes.world_size) if saved else None
     run = assemble(settings, session.processes, global_batch=batch)
     state = resume.restore(run, saved)
@@ -94,26 +99,31 @@ def train_seeds(settings: Settings, session: Session) -> None:
 
     each_seed = [settings.for_seed(seed) for seed in settings.run.seeds or ()]
     for number, one in enumerate(each_seed, start=1):
-        utils.setup_logging()  # ends the log file of the seed before
+        utils.setup_logging(terminal.printable)  # ends the log file of the seed before
         logger.info("Seed %d (%d of %d)", one.run.seed, number, len(each_seed))
         train(one, session)
         gc.collect()  # the model of a run is in cycles, and may be large
         if settings.run.dry_run or settings.run.speed_test_only:
             return  # another seed would give the same
-    utils.setup_logging()
+    utils.setup_logging(terminal.printable)
     if session.processes.rank > 0:
         return
-    groups, _ = stored_runs.group(stored_runs.read(Path(one.run.output_dir)) for one in each_seed)
-    logger.info("%s", seed_tables.seed_table(groups))
-    if settings.output.plots and len(each_seed) > 1:
-        folder = Path(settings.run.output_dir) / "comparison"
-        draw.draw_comparison(groups, folder)
-        logger.info("Comparison of the seeds: %s", folder)
+    folder = Path(settings.run.output_dir)
+    again = [command(program, folder) for program in ("summarize.py", "plots.py")]
+    with terminal.tolerated("The seeds are not compared", f"do it again: {'; '.join(again)}"):
+        runs, problems = stored_runs.read_all(Path(one.run.output_dir) for one in each_seed)
+        for problem in problems:
+            logger.warning("%s", problem)
+        groups, _ = stored_runs.group(runs)
+        logger.info("%s", seed_tables.seed_table(groups))
+        if settings.output.plots and len(each_seed) > 1:
+            draw.draw_comparison(groups, folder / "comparison")
+            logger.info("Comparison of the seeds: %s", folder / "comparison")
 
 
 def evaluate(settings: Settings, session: Session) -> int:
     """Evaluates the checkpoints of a run; returns the exit code."""
-    from experiment import evaluate_checkpoints
+    from experiment import evaluate_checkpoints, rendezvous
 
     first = session.first
     run = assemble(
@@ -122,6 +132,7 @@ def evaluate(settings: Settings, session: Session) -> int:
         task_classes=first.class_order,
         weights_follow=evaluate_checkpoints.has_whole_model(settings, first),
     )
+    rendezvous.check_same_checkpoints(session.checkpoints.values())
     return evaluate_checkpoints.evaluate_and_report(run, session.checkpoints)
 
 
@@ -146,7 +157,7 @@ def assemble(
     from timm.utils import random_seed
 
     from continual_datasets.samplers import Batching
-    from experiment import build, precision
+    from experiment import build, precision, rendezvous
     from model.backbone import build_backbone, identify
 
     batch = global_batch or settings.optimizer.batch_size * processes.world_size
@@ -158,7 +169,9 @@ def assemble(
     model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
     sizes = Batching(settings, processes, batch).full_batches
     precision.apply(settings.precision, model, sizes, weights_follow)
-    return build.build_run(settings, processes, batch, stream, model, identity)
+    run = build.build_run(settings, processes, batch, stream, model, identity)
+    rendezvous.check_same_run(run)
+    return run
 
 
 @functools.cache
@@ -167,6 +180,7 @@ def _import_session() -> type[Session]:
 
     What is imported stays to the end, so the collector need not look through it later, either.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings come with a trace of C++
     gc.disable()
     try:
         from experiment.session import Session
@@ -178,6 +192,8 @@ def _import_session() -> type[Session]:
 
 
 if __name__ == "__main__":
+    terminal.make_robust()
+    stop_signals.leave_on_interrupt()
     exit_code = main()
     stop_signals.ignore_stop_signals()
     sys.exit(exit_code)

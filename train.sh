@@ -34,10 +34,13 @@ run_here() {
     if [ "${SLURM_STEP_NUM_TASKS:-1}" -eq 1 ]; then # else srun has started them
         processes=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
+    export L2P_COMMAND # how main.py says that it is called again
+    L2P_COMMAND="bash $(printf %q "$0")"
     if [ "$processes" -eq 1 ]; then
         exec python "$here/main.py" "$@"
     fi
-    exec python -m torch.distributed.run --standalone --nproc_per_node="$processes" "$here/main.py" "$@"
+    exec python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+        --nproc_per_node="$processes" "$here/main.py" "$@"
 }
 
 run_in_batch_job() {

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -13,12 +14,14 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from cli.settings import OptimizerSettings, Settings
 from continual_dataloader import Loaders
 from continual_datasets import task_splits
-from continual_datasets.images import DataError
-from continual_datasets.pipeline import build_pipeline
+from continual_datasets.images import ArraySource, DataError
+from continual_datasets.pipeline import ImagePipeline, build_pipeline
+from continual_datasets.readers import registry
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import Batching
-from continual_datasets.scenarios import StreamSource, TaskClasses, find_scenario
+from continual_datasets.scenarios import Scenario, StreamSource, TaskClasses, find_scenario
 from continual_datasets.stream import TaskStream
+from experiment import image_check
 from model import backbone
 from prompt import find_selection_rule
 from reports import metrics
@@ -42,13 +45,18 @@ def build_stream(
 ) -> TaskStream:
     """Turns data into a stream of tasks; arguments as in `assemble` of main.py.
 
+    With `--speed_test_only` it has the classes of the data, but no images of theirs.
+
     Raises:
         DataError: If the data are missing or damaged, do not fit the settings, or the file of
             `--class_order` does not fit.
     """
     try:
         scenario = find_scenario(settings)
+        if settings.run.speed_test_only:
+            return _blank_stream(scenario, device)
         on_device, parts = settings.data.data_on_device, scenario.load()
+        parts = image_check.without_damaged(parts, settings)
         pipeline, parts = build_pipeline(on_device, settings.transforms, parts, device)
         stream = scenario.stream(StreamSource(parts, pipeline, global_batch, task_classes))
     except ValueError as error:
@@ -57,6 +65,18 @@ def build_stream(
         return stream
     _check_steps(settings.optimizer, stream, global_batch)
     return task_splits.evaluate_every(stream, settings.tasks.eval_every)
+
+
+def _blank_stream(scenario: Scenario, device: torch.device) -> TaskStream:
+    """One task of a single black image, with as many classes as the data have."""
+    try:
+        num_classes = scenario.num_classes()
+    except DataError:  # they are not there
+        readers = registry.find_sources(scenario.settings.data.dataset).values()
+        num_classes = sum(reader.num_classes for reader in readers)
+    source = ArraySource(np.zeros((1, 1, 1), np.uint8), [0], map(str, range(num_classes)))
+    pipeline = ImagePipeline(scenario.settings.transforms, device)
+    return task_splits.by_parts({"": source}, {"": source}, pipeline)
 
 
 def build_model(

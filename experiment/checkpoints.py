@@ -7,21 +7,23 @@ Namespace) are read too: the Namespace is taken as plain values.
 
 import argparse
 import dataclasses
-import pickle
 import re
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
 
-import utils
-from cli.parser import shown
+from cli import kinds
+from cli.kinds import Finite, Natural
+from cli.parser import read_mapping, shown
+from cli.paths import open_regular
 from cli.settings import FLAGS, plain
+from cli.terminal import printable, reason
 from continual_datasets.images import join_names
 from continual_datasets.readers import registry
 from experiment.run_record import resolved
@@ -35,8 +37,27 @@ _FORMATS = (FORMAT, "l2p checkpoint 2", "l2p checkpoint 1")
 _NAME = re.compile(r"task(\d+)_checkpoint\.pth")
 
 
+#: Types of what files hold, see `cli.kinds`.
+_Tensors = dict[str, Annotated[Tensor, ("must be a dense tensor", backbone.is_dense)]]
+_Identity = Annotated[
+    dict[str, str],
+    ("must have name, source and sha256", lambda x: x.keys() >= {"name", "source", "sha256"}),
+]
+_Matrix = Annotated[
+    list[list[Finite | None]],
+    ("must have rows of one length", lambda rows: len({len(row) for row in rows}) < 2),
+]
+_Numbers = Annotated[
+    Tensor,
+    ("must be a row of whole numbers", lambda x: x.dtype == torch.int64 and x.ndim == 1),
+]
+
+
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or foreign."""
+    """A checkpoint that is missing, damaged or foreign; a line, which may repeat what it holds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message.replace("\n", " ")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +67,15 @@ class StoredModel:
     The original's files hold `model` and `config` alone, early ones of this program no `test_sets`.
     """
 
-    model: dict[str, Tensor]  # trained tensors by public name; the original's: full state dict
+    model: _Tensors  # trained tensors by public name; the original's: full state dict
     config: dict[str, Any]  # resolved settings of the run, plain values
-    class_order: list[list[int]] | None = None  # class ids of each task
+    class_order: list[list[Natural]] | None = None  # class ids of each task
     class_names: list[str] | None = None
     test_sets: list[str] | None = None  # their names
-    backbone: dict[str, str] | None = None  # `name`, `source`, `sha256` of the frozen network
+    backbone: _Identity | None = None  # `name`, `source`, `sha256` of the frozen network
     #: Accuracy matrix so far for each selection, percent, None where not evaluated.
-    accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    buffer: Tensor | None = None  # numbers of the training images to replay; None without replay
+    accuracy: dict[str, _Matrix] = field(default_factory=dict)
+    buffer: _Numbers | None = None  # numbers of the training images to replay; None without replay
     path: Path = Path()  # of the file that it was read from
 
 
@@ -62,7 +83,7 @@ class StoredModel:
 class Checkpoint(StoredModel):
     """The state after a task."""
 
-    task: int  # 1-based number of the last task that was learned
+    task: Natural  # 1-based number of the last task that was learned
     original: bool = False  # whether l2p-pytorch wrote it
 
 
@@ -142,22 +163,25 @@ def load(path: Path) -> Checkpoint:
                 f"{path}: a checkpoint of the original does not say its task; its name must: "
                 "task1_checkpoint.pth, task2_checkpoint.pth, ..."
             )
-        model, number, config = content["model"], int(match[1]), vars(args)
-        return Checkpoint(model=model, task=number, config=config, original=True, path=path)
+        found = {"model": content["model"], "config": vars(args), "task": int(match[1])}
+        absent = ("class_order", "class_names", "test_sets", "backbone", "buffer")
+        found |= {**dict.fromkeys(absent), "accuracy": {}}
+        return from_entries(Checkpoint, found, path, original=True, path=path)
     if str(mark).startswith("l2p run state"):
         raise CheckpointError(
             f"{path} is the state of a run, for --resume: give a checkpoint of a task, such as "
             f"{task_path(path.parent.parent, 1)}"
         )
-    keys = ", ".join(sorted(map(str, content)))
+    keys = ", ".join(sorted(key for key in content if isinstance(key, str))[:8])
     raise CheckpointError(f"{path} is no L2P checkpoint: expected a format mark, found {keys}")
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """What a file of an earlier format holds, under today's names."""
-    config = dict(content["config"])
-    if "use_prompt_mask" in config:
-        config["diversify"] = "mask" if config.pop("use_prompt_mask") else "none"
+    config = content.get("config")
+    if isinstance(config, dict) and "use_prompt_mask" in config:
+        config = {**config, "diversify": "mask" if config["use_prompt_mask"] else "none"}
+        del config["use_prompt_mask"]
     return {"buffer": None, "test_sets": None, **content, "config": config}
 
 
@@ -182,44 +206,51 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is damaged or something else.
         OSError: If it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         try:
-            _check_checksums(file)
-            file.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            backbone.check_checksums(file)
+            with torch.serialization.safe_globals([argparse.Namespace]), catch_warnings():
+                simplefilter("ignore")
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can make the reader raise anything
-            reason = utils.reason(error)
-            if isinstance(error, pickle.UnpicklingError):  # whose text advises unsafe loading
-                kinds = "tensors and plain values alone"
-                reason = f"it does not hold {kinds}, as torch.save writes them"
-            raise CheckpointError(f"{path} is damaged or is no checkpoint: {reason}") from error
+            said = f"{path} is damaged or is no checkpoint: {reason(error)}"
+            raise CheckpointError(said) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise CheckpointError(f"{path} is no L2P checkpoint: it holds no `model` state dict")
     return content
-
-
-def _check_checksums(file: IO[bytes]) -> None:
-    """Makes sure of the checksums that torch.save writes; torch.load ignores them."""
-    if not zipfile.is_zipfile(file):  # torch.save wrote other files before version 1.6
-        return
-    with zipfile.ZipFile(file) as parts:
-        if damaged := parts.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong")
 
 
 def from_entries(kind: type, content: Mapping[str, Any], source: Path, **known: Any) -> Any:
     """An object of a dataclass out of what a file holds, and what is known beside it.
 
     Raises:
-        CheckpointError: If an entry is missing, or unknown.
+        CheckpointError: If an entry is missing, unknown, or not of the type of its field.
     """
     names = {field.name for field in dataclasses.fields(kind)} - known.keys()
     found = {name: value for name, value in content.items() if name != "format"}
-    for name in sorted(found.keys() ^ names):
+    for name in sorted(found.keys() ^ names, key=str):
         state = "missing" if name in names else "not expected there"
         raise CheckpointError(f"{source}: the entry {name} is {state}")
+    for problem in kinds.problems(kinds.of_fields(kind), found):
+        raise CheckpointError(f"{source} is damaged: {problem}")
     return kind(**found, **known)
+
+
+def stored_settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The settings in a file; raises CheckpointError if some of them can be none."""
+    settings, problems = read_mapping({k: v for k, v in config.items() if k in FLAGS})
+    if problems:
+        raise CheckpointError(f"{source} is damaged: its settings: {'; '.join(problems)}")
+    return settings
+
+
+def stored_matrices(run: Run, stored: StoredModel) -> dict[str, metrics.Matrix]:
+    """The accuracy matrices in a file; raises CheckpointError if they are of another run."""
+    matrices = {name: metrics.from_lists(rows) for name, rows in stored.accuracy.items()}
+    for name, matrix in matrices.items():
+        if name not in run.matrices or run.matrices[name].shape != matrix.shape:
+            raise CheckpointError(f"{stored.path}: its accuracy matrices are of another run")
+    return matrices
 
 
 def other_settings(
@@ -228,7 +259,7 @@ def other_settings(
     """Each setting that is not free and that a file has otherwise: as a flag, and the file's."""
     for name in sorted((given.keys() & stored.keys()).difference(free)):
         if not _same_value(name, given[name], stored[name]):
-            yield f"{FLAGS[name].spelling} {shown(given[name])}", shown(stored[name])
+            yield f"{FLAGS[name].spelling} {shown(given[name])}", printable(shown(stored[name]))
 
 
 def _same_value(name: str, one: object, other: object) -> bool:

@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from cli.parser import command_words, shown
+from cli import needs
+from cli.parser import command_words, shown, words_of
+from cli.paths import command
+from cli.settings import Settings, names_of
+from cli.terminal import printable
 from continual_datasets.scenarios import find_scenario
 from experiment import run_record
 from model import backbone
@@ -24,8 +28,9 @@ _CONTENT = {
     "results.json": "accuracies, metrics, prompt usage, versions",
     "plots": "figures, PNG and SVG; begin with overview.png",
     "log_stats.txt": "a JSON object for each task",
-    "config.yaml": "every setting: python main.py {folder}/config.yaml runs it again",
+    "config.yaml": "every setting: {main} {folder}/config.yaml runs it again",
     "log.txt": "what was printed",
+    "damaged.json": "image files that cannot be read, as found at the start",
     "checkpoint": "what was learned, after each task; last.pth: the state that --resume loads",
     "tensorboard": "tensorboard --logdir {folder}/tensorboard",
     "wandb": "the log of Weights & Biases",
@@ -46,25 +51,31 @@ def describe(run: Run) -> None:
     _warn(run)
 
 
-def conclude(output_dir: Path, seconds: Mapping[str, float], total: float) -> None:
+def conclude(
+    settings: Settings, output_dir: Path, seconds: Mapping[str, float], total: float
+) -> None:
     """Logs where everything is stored, how long it took, and what can be done next.
 
     Args:
+        settings: Of the run; how it computes is repeated for an evaluation.
         output_dir: Folder of the run.
         seconds: Wall time of each stage; training and evaluation of all starts of the run.
         total: Wall time since this start of the program; a resumed run has several starts.
     """
     stages = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
     logger.info("Time: %s; %s since this start", stages, _duration(total))
-    folder = shlex.quote(str(output_dir))
+    folder, main = shlex.quote(str(output_dir)), command("main.py")
     lines = [
-        f"  {name:15s}{text.format(folder=folder)}"
+        f"  {name:15s}{text.format(folder=folder, main=main)}"
         for name, text in _CONTENT.items()
         if (output_dir / name).exists()
     ]
     logger.info("%s", "\n".join([f"Written to {output_dir}:", *lines]))
-    logger.info("Compare runs:   python summarize.py %s OTHER_FOLDER ...", folder)
-    logger.info("Evaluate again: python main.py --eval --output_dir %s", folder)
+    logger.info("Compare runs:   %s OTHER_FOLDER ...", command("summarize.py", output_dir))
+    computed = [name for name in names_of("compute") if name in settings.given.explicit]
+    flags = {**{name: settings[name] for name in computed}, "output_dir": output_dir}
+    words = [word for name, value in flags.items() for word in (f"--{name}", *words_of(value))]
+    logger.info("Evaluate again: %s", command("main.py", "--eval", *words))
 
 
 def _log_lines(title: str, lines: Mapping[str, str]) -> None:
@@ -95,7 +106,7 @@ def _lines(run: Run) -> dict[str, str]:
         + _count(len(stream.test_sets), "test set"),
         "Tasks": f"{_tasks(run)}; {_order(run)}",
         "Replay": _replay(run),
-        "Model": f"{vit['name']}, {settings.transforms.input_size} pixels{prompts}; "
+        "Model": f"{_network(run)}, {settings.transforms.input_size} pixels{prompts}; "
         f"head pools {settings.model.head_type}",
         "Votes": votes,
         "Backbone": f"weights {vit['source']}, sha256 {vit['sha256'][:12]}; {state}",
@@ -110,6 +121,15 @@ def _lines(run: Run) -> dict[str, str]:
     }
 
 
+def _network(run: Run) -> str:
+    """The network that was built; a weights tag only where its weights are those of the tag."""
+    model, source = run.settings.model, run.backbone["source"]
+    name = run.backbone["name"] if source == "timm" else model.model.partition(".")[0]
+    weights = "" if source == "timm" else f", {source} weights"
+    kwargs = f" ({shown(model.model_kwargs)})" if model.model_kwargs else ""
+    return printable(f"{name}{kwargs}{weights}")
+
+
 def _tasks(run: Run) -> str:
     sizes = [len(task.classes) for task in run.stream.tasks]
     classes = " to ".join(str(size) for size in sorted({min(sizes), max(sizes)}))
@@ -120,11 +140,12 @@ def _tasks(run: Run) -> str:
 
 def _order(run: Run) -> str:
     """The order of the classes, task by task, or that of the tasks if all have the same classes."""
-    order = run.stream.class_order
-    what, words = "classes", " | ".join(" ".join(map(str, classes)) for classes in order)
+    order, names = run.stream.class_order, run.stream.train.classes
+    comma = ", " if any(" " in name for name in names) else " "
+    what, words = "classes", " | ".join(comma.join(names[c] for c in task) for task in order)
     if len(order) > 1 and all(sorted(classes) == sorted(order[0]) for classes in order):
         what, words = "order", " ".join(task.name for task in run.stream.tasks)
-    return f"{what} {textwrap.shorten(words, 60, placeholder=' ...')}"
+    return f"{what} {textwrap.shorten(printable(words), 100, placeholder=' ...')}"
 
 
 def _replay(run: Run) -> str:
@@ -150,15 +171,13 @@ def _trained(run: Run) -> str:
 def _warn(run: Run) -> None:
     """Logs what people may not expect of these settings."""
     settings, stream, world_size = run.settings, run.stream, run.processes.world_size
+    if note := needs.note(settings):
+        logger.warning("%s", note)
     name = settings.model.model
     resolved = backbone.resolve_name(name)
     if resolved != name:
         logger.info("--model %s means %s: the weights that the original used", name, resolved)
-    if settings.tasks.train_mask and all(len(task.classes) == 1 for task in stream.tasks):
-        logger.warning(
-            "A task is a single class, and --train_mask lets training predict no other: there is "
-            "nothing to learn; give fewer --num_tasks, or the overlay no_class_mask"
-        )
+    warn_of_single_classes(run)
     if settings.tasks.task_inc and all(t.classes == stream.classes for t in stream.test_sets):
         logger.info("--task_inc has no effect here: the test images may be of any class")
     num_groups = run.batching.num_groups(run.global_batch)
@@ -171,6 +190,21 @@ def _warn(run: Run) -> None:
             run.global_batch,
             num_groups,
         )
+
+
+def warn_of_single_classes(run: Run) -> None:
+    """Logs that a run learns nothing where every task is one class: at its start and its end."""
+    tasks, num_tasks = run.settings.tasks, run.stream.num_tasks
+    if not tasks.train_mask or any(len(task.classes) > 1 for task in run.stream.tasks):
+        return
+    fewer = "fewer --num_tasks"
+    if tasks.scenario == "class-incremental":
+        fewer = f"--num_tasks {max(num_tasks // 2, 1)} --classes_per_task 2"
+    logger.warning(
+        "WARNING: each of %d tasks is a single class, and --train_mask lets training predict no "
+        "other: there is nothing to learn. Give %s, or the overlay no_class_mask (--no-train_mask)",
+        *(num_tasks, fewer),
+    )
 
 
 def _count(number: int, thing: str) -> str:

@@ -5,19 +5,20 @@ where the data are now and how to compute. Checkpoints of l2p-pytorch evaluate t
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import engine
-from cli.parser import UsageError, read_mapping
-from cli.settings import FLAGS, Settings, names_of
+from cli.parser import UsageError
+from cli.settings import Settings, names_of
 from continual_datasets import task_splits
 from experiment import build, checkpoints, describe, run_record
 from experiment.checkpoints import Checkpoint, CheckpointError
 from model import backbone
-from reports import files, metrics
+from reports import files
 from training.state import Run, TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,14 @@ _OF_THIS_COMMAND = (*names_of("compute"), "tf32")
 #: to compute and evaluate.
 _CHANGEABLE = (
     *_OF_THIS_COMMAND, "data_path", "pretrained", "file_lists", "batch_size", "vote_group_size",
-    "vote_ties", "task_inc", "amp",
+    "vote_ties", "task_inc", "amp", "skip_damaged",
 )  # fmt: skip
 
-#: What decides the evaluation of a checkpoint of the original.
+#: What decides the evaluation of a checkpoint of the original, which ignores `global_pool`.
 _FROM_ORIGINAL = (
     "dataset", "num_tasks", "model", "model_kwargs", "input_size", "prompt_pool", "size", "length",
-    "top_k", "prompt_key", "embedding_key", "head_type", "global_pool", "shuffle", "seed",
-    "batch_size", "batchwise_prompt", "task_inc", "freeze",
+    "top_k", "prompt_key", "embedding_key", "head_type", "shuffle", "seed", "batch_size",
+    "batchwise_prompt", "task_inc", "freeze",
 )  # fmt: skip
 
 
@@ -72,14 +73,13 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
         UsageError: If the command line contradicts the checkpoint, with every contradiction.
         CheckpointError: If the settings in the checkpoint are no settings.
     """
-    stored = {k: v for k, v in checkpoint.config.items() if k in FLAGS}
+    stored = dict(checkpoint.config)
     if checkpoint.original:
         stored = _adopt_original(settings, stored)
-    stored, problems = read_mapping(stored)
-    if problems:
-        raise CheckpointError(f"the settings in the checkpoint are damaged: {'; '.join(problems)}")
+    stored = checkpoints.stored_settings(stored, checkpoint.path)
     given = {name: settings[name] for name in settings.given.explicit}
-    clashes = checkpoints.other_settings(given, stored, _CHANGEABLE)
+    free = (*_CHANGEABLE, "dataset") if checkpoint.original else _CHANGEABLE
+    clashes = checkpoints.other_settings(given, stored, free)
     if problems := [f"{flag} contradicts the checkpoint, which has {old}" for flag, old in clashes]:
         raise UsageError(problems)
     stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
@@ -124,19 +124,37 @@ def evaluate_and_report(run: Run, paths: dict[int, Path]) -> int:
     return 1
 
 
-def _adopt_original(settings: Settings, stored: dict[str, Any]) -> dict[str, Any]:
-    """What counts of the original's settings; logs what had to be assumed."""
-    assumed = (
-        "The checkpoint does not say %s: the classes are ordered with %s. If it was otherwise, "
-        "give --seed, --no-shuffle or --class_order"
-    )
-    for name in ("shuffle", "seed"):
-        if name not in stored:
-            logger.warning(assumed, name, settings[name])
-    stored = {k: v for k, v in stored.items() if k in _FROM_ORIGINAL}
-    if "shuffle" in stored:
-        stored["shuffle"] = bool(stored["shuffle"])  # any text counts as yes there
-    return {**stored, "vote_ties": "topk", "vote_group_size": stored.get("batch_size")}
+def _adopt_original(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
+    """What counts of the original's settings; logs what is assumed, and what it did otherwise."""
+    if isinstance(config.get("shuffle"), str):
+        config = {**config, "shuffle": bool(config["shuffle"])}  # any text counts as yes there
+    for name in sorted({"shuffle", "seed"} - config.keys()):
+        logger.warning(
+            "The checkpoint does not say %s: the classes are ordered with %s. If it was otherwise, "
+            "give --seed, --no-shuffle or --class_order",
+            name,
+            settings[name],
+        )
+    for difference in _unlike_original(config):
+        logger.warning("The accuracy may not be what l2p-pytorch printed: %s", difference)
+    stored = {k: v for k, v in config.items() if k in _FROM_ORIGINAL}
+    group = stored.get("batch_size")
+    return {**stored, "global_pool": "token", "vote_ties": "topk", "vote_group_size": group}
+
+
+def _unlike_original(config: dict[str, Any]) -> Iterator[str]:
+    """What the original did otherwise with these settings."""
+    dataset, embedding_key = str(config.get("dataset")), config.get("embedding_key", "cls")
+    if config.get("use_prompt_mask") is True:
+        yield "with --use_prompt_mask it gave test images the prompts of their true task until 2023"
+    if config.get("prompt_key") is False:
+        yield "with --prompt_key false its keys, means of the initial prompts, are not in the file"
+    if embedding_key != "cls" and "patch_embed" not in str(config.get("freeze")):
+        yield f"for --embedding_key {embedding_key} it took the query from trained patch embeddings"
+    if "imagenet-r" in dataset.lower():
+        yield "Imagenet-R was divided at random, so it may have trained on some of the test images"
+    if config.get("shuffle") is True and ("," in dataset or dataset == "5-datasets"):
+        yield "--shuffle drew an order of the data sets: give the one of its log with --dataset"
 
 
 def _evaluate(run: Run, number: int, path: Path) -> None:
@@ -166,8 +184,8 @@ def _evaluate(run: Run, number: int, path: Path) -> None:
 
 def _compare(run: Run, checkpoint: Checkpoint, task: int) -> None:
     """Logs whether the accuracies after a task are those that the run stored."""
-    for name, rows in checkpoint.accuracy.items():
-        stored = metrics.from_lists(rows)[:, task]
+    for name, matrix in checkpoints.stored_matrices(run, checkpoint).items():
+        stored = matrix[:, task]
         found = run.matrices[name][:, task]
         if np.array_equal(stored, found, equal_nan=True):
             logger.info("Reproduces the stored accuracies (%s-wise)", name)

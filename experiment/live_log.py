@@ -10,21 +10,21 @@ Steps are finished training steps of the whole run.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import utils
+from cli.terminal import tolerated
 from continual_datasets.stream import display_names
 from experiment import run_record
-from reports import metrics
+from reports import draw, metrics
 from reports.metrics import SELECTIONS
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from cli.settings import OutputSettings
     from training.state import Run, TrainState
 
-logger = logging.getLogger(__name__)
+#: What follows if a log fails.
+_tolerated = partial(tolerated, then="training continues without it")
 
 #: What the logs need, by the name of their setting.
 _PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb", "tensorboard")}
@@ -61,14 +62,14 @@ class LiveLog:
         self._write("at its end", lambda writer: writer.close())
         wandb_run, self.writer, self.wandb_run = self.wandb_run, None, None
         if wandb_run is not None:
-            with _reported("Weights & Biases", "at its end"):
+            with _tolerated("Weights & Biases failed at its end"):
                 wandb_run.finish()
 
     def _write(self, place: str, write: Callable[[SummaryWriter], None]) -> None:
         """Writes to the disk at once; without the log from then on if that fails."""
         writer, self.writer = self.writer, None
         if writer is not None:
-            with _reported("TensorBoard", place):
+            with _tolerated(f"TensorBoard failed {place}"):
                 write(writer)
                 writer.flush()
                 self.writer = writer
@@ -88,10 +89,10 @@ def open_live_log(run: Run, first_step: int) -> LiveLog:
     if folder is None:
         return log
     if wanted.wandb:
-        with _reported("Weights & Biases", "at its start"):
+        with _tolerated("Weights & Biases failed at its start"):
             log.wandb_run = _start_wandb(folder, run_record.resolved(run.settings))
     if wanted.tensorboard or log.wandb_run is not None:
-        with _reported("TensorBoard", "at its start"):
+        with _tolerated("TensorBoard failed at its start"):
             from torch.utils.tensorboard import SummaryWriter
 
             log.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -132,16 +133,6 @@ def _start_wandb(output_dir: Path, config: Mapping[str, Any]) -> Any:
     )
 
 
-@contextmanager
-def _reported(log: str, place: str) -> Iterator[None]:
-    """Reports whatever a log raises, of which training must not end."""
-    try:
-        yield
-    except Exception as error:
-        problem = utils.reason(error)
-        logger.warning("%s failed %s (%s): training continues without it", log, place, problem)
-
-
 def _add_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step: int) -> None:
     for tag, value in values.items():
         if value is not None and math.isfinite(value):
@@ -149,9 +140,7 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step
 
 
 def _add_task(writer: SummaryWriter, step: int, run: Run, report: TrainState) -> None:
-    from reports import figures
-    from reports.figure_style import NothingToDrawError
-
+    figures = draw.load("figures")
     sets = [test_set.name for test_set in run.stream.test_sets]
     names = display_names(sets, len(sets), "task {}")
     for selection in SELECTIONS:
@@ -166,5 +155,5 @@ def _add_task(writer: SummaryWriter, step: int, run: Run, report: TrainState) ->
                 selected = np.repeat(ids[:-1], counts)
                 writer.add_histogram(f"prompts/{test_set}", selected, step, bins=ids - 0.5)
         _add_scalars(writer, values, step)
-    with suppress(NothingToDrawError):
+    with suppress(figures.NothingToDrawError):
         writer.add_figure("accuracy matrix", figures.accuracy_matrix(run_record.results(run)), step)

@@ -7,20 +7,28 @@ A state holds tensors and plain values only and is read with `weights_only`.
 It is the same in all processes of a run, so one process writes it, and any number may resume.
 """
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+import torch
 
 import utils
+from cli import kinds
+from cli.kinds import Natural
 from cli.parser import UsageError
+from cli.paths import open_regular
 from cli.settings import Settings, names_of
+from cli.terminal import reason, said
 from experiment import checkpoints
 from experiment.checkpoints import CheckpointError, StoredModel
 from experiment.run_record import resolved
-from reports import files, metrics
+from reports import files
 from training.state import Evaluation, Run, TrainState
 from training.update import OptimizerStep
 from utils import Processes
@@ -31,6 +39,9 @@ _FIRST_FORMAT = "l2p run state 1"
 
 #: What is not saved of a finished task.
 _PLACE = {"epoch": 0, "step": 0, "meters": {}, "optimizer": None}
+
+#: What steps change in the groups of an optimizer, and what depends on the device.
+_OF_STEPS = {"lr", "initial_lr", "step", "lookahead_step", "fused"}
 
 #: Settings that may differ in a resumed run: where things are, and how they are computed. What
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
@@ -49,9 +60,11 @@ class RunState(StoredModel):
     optimizer: dict[str, Any]  # its state dict
     position: TrainState
     reports: list[TrainState]  # of each finished task, at its end
-    global_batch: int  # images of all processes in a training step
-    num_images: list[int]  # training images of each task
+    #: Images of all processes in a training step.
+    global_batch: Annotated[int, ("must be in [1, 2^24]", lambda x: 1 <= x <= 2**24)]
+    num_images: list[Natural]  # training images of each task
     train_digest: str | None  # identifies the training images; None: not known
+    test_digest: str | None = None  # the same of the test images
 
     def batch_of(self, settings: Settings, world_size: int) -> int:
         """Images of all processes in a step of a run with these settings that resumes.
@@ -87,6 +100,7 @@ def take(run: Run, position: TrainState, update: OptimizerStep) -> dict[str, Any
         "global_batch": run.global_batch,
         "num_images": _num_images(run),
         "train_digest": run.stream.train_digest,
+        "test_digest": run.stream.test_digest,
     }
 
 
@@ -109,7 +123,7 @@ def find(settings: Settings, this: Processes) -> RunState | None:
         UsageError: If it names no state, or one of a run with other settings.
     """
     resume, output_dir = settings.run.resume, settings.output_folder
-    if resume is None:
+    if resume is None or settings.run.speed_test_only:
         return None
     state = _read_newest(resume, output_dir) if utils.is_main_process() else None
     if (state := utils.share(state)) is None:
@@ -130,27 +144,25 @@ def load(path: Path) -> RunState:
     found = checkpoints.read(path)
     if found.get("format") == _FIRST_FORMAT:
         found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
+    found = {"test_digest": None, **found}  # added later
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no state of a run (a checkpoint of a task can only be evaluated): "
             "--resume reads last.pth"
         )
     state: RunState = checkpoints.from_entries(RunState, found, path, path=path)
-    try:
-        position = _train_state(state.position, path, optimizer=None)
-        reports = [_train_state(one, path, **_PLACE) for one in state.reports]
-    except TypeError as error:
-        raise CheckpointError(f"{path} is damaged: {utils.reason(error)}") from error
-    return dataclasses.replace(state, position=position, reports=reports)
+    position = _train_state(state.position, path, optimizer=None)
+    reports = [_train_state(one, path, **_PLACE) for one in state.reports]
+    config = {**Settings().stored(), **checkpoints.stored_settings(state.config, path)}
+    return dataclasses.replace(state, position=position, reports=reports, config=config)
 
 
 def _differences(settings: Settings, world_size: int, state: RunState) -> Iterator[str]:
     """Every setting of the command line that would change the mathematics of a saved run."""
     batch, given = state.batch_of(settings, world_size), resolved(settings)
-    stored = {**Settings().stored(), **state.config}
-    for flag, old in checkpoints.other_settings(given, stored, _FREE):
+    for flag, old in checkpoints.other_settings(given, state.config, _FREE):
         yield f"{flag}, where the run has {old}"
-    earlier = Settings().replace(**{name: stored[name] for name in given})
+    earlier = Settings().replace(**{name: state.config[name] for name in given})
     own, replayed = settings.optimizer, settings.replayed_per_group
     lr, old_lr = own.learning_rate(batch), earlier.optimizer.learning_rate(state.global_batch)
     images = f"--batch-size {own.batch_size} in {world_size} processes, {batch} images a step"
@@ -178,22 +190,29 @@ def restore(run: Run, state: RunState | None) -> TrainState:
             f"{state.path} belongs to a run on {state.num_images} training images in the tasks, "
             f"--data-path has {found}: give the same data"
         )
-    if state.train_digest not in (None, run.stream.train_digest):
+    train, test = run.stream.train_digest, run.stream.test_digest
+    of_labels = train.rpartition("-")[-1]  # all that early states have
+    same_train = state.train_digest in (None, train, of_labels)
+    same_test = state.test_digest in (None, test)
+    if not (same_train and same_test):
         raise CheckpointError(
-            f"{state.path} belongs to a run on other images, or on the same under other names: "
-            "give the same data (--data-path, --file_lists, --domains)"
+            f"{state.path} belongs to a run on other {'test ' if same_train else ''}images, or on "
+            "the same under other names: give the same data (--data-path, --file_lists, --domains)"
         )
+    if not _is_within(run, state):
+        raise CheckpointError(f"{state.path} is damaged: this run has no such task, epoch or step")
+    _try_optimizer(run, state)
     run.model.load_trained_state(state.model, str(state.path))
-    for name, rows in state.accuracy.items():
-        matrix = metrics.from_lists(rows)
-        if name not in run.matrices or run.matrices[name].shape != matrix.shape:
-            raise CheckpointError(f"{state.path}: its accuracy matrices are of another run")
+    for name, matrix in checkpoints.stored_matrices(run, state).items():
         run.matrices[name][:] = matrix
     run.reports[:] = state.reports
     if (run.buffer is None) != (state.buffer is None):
         raise CheckpointError(f"{state.path}: its replay buffer is of another run")
     if run.buffer is not None and state.buffer is not None:
-        run.buffer.indices = state.buffer.numpy()
+        indices = state.buffer.numpy()
+        if len(np.intersect1d(indices, np.arange(len(run.buffer.targets)))) < len(indices):
+            raise CheckpointError(f"{state.path} is damaged: its replay buffer has unknown images")
+        run.buffer.indices = indices
     return dataclasses.replace(state.position, optimizer=state.optimizer)
 
 
@@ -204,7 +223,46 @@ def copy_task_checkpoints(state: RunState, output_dir: Path) -> None:
         return
     for number, source in checkpoints.find(path.parent.parent).items():
         if number <= len(state.reports):
-            files.write_bytes(checkpoints.task_path(output_dir, number), source.read_bytes())
+            with open_regular(source) as file:
+                files.write_bytes(checkpoints.task_path(output_dir, number), file.read())
+
+
+def _try_optimizer(run: Run, state: RunState) -> None:
+    """Makes sure that an optimizer can step from a state; the step is lost with its weights."""
+    update = OptimizerStep(run)
+    fresh = update.optimizer.state_dict()["param_groups"]
+    try:
+        for group, stored in zip(fresh, state.optimizer["param_groups"], strict=True):
+            for name in group.keys() - _OF_STEPS:
+                assert stored.get(name, group[name]) == group[name], f"{name} is another"
+        update.load_state_dict(copy.deepcopy(state.optimizer))
+        for parameter in update.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        update.optimizer.step()
+        assert all(p.isfinite().all() for p in update.parameters), "a step ends in no number"
+    except Exception as error:  # torch checks little of a state
+        if utils.is_out_of_memory(error):
+            raise
+        problem = f"its optimizer is damaged or does not fit: {reason(error)}"
+        raise CheckpointError(f"{state.path}: {problem}") from error
+    update.begin()
+
+
+def _is_within(run: Run, state: RunState) -> bool:
+    """Whether a run has the task, epoch, step and test sets where a state was saved."""
+    position, tasks = state.position, run.stream.tasks
+    for number, one in enumerate([*state.reports, position]):
+        if one.task != number or number > len(tasks):
+            return False
+        sets = tasks[number].test_sets if number < len(tasks) else ()
+        found = [evaluation.index for evaluation in one.evaluations]
+        if found != [test_set.index for test_set in sets][: len(found)]:
+            return False
+    if position.task == len(tasks):
+        return not position.inside_task
+    steps = run.batching.num_steps(len(tasks[position.task].data))
+    is_inside = position.epoch <= run.settings.optimizer.epochs and position.step <= steps
+    return is_inside and bool(position.meters) == (position.step > 0)
 
 
 def _num_images(run: Run) -> list[int]:
@@ -226,7 +284,7 @@ def _read_newest(resume: str, output_dir: Path | None) -> RunState | None:
         try:
             return load(path)
         except (CheckpointError, OSError) as error:
-            logger.warning("Not used: %s", error)
+            logger.warning("Not used: %s", said(error))
     names = " and ".join(str(path) for path in candidates)
     raise CheckpointError(
         f"--resume: no state is left that could be read ({names}); without --resume the run starts "
@@ -252,5 +310,11 @@ def _train_state(saved: Any, path: Path, **known: Any) -> TrainState:
         entries = {"epoch_stats": [entries.pop("train_stats")], **entries}
     state: TrainState = checkpoints.from_entries(TrainState, entries, path, **known)
     values: Any = state.evaluations
-    state.evaluations = [Evaluation(**one) for one in values]
+    try:
+        state.evaluations = [Evaluation(**one) for one in values]
+    except TypeError as error:
+        raise CheckpointError(f"{path} is damaged: {reason(error)}") from error
+    for one in state.evaluations:
+        for problem in kinds.problems(kinds.of_fields(Evaluation), vars(one)):
+            raise CheckpointError(f"{path} is damaged: {problem} (an evaluation)")
     return state

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 from datetime import datetime
 from importlib import metadata
@@ -151,7 +152,7 @@ def versions() -> dict[str, str]:
 
 def earlier_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
-    found = [output_dir / name for name in _RUN_FILES if (output_dir / name).exists()]
+    found = [output_dir / name for name in _RUN_FILES if os.path.lexists(output_dir / name)]
     return found + list(output_dir.glob("eval_results*.json"))
 
 

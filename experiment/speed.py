@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import re
-import resource
 import statistics
 import sys
 import time
@@ -112,6 +111,8 @@ def peak_megabytes(device: torch.device) -> float:
     status = Path("/proc/self/status")  # ru_maxrss begins with that of the process that started it
     if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
         return int(peak[1]) / 2**10
+    import resource  # not on every system
+
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -1,16 +1,16 @@
 """A training run: its folder, what it saves and when, what it reports at its end."""
 
 import logging
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import utils
 from cli import configurations
+from cli.paths import command
+from cli.terminal import tolerated
 from experiment import checkpoints, describe, live_log, resume, run_record
 from experiment.live_log import LiveLog
 from experiment.resume import RunState
@@ -88,11 +88,14 @@ class Checkpointer(Monitor):
         self._log_steps(state)
         start = time.monotonic()
         is_due = start - self.saved_at >= self.run.settings.run.save_every
-        if self.output_dir is not None and (is_due or stop or self._is_milestone(state)):
-            taken = resume.take(self.run, state, update)
-            resume.save(self.output_dir, taken, self.newest_is_intact)
-            self.saved_at, self.newest_is_intact = time.monotonic(), True
+        if is_due or stop or self._is_milestone(state):
+            if self.output_dir is not None:
+                taken = resume.take(self.run, state, update)
+                resume.save(self.output_dir, taken, self.newest_is_intact)
+                self.newest_is_intact = True
+            self.saved_at = time.monotonic()
             self.seconds_saving += self.saved_at - start
+            self.signals.saved = self.run.settings.output_folder is not None
         if stop:
             wait_for_all()  # one that ended before would end the main process, too
             place = f"task {state.task + 1}, epoch {state.epoch + 1}, step {state.step}"
@@ -141,8 +144,7 @@ class Checkpointer(Monitor):
     def _stop_message(self, place: str) -> str:
         by = self.signals.received[0].name if self.signals.received else "another process"
         how = "resume it by the same command with --resume auto"
-        saves = self.run.settings.output_folder is not None
-        return f"{by} stopped the run {place}: {how if saves else 'nothing is saved'}"
+        return f"{by} stopped the run {place}: {how if self.signals.saved else 'nothing is saved'}"
 
 
 def save_checkpoint(run: Run, path: Path, task: int) -> None:
@@ -167,9 +169,7 @@ def _start_output(run: Run, saved: RunState | None, output_dir: Path) -> None:
         logger.info("The results of an earlier run were moved to %s", earlier)
     if saved is not None:
         _log_resumed(saved)
-        if resumes_here:
-            files.remove_unfinished(saved.path.parent)
-        else:
+        if not resumes_here:
             resume.copy_task_checkpoints(saved, output_dir)
     elif run.settings.run.resume is not None:
         logger.info("There is no state to resume from yet: the run starts at its first task")
@@ -188,12 +188,17 @@ def _log_resumed(saved: RunState) -> None:
 def _report(run: Run, checkpointer: Checkpointer, to_load: float, of_run: float) -> None:
     """Prints the results, writes them, draws them, and says where everything is."""
     logger.info("%s", run_record.table(run))
+    describe.warn_of_single_classes(run)
     if (output_dir := run.output_dir) is None:
         return
     run_record.write(run, output_dir)
     start = time.monotonic()
     if run.settings.output.plots:
-        _draw(run_record.results(run), output_dir)
+        again = f"draw them again: {command('plots.py', output_dir)}"
+        with tolerated("The figures are not drawn", again):
+            content = run_record.results(run)
+            for line in draw.draw_run(content, output_dir / "plots")[1]:
+                logger.info("Not drawn: %s", line)
     seconds = {
         "training": sum(report.train_seconds for report in run.reports),
         "evaluation": sum(report.eval_seconds for report in run.reports),
@@ -201,16 +206,5 @@ def _report(run: Run, checkpointer: Checkpointer, to_load: float, of_run: float)
         "saving": checkpointer.seconds_saving,
         "figures": time.monotonic() - start,
     }
-    describe.conclude(output_dir, seconds, to_load + of_run + seconds["figures"])
-
-
-def _draw(content: dict[str, Any], output_dir: Path) -> None:
-    """Draws the results; whatever goes wrong, the run is done and can be drawn again."""
-    try:
-        _, left_out = draw.draw_run(content, output_dir / "plots")
-    except (OSError, ValueError) as error:
-        logger.warning("The figures are not drawn (%s)", utils.reason(error))
-        logger.warning("Draw them again: python plots.py %s", shlex.quote(str(output_dir)))
-        return
-    for reason in left_out:
-        logger.info("Not drawn: %s", reason)
+    total = to_load + of_run + seconds["figures"]
+    describe.conclude(run.settings, output_dir, seconds, total)

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import timm.optim
+import torch
 
 import utils
-from cli import configurations
+from cli import configurations, needs, terminal
 from cli.options import near
 from cli.parser import UsageError, shown
 from cli.settings import FLAGS, OptimizerSettings, Settings
@@ -24,15 +25,6 @@ from model.backbone import WEIGHT_SUFFIXES, build_backbone, without_memory
 from prompt import SELECTION_RULES, Prompt, find_selection_rule
 from vision_transformer import PromptedVisionTransformer, find_pooling
 
-#: Settings that have no effect without another (or one of two), and what to do.
-_NEED = (
-    ("diversify shared_prompt_pool shared_prompt_key", "prompt_pool", "leave it on"),
-    ("shared_prompt_key", "prompt_key", "leave it on"),
-    ("replay_batch", "buffer_size buffer_per_class", "give one of them"),
-    ("checkpoint", "eval", "give it too, to evaluate the checkpoint"),
-    ("tensorboard wandb seeds", "output_dir", "give the folder to write into"),
-)
-
 #: Settings that exclude others, and why.
 _EXCLUDE = (
     ("eval", "resume speed_test speed_test_only dry_run", "are two commands"),
@@ -41,6 +33,9 @@ _EXCLUDE = (
     ("dry_run", "speed_test speed_test_only", "are two commands"),
     ("buffer_size", "buffer_per_class", "are two ways to say one thing"),
 )
+
+#: Highest learning rate that a schedule may reach.
+_HIGHEST_RATE = 1e6
 
 #: What torch compiles with, on the CPU or around a GPU's kernels.
 _COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
@@ -66,7 +61,7 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
         _transforms(settings),
         _votes(settings),
         _scenario(settings, elsewhere),
-        _model(settings, is_sound=not found),
+        _model(settings, is_sound=not found, elsewhere=elsewhere),
         _commands(settings),
         _output(settings),
         iter(()) if elsewhere else _processes(settings),
@@ -89,10 +84,7 @@ def _combinations(settings: Settings) -> Iterator[str]:
     def given(names: str) -> list[str]:
         return [name for name in names.split() if settings[name] != FLAGS[name].default]
 
-    for names, needed, advice in _NEED:
-        if not any(settings[name] for name in needed.split()):
-            flags = " or ".join(f"--{name}" for name in needed.split())
-            yield from (f"--{name} needs {flags}: {advice}" for name in given(names))
+    yield from needs.problems(settings)
     for one, others, reason in _EXCLUDE:
         if given(one):
             yield from (f"--{name} and --{one} {reason}: give one" for name in given(others))
@@ -119,20 +111,40 @@ def _optimizer(settings: OptimizerSettings) -> Iterator[str]:
     info = timm.optim.get_optimizer_info(name)
     if getattr(info, "second_order", False):
         yield f"--opt {settings.opt} needs second derivatives, which the loop does not compute"
-    if settings.opt_betas is not None and not info.has_betas:
-        yield f"--opt-betas: --opt {settings.opt} has none, leave them out"
+    betas, number = settings.opt_betas, info.num_betas if info.has_betas else 0
+    if betas is not None and len(betas) != number:
+        wanted = f"takes {number}" if number else "has none, leave them out"
+        yield f"--opt-betas {shown(betas)}: --opt {settings.opt} {wanted}"
 
 
 def _schedule(settings: OptimizerSettings) -> Iterator[str]:
-    if settings.sched == "constant":
-        if settings.lr_noise is not None:
-            yield "--lr-noise needs a schedule: --sched constant has none"
-    elif settings.warmup_epochs >= settings.epochs:
+    sched, noise = settings.sched, settings.lr_noise
+    if noise is not None and (len(noise) > 2 or list(noise) != sorted(noise)):
+        yield f"--lr-noise {shown(noise)}: give its start, or its start and then its end"
+    if sched != "constant" and settings.warmup_epochs >= settings.epochs:
         yield (
             f"--warmup-epochs {settings.warmup_epochs} leaves nothing of --epochs "
             f"{settings.epochs} to --sched {settings.sched}: the schedule starts anew with each "
             "task; give fewer"
         )
+        return
+    given = f"--sched {sched} with --decay-rate {settings.decay_rate:g}"
+    try:
+        highest = max(_rates(settings))
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{given} cannot be computed: {terminal.reason(error)}") from error
+    if not highest <= _HIGHEST_RATE:
+        yield f"{given} makes the learning rate {highest:g}: give another, or lower --min-lr"
+
+
+def _rates(settings: OptimizerSettings) -> Iterator[float]:
+    """The learning rate of each epoch of a task, unscaled."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], settings.lr)
+    scheduler = build.make_scheduler(settings, optimizer)
+    for epoch in range(settings.epochs):
+        yield optimizer.param_groups[0]["lr"]
+        if scheduler is not None:
+            scheduler.step(epoch + 1, metric=0.0)
 
 
 def _transforms(settings: Settings) -> Iterator[str]:
@@ -180,12 +192,13 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
     """Problems of scenario and data, as far as can be seen without reading any image."""
     order = settings.tasks.class_order
     if order is not None and not elsewhere and not Path(order).is_file():
-        yield f"--class_order {order}: there is no such file"
+        problem = "it is no regular file" if Path(order).exists() else "there is no such file"
+        yield f"--class_order {order}: {problem}"
     scenario = find_scenario(settings)
     yield from scenario.problems()
     if not all(map(configurations.exists, settings.given.configurations)):
         return  # the missing configuration may name other data
-    if elsewhere:
+    if elsewhere or settings.run.speed_test_only:
         yield from () if scenario.tasks_are_folders else _tasks(scenario)
         return
     missing, size = list(_missing_data(scenario)), settings.replay.buffer_size
@@ -206,7 +219,7 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
 def _missing_data(scenario: Scenario) -> Iterator[str]:
     """A data folder that does not exist, or that would get the results as one more task."""
     settings, data = scenario.settings, scenario.settings.data
-    path = Path(data.data_path).expanduser()
+    path = Path(data.data_path)
     specs = registry.find_sources(data.dataset).values()
     if not path.is_dir() and any(spec.needs_data_path for spec in specs):
         downloadable = all(spec.downloadable for spec in specs)
@@ -239,7 +252,7 @@ def _tasks(scenario: Scenario) -> Iterator[str]:
         yield from rule.problems(prompts, 1 if scenario.is_joint else num_parts)
 
 
-def _model(settings: Settings, is_sound: bool) -> Iterator[str]:
+def _model(settings: Settings, is_sound: bool, elsewhere: bool) -> Iterator[str]:
     """Problems of weights and backbone; of the whole model where its settings are sound."""
     file = settings.model.weight_file
     if file is not None and not file.is_file():
@@ -250,7 +263,19 @@ def _model(settings: Settings, is_sound: bool) -> Iterator[str]:
     with without_memory():
         vit = build_backbone(settings.model, settings.transforms.input_size)
         if is_sound:
-            yield from _trained(settings, build.build_model(settings, vit, num_classes=2))
+            model = build.build_model(settings, vit, num_classes=2)
+            yield from _trained(settings, model)
+            yield from () if elsewhere else _memory(model)
+
+
+def _memory(model: PromptedVisionTransformer) -> Iterator[str]:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > found:
+        yield (
+            f"--model, --model-kwargs, --size, --length: the network would take {needed / 1e9:.0f} "
+            f"GB, and this machine has {found / 1e9:.0f} GB of memory: give smaller ones"
+        )
 
 
 def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[str]:
@@ -267,11 +292,15 @@ def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[s
     except Exception as error:  # timm's optimizers check their settings in many ways
         opt, betas = settings.optimizer.opt, settings.optimizer.opt_betas
         given = f"--opt {opt}" if betas is None else f"--opt {opt} --opt-betas {shown(betas)}"
-        yield f"{given}: the optimizer rejects its settings: {utils.reason(error)}"
+        yield f"{given}: the optimizer rejects its settings: {terminal.reason(error)}"
 
 
 def _processes(settings: Settings) -> Iterator[str]:
-    device = utils.choose_device(settings.run.device, utils.find_launch())
+    """Variables of a launcher that are missing or impossible; what a device lacks."""
+    launch = utils.find_launch()
+    if launch is not None and launch.world_size > 1:
+        utils.find_meeting_point(launch, settings.run.dist_url)
+    device = utils.choose_device(settings.run.device, launch)
     if settings.precision.tf32 and device.type == "cpu":
         yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
     if settings.precision.compile and not any(map(shutil.which, _COMPILERS)):
@@ -300,8 +329,8 @@ def _output(settings: Settings) -> Iterator[str]:
     """Whether results can be written."""
     output_dir = settings.run.output_dir
     folder = Path(output_dir).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if output_dir and not nearest.is_dir():
-        yield f"--output_dir {output_dir}: {nearest} is a file, not a folder"
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if output_dir and not os.path.isdir(nearest):
+        yield f"--output_dir {output_dir}: {nearest} is a file or a link to nothing, not a folder"
     elif output_dir and not os.access(nearest, os.W_OK | os.X_OK):
         yield f"--output_dir {output_dir}: {nearest} cannot be written to"

@@ -1,12 +1,13 @@
 import io
 import logging
-import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 import utils
+from cli.terminal import printable
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -91,29 +92,29 @@ def test_setup_logging_writes_plain_lines_to_output_and_then_to_a_file(capsys, t
     assert path.read_text(encoding="utf-8") == "Größe\n"
 
 
-def test_output_that_nobody_reads_any_more_does_not_end_the_run(monkeypatch, capsys):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        utils.setup_logging()
-        utils.logger.info("line")
-        utils.logger.info("another")
-        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))
-    assert capsys.readouterr().err == ""
+def test_lines_are_escaped_as_wanted(capsys, tmp_path):
+    utils.setup_logging(printable)
+    utils.log_to_file(tmp_path / "log.txt")
+    utils.logger.info("class %s", "\x1b[2J\udc80")
+    line = "class \\x1b[2J\\udc80\n"
+    assert (tmp_path / "log.txt").read_text() == capsys.readouterr().out == line
+
+
+def test_log_file_on_a_full_disk_is_reported_once(capsys):
+    utils.setup_logging()
+    utils.log_to_file(Path("/dev/full"))
+    utils.logger.info("line")
+    utils.logger.info("another")
+    utils.end_logging()
+    first, said, second = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("line", "another")
+    assert said == "/dev/full lacks lines ([Errno 28] No space left on device)"
 
 
 def test_setup_logging_of_other_processes_shows_warnings_only(capsys, monkeypatch):
     monkeypatch.setattr(utils, "is_main_process", lambda: False)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without those of pytest
-    utils.setup_logging()
+    utils.setup_logging(printable)
     utils.logger.info("accuracy")
-    utils.logger.warning("trouble")
-    captured = capsys.readouterr()
-    assert "accuracy" not in captured.out + captured.err
-    assert "trouble" in captured.err
-
-
-def test_reason_is_the_name_and_the_first_line():
-    errors = OSError("first line\nsecond"), EOFError(), ValueError("  \n")
-    assert [utils.reason(e) for e in errors] == ["OSError: first line", "EOFError", "ValueError"]
+    utils.logger.warning("trouble with \x1b")
+    assert capsys.readouterr() == ("", "trouble with \\x1b\n")

@@ -1,16 +1,18 @@
 import argparse
-import errno
 import hashlib
-import io
+import os
 import pickle
-import random
-from contextlib import suppress
 
 import pytest
 import torch
+import yaml
 
-from experiment import checkpoints
+import main
+from cli.parser import UsageError
+from cli.settings import Given, Settings
+from experiment import checkpoints, evaluate_checkpoints
 from experiment.checkpoints import Checkpoint, CheckpointError
+from helpers.hostile_values import hostile
 from helpers.pickled_code import Payload
 from helpers.resumed_runs import differing, flat
 
@@ -70,18 +72,6 @@ def test_checkpoint_round_trips_as_plain_data(tmp_path):
     assert torch.load(path, weights_only=True)["format"] == "l2p checkpoint 3"
 
 
-def test_write_reports_a_full_disk_as_the_system_does(path, monkeypatch):
-    class Full(io.BytesIO):
-        def write(self, content):
-            if self.tell() > 500:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(content)
-
-    monkeypatch.setattr(checkpoints.files, "write_whole", lambda _, write, keep: write(Full()))
-    with pytest.raises(OSError, match="No space left on device"):
-        checkpoints.write(path, content())
-
-
 @pytest.mark.parametrize("mark", [1, 2, 3])
 @pytest.mark.parametrize(("masked", "diversify"), [(True, "mask"), (False, "none"), (None, None)])
 def test_load_reads_files_of_earlier_versions(path, mark, masked, diversify):
@@ -137,6 +127,45 @@ def test_load_of_the_original_needs_a_name_that_tells_the_task(tmp_path, name):
         checkpoints.load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_prompt_mask": True}, ["--use_prompt_mask"]),
+        ({"prompt_key": False}, ["--prompt_key false"]),
+        ({"embedding_key": "mean", "freeze": ["norm"]}, ["--embedding_key mean"]),
+        ({"embedding_key": "max", "freeze": ["patch_embed"]}, []),
+        ({"dataset": "Imagenet-R"}, ["divided at random"]),
+        ({"dataset": "MNIST,SVHN"}, ["order"]),
+        ({"dataset": "5-datasets", "shuffle": ""}, []),
+        ({"use_prompt_mask": False, "prompt_key": True, "dataset": "CIFAR100"}, []),
+        ({"global_pool": "avg", "shuffle": ""}, []),
+    ],
+)
+def test_adopting_the_original_says_what_it_did_otherwise(config, said, caplog):
+    known = {"shuffle": "yes", "seed": 3, "batch_size": 8}
+    read = Checkpoint(model={}, config={**known, **config}, task=1, original=True)
+    settings = evaluate_checkpoints.adopt(Settings(), read)
+    assert len(caplog.messages) == len(said)
+    assert all(words in line for words, line in zip(said, caplog.messages, strict=True))
+    found = settings.model.global_pool, settings.prompts.diversify, settings.tasks.shuffle
+    assert found == ("token", "none", config.get("shuffle") != "")
+    assert settings.vote_group_size == 8
+
+
+def test_adopting_the_original_takes_another_order_of_data_sets():
+    given = Settings().replace(Given(explicit=frozenset({"dataset"})), dataset="SVHN,MNIST")
+    config = {"dataset": "MNIST,SVHN", "shuffle": True, "seed": 3}
+    read = Checkpoint(model={}, config=config, task=1, original=True)
+    assert evaluate_checkpoints.adopt(given, read).data.dataset == "SVHN,MNIST"
+
+
+def test_adopting_the_original_rejects_flags_that_it_ignored():
+    given = Settings().replace(Given(explicit=frozenset({"global_pool"})), global_pool="avg")
+    read = Checkpoint(model={}, config={"global_pool": "avg"}, task=1, original=True)
+    with pytest.raises(UsageError, match=r"--global_pool avg contradicts .* has token"):
+        evaluate_checkpoints.adopt(given, read)
+
+
 # Code in files
 
 
@@ -164,13 +193,29 @@ def test_load_rejects_pickled_code_and_runs_nothing(path, holding, kind):
     assert not path.with_name("ran").exists()
 
 
+@pytest.mark.parametrize("entry", ["checkpoint_path", "pretrained_cfg_overlay"])
+@pytest.mark.parametrize("where", ["checkpoint", "configuration", "flag"])
+def test_network_arguments_that_open_files_are_rejected_wherever_they_are(
+    path, entry, where, capsys
+):
+    bomb = path.with_name("w.pth")
+    torch.save(Payload(path.with_name("ran")), bomb)
+    kwargs = {entry: str(bomb) if entry == "checkpoint_path" else {"file": str(bomb)}}
+    argv = ["--eval", "--checkpoint", str(path), "--device", "cpu"]
+    if where == "checkpoint":
+        config = {"dataset": "digits", "num_tasks": 2, "model_kwargs": kwargs}
+        torch.save(content(class_order=[[0], [1]], config=config), path)
+    elif where == "configuration":
+        path.with_suffix(".yaml").write_text(yaml.safe_dump({"model_kwargs": kwargs}))
+        argv = ["digits_l2p", str(path.with_suffix(".yaml"))]
+    else:
+        argv = ["digits_l2p", "--model-kwargs", *(f"{k}={v}" for k, v in kwargs.items())]
+    assert main.main(argv) == 2
+    assert f"--model-kwargs {entry} is not allowed: give --pretrained" in capsys.readouterr().err
+    assert not path.with_name("ran").exists()
+
+
 # Damaged and foreign files
-
-
-def test_load_of_missing_file_names_it(path):
-    for missing in (path, path.parent):
-        with pytest.raises(CheckpointError, match=f"there is no checkpoint {missing}"):
-            checkpoints.load(missing)
 
 
 @pytest.mark.parametrize("part", [0, 0.001, 0.3, 0.9, 0.999])
@@ -194,17 +239,27 @@ def test_load_notices_a_changed_bit_of_a_tensor(path):
         checkpoints.load(path)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("legacy", [False, True])
-def test_load_of_damaged_file_raises_nothing_but_the_known_error(path, legacy):
-    torch.save(original(), path, _use_new_zipfile_serialization=not legacy)
-    whole, generator = path.read_bytes(), random.Random(0)
-    for _ in range(150):
-        damaged = bytearray(whole)
-        damaged[generator.randrange(min(len(whole), 700))] = generator.randrange(256)
-        path.write_bytes(bytes(damaged))
-        with suppress(CheckpointError):
-            assert isinstance(checkpoints.load(path), Checkpoint)
+@pytest.mark.parametrize("made", [content, original])
+def test_checkpoint_of_other_values_is_damaged_or_of_the_right_types(path, made, monkeypatch):
+    path.touch()
+    problems = []
+    for other in hostile(made(), 300):
+        monkeypatch.setattr(torch, "load", lambda *args, other=other, **kwargs: other)
+        try:
+            checkpoints.load(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+    assert len(problems) > 50
+    assert [one for one in problems if not one.isprintable() or len(one) > 600] == []
+
+
+@pytest.mark.parametrize(
+    "make", [str, os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")]
+)
+def test_load_of_what_is_no_file_names_it(path, make):
+    make(path)
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint {path}"):
+        checkpoints.load(path)
 
 
 HEAD = {"head.weight": torch.ones(2)}

@@ -1,11 +1,13 @@
 """What a run says of itself at its start and at its end."""
 
 import re
+import shlex
 
 import pytest
 from torch import nn
 
 import main
+from cli import paths
 from experiment import describe
 from helpers.tables import cases
 from prompt import SELECTION_RULES, Prompt
@@ -37,8 +39,9 @@ def test_start_tells_what_will_happen(said, tmp_path):
     found = lines(text)
     patterns = {
         "Data": "ImageFolder: 32 training images, 12 test images in 2 test sets",
-        "Tasks": r"2 of 2 classes, class-incremental; classes \d \d \| \d \d",
-        "Model": "vit_tiny_patch16_224, 16 pixels; 4 prompts of 2 tokens, 2 for an image; "
+        "Tasks": r"2 of 2 classes, class-incremental; classes [a-d] [a-d] \| [a-d] [a-d]",
+        "Model": r"vit_tiny_patch16_224 \(patch_size=8 embed_dim=16 depth=2 num_heads=2\), "
+        "random weights, 16 pixels; 4 prompts of 2 tokens, 2 for an image; "
         "head pools prompt",
         "Backbone": "weights random, sha256 [0-9a-f]{12}; frozen",
         # 4 * 2 * 16 prompts, 4 * 16 keys, a head from 16 to 4
@@ -74,9 +77,13 @@ linear_probe joint --seed 7 --output_dir=
   Trains: +number of params: 68 \(head 68\)$
   Output: +none: nothing is written$
 --num_tasks 4 --no-train_mask
+--min-lr 0.5
+  ^Without effect: --min-lr 0.5 \(needs --sched cosine or tanh or poly or plateau\)$
 --num_tasks 4
   Tasks: +4 of 1 class, class-incremental
-  there is nothing to learn
+  there is nothing to learn\. Give --num_tasks 2 --classes_per_task 2, or the overlay no_class_m
+--model vit_base_patch16_224.mae --model-kwargs embed_dim=16 depth=1 num_heads=2 patch_size=8
+  Model: +vit_base_patch16_224 \(embed_dim=16 depth=1 num_heads=2 patch_size=8\), random weights, 16
 --model vit_base_patch16_224 --model-kwargs embed_dim=16 depth=1 num_heads=2 patch_size=8
   --model vit_base_patch16_224 means vit_base_patch16_224.orig_in21k
 --diversify projected
@@ -94,7 +101,15 @@ def test_start_tells_what_is_special(said, monkeypatch):
     for flags, patterns in cases(SPECIAL):
         text = said(flags)
         assert [p for p in patterns if not re.search(p, text, re.MULTILINE)] == [], text
-        assert ("nothing to learn" in text) == ("there is nothing to learn" in patterns)
+        assert ("nothing to learn" in text) == ("there is nothing" in " ".join(patterns))
+
+
+@pytest.mark.slow
+def test_tasks_of_a_class_are_warned_of_at_the_start_and_the_end(command, tmp_path, capsys):
+    assert main.main([*command, "--num_tasks", "4", "--output_dir", str(tmp_path)]) == 0
+    start, end = capsys.readouterr().out.split("Task 1 (1 of 4)")
+    for text in (start, end):
+        assert text.count("WARNING: each of 4 tasks is a single class") == 1
 
 
 def test_end_tells_where_everything_is_and_an_evaluation_what_it_evaluates(
@@ -114,9 +129,11 @@ def test_end_tells_where_everything_is_and_an_evaluation_what_it_evaluates(
     named = re.findall(r"^  (\S+)  ", end, re.MULTILINE)
     assert f"Written to {folder}:\n" in end
     assert sorted(named) == sorted(path.name for path in folder.iterdir())
-    assert f"python main.py '{folder}'/config.yaml runs it again" in end
-    assert end.endswith(f"Evaluate again: python main.py --eval --output_dir '{folder}'\n")
-    assert main.main(["--eval", "--output_dir", str(folder), "--device", "cpu"]) == 0
+    called = paths.command("main.py")
+    assert f"{called} '{folder}'/config.yaml runs it again" in end
+    again = end.rpartition(f"Evaluate again: {called} ")[2]
+    assert again.startswith(f"--eval --output_dir '{folder}' --device cpu ")
+    assert main.main(shlex.split(again)) == 0
     text = capsys.readouterr().out
     assert text.startswith("L2P: evaluation of checkpoints\n")
     found = lines(text)

@@ -354,6 +354,7 @@ def test_every_step_and_every_task_is_logged_and_no_number_changes(logged, train
         assert logged.results[name] == trained.results[name]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_every_step_once_and_a_new_one_starts_a_new_log(
     tiny, tmp_path, logged, monkeypatch
 ):

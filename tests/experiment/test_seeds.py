@@ -2,13 +2,17 @@
 
 import json
 import weakref
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import engine
 import main
+from cli import paths
 from experiment import checkpoints, resume, training_run
-from reports import draw
+from helpers.made_up_results import write
+from reports import draw, seed_tables
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -79,14 +83,42 @@ def test_seeds_go_on_where_they_were_stopped(command, tmp_path, monkeypatch, cap
 
 
 def test_figures_that_fail_do_not_end_a_single_seed(command, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(draw, "draw_run", fail)
+    monkeypatch.setattr(draw, "load", Mock(side_effect=MemoryError))
     argv = [*command, "--plots", "--seeds", "9", "--output_dir", str(tmp_path)]
     assert main.main(argv) == 0
     text = capsys.readouterr().out
-    assert text.count("The figures are not drawn (OSError: no space left)") == 1
-    assert f"Draw them again: python plots.py {tmp_path / 'seed9'}" in text
+    again = f"draw them again: {paths.command('plots.py', tmp_path / 'seed9')}\n"
+    assert text.count(f"The figures are not drawn (MemoryError): {again}") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["seed9"]
     assert results(tmp_path / "seed9")["seed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("damage", "fails"),
+    [("{", ()), ("[]", (seed_tables, "seed_table")), (None, (draw, "load"))],
+)
+def test_a_comparison_of_seeds_that_fails_is_a_warning(
+    tmp_path, monkeypatch, capsys, damage, fails
+):
+    """The first seed's results are damaged, or missing; the runs are done."""
+
+    def train(settings, _):
+        folder = write(Path(settings.run.output_dir), seed=settings.run.seed)
+        if settings.run.seed == 1:
+            (folder / "results.json").unlink()
+            if damage:
+                (folder / "results.json").write_text(damage)
+
+    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(draw, "draw_comparison", lambda *_: draw.load("figures"))
+    if fails:
+        monkeypatch.setattr(*fails, Mock(side_effect=RuntimeError("a bug\nin lines")))
+    argv = ["digits_l2p", "--device", "cpu", "--seeds", "1", "2", "--output_dir", str(tmp_path)]
+    assert main.main(argv) == 0
+    said, printed = capsys.readouterr()
+    assert printed == ""
+    assert said.count(f"{tmp_path / 'seed1' / 'results.json'}: ") == 1
+    assert ("66.67" in said) == ("seed_table" not in fails)
+    again = "; ".join(paths.command(f"{name}.py", tmp_path) for name in ("summarize", "plots"))
+    warning = f"The seeds are not compared (RuntimeError: a bug): do it again: {again}\n"
+    assert said.count(warning) == bool(fails)

@@ -18,7 +18,7 @@ import utils
 from continual_datasets import task_data
 from experiment import describe, resume, session, training_run
 from experiment.session import Session
-from experiment.signals import EXIT_CODE, Preempted, StopSignals
+from experiment.signals import EXIT_CODE, Preempted, StopSignals, was_stopped
 from helpers.killed_commands import exit_code, in_child
 from helpers.process_groups import by_nobody, together
 from helpers.resumed_runs import ALWAYS, assert_resumes, contents, place, start
@@ -26,7 +26,7 @@ from training import evaluation
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
@@ -98,17 +98,32 @@ def test_hand_on_tells_who_listened_before(heard):
         assert heard == []
     signals.hand_on()
     signal.signal(signal.SIGUSR2, handler)
-    assert heard == [signal.SIGTERM, signal.SIGUSR1]
+    assert heard == [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
-@pytest.mark.parametrize(("asked", "code"), [(False, 1), (True, EXIT_CODE)])
-def test_process_that_loses_another_was_stopped_if_it_was_asked_to(capsys, asked, code):
+def test_hangup_that_nohup_ignores_stays_ignored():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals.received == []
+        with signals.suspended():
+            pass
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, handler)
+
+
+@pytest.mark.parametrize(
+    ("asked", "saved", "code"), [(False, True, 1), (True, True, EXIT_CODE), (True, False, 143)]
+)
+def test_process_that_loses_another_was_stopped_if_it_was_asked_to(capsys, asked, saved, code):
     with StopSignals() as signals, Session(signals) as run:
+        signals.saved = saved
         if asked:
             signal.raise_signal(signal.SIGTERM)
         raise utils.LostProcessError("another process of the run is gone (closed)")
     assert run.code == code
-    assert "another process of the run is gone (closed)\n" in capsys.readouterr().out
+    assert was_stopped(run.code) is asked
+    assert "another process of the run is gone (closed)" in capsys.readouterr().out
 
 
 # Runs that are asked to stop: two tasks, two epochs of two steps each
@@ -179,7 +194,7 @@ def test_signal_before_anything_is_trained_leaves_at_once(
 ):
     sending(monkeypatch, where, name, signal.SIGUSR1)
     monkeypatch.setattr(engine, "train_step", None)
-    assert start(command, tmp_path) == EXIT_CODE
+    assert start(command, tmp_path) == 128 + signal.SIGUSR1  # nothing was saved
     assert "SIGUSR1 stopped the program outside of training" in capsys.readouterr().out
     assert sorted(contents(tmp_path)) == written
 
@@ -204,7 +219,7 @@ def test_signal_behind_the_last_task_leaves_a_complete_run(
 def test_run_without_output_dir_stops_too(command, tmp_path, monkeypatch, capsys, heard):
     monkeypatch.chdir(tmp_path)
     steps = sending(monkeypatch, engine, "_forward_backward", signal.SIGTERM, at=3)
-    assert main.main([*command, "--output_dir", ""]) == EXIT_CODE
+    assert main.main([*command, "--output_dir", ""]) == 128 + signal.SIGTERM
     assert (steps["n"], heard) == (4, [signal.SIGTERM])  # handed on at the end
     assert contents(tmp_path) == {}
     assert "epoch 2, step 2: nothing is saved" in capsys.readouterr().out
