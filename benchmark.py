@@ -35,14 +35,14 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 from benchmarks import measure
 from benchmarks.programs import Workload, read_workload
-from cli.flags import flag
+from cli.flags import between, flag
 from cli.options import take
 from cli.parser import UsageError
-from cli.settings import COUNT, NATURAL
-from continual_datasets.images import DataError
+from cli.paths import PathStr
+from cli.terminal import exit_code, make_robust, printable
 from experiment import run_record
-from experiment.signals import Preempted
-from model.backbone import WeightsError
+from experiment.session import explain
+from experiment.signals import INTERRUPTED, Preempted
 from reports import files
 
 PARTS = ("stages", "step", "evaluation", "run", "memory")
@@ -55,9 +55,9 @@ _NAMED = ("model", "pretrained", "input_size", "batch_size", "vote_group_size", 
 class BenchmarkOptions:
     """Options of this program."""
 
-    repetitions: int = flag(3, "measured turns", range=COUNT)
-    warm_up: int = flag(1, "turns before that, left out", range=NATURAL)
-    json: str | None = flag(None, "file where every number goes")
+    repetitions: int = flag(3, "measured turns", range=between(1, 1000))
+    warm_up: int = flag(1, "turns before that, left out", range=between(0, 1000))
+    json: PathStr | None = flag(None, "file where every number goes")
     only: str = flag(",".join(PARTS), "what is measured, with commas between")
     synthetic: str | None = flag(
         None, "so many random images of 100 classes instead of CIFAR-100, as 50000,10000"
@@ -66,7 +66,7 @@ class BenchmarkOptions:
     @property
     def num_images(self) -> tuple[int, int] | None:
         """Random training and test images; None: the data are real."""
-        numbers = re.fullmatch(r"([1-9]\d\d+),([1-9]\d\d+)", self.synthetic or "")
+        numbers = re.fullmatch(r"([1-9]\d{2,5}),([1-9]\d{2,5})", self.synthetic or "")
         return (int(numbers[1]), int(numbers[2])) if numbers else None
 
     def problems(self) -> list[str]:
@@ -74,10 +74,10 @@ class BenchmarkOptions:
         unknown = [part for part in self.only.split(",") if part not in PARTS]
         problems = [f"--only: {part!r} is none of {', '.join(PARTS)}" for part in unknown]
         path = Path(self.json or ".report").absolute()
-        if path.is_dir() or not path.parent.is_dir():
+        if (path.exists() and not path.is_file()) or not path.parent.is_dir():
             problems.append(f"--json: '{self.json}' is no file in a folder that exists")
         if self.synthetic and not self.num_images:
-            wanted = "two numbers of images, at least 100 each, such as 50000,10000"
+            wanted = "two numbers of images, each in [100, 999999], such as 50000,10000"
             problems.append(f"--synthetic: '{self.synthetic}' is not {wanted}")
         return problems
 
@@ -95,18 +95,20 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workload = read_workload(flags, options.num_images, problems)
         report = _measure(workload, options, argv)
+        print(table(report))
+        if options.json:
+            files.write_json(Path(options.json), report)
     except UsageError as error:
         return error.report("benchmark.py")
-    except (DataError, WeightsError, Preempted) as error:
-        reason = "ended by a signal" if isinstance(error, Preempted) else error
-        print(f"benchmark.py: {reason}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("benchmark.py: interrupted", file=sys.stderr)
-        return 130
-    print(table(report))
-    if options.json:
-        files.write_json(Path(options.json), report)
+        return INTERRUPTED
+    except (Exception, Preempted) as error:
+        said = "ended by a signal" if isinstance(error, Preempted) else explain(error)
+        if said is None:
+            raise
+        print(f"benchmark.py: {printable(said)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -179,4 +181,5 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_robust()
+    sys.exit(exit_code(main()))

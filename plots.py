@@ -21,7 +21,9 @@ from typing import Any
 from cli.flags import flag
 from cli.options import near, take_all
 from cli.parser import UsageError
+from cli.paths import PathStr
 from cli.settings import Settings
+from cli.terminal import exit_code, make_robust, one_line
 from reports import draw, stored_runs
 from reports.stored_runs import Group
 
@@ -38,7 +40,7 @@ class PlotOptions:
     only: tuple[str, ...] = flag(
         (), f"draw these figures, of {', '.join(_NAMES)} (default: all)", choices=_NAMES
     )
-    output_dir: str | None = flag(
+    output_dir: PathStr | None = flag(
         None, "where the comparison goes (default: comparison, in what holds all the runs)"
     )
     against: str | None = flag(
@@ -95,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         return _run(options, [stored_runs.folder_of(Path(name)) for name in folders], problems)
     except UsageError as error:
         return error.report("plots.py")
-    except OSError as error:
-        print(f"plots.py: {error}", file=sys.stderr)
+    except (OSError, ImportError) as error:
+        print(f"plots.py: {one_line(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -111,9 +113,9 @@ def _run(options: PlotOptions, paths: Sequence[Path], problems: list[str]) -> in
     is_drawn = False
     for place, (drawn, left_out) in _draw(options, paths, folders, groups):
         for name in drawn:
-            print(f"{place / name}.{', .'.join(options.format)}")
+            print(one_line(f"{place / name}.{', .'.join(options.format)}"))
         for line in left_out:
-            print(f"{place}: without {line}")
+            print(one_line(f"{place}: without {line}"))
         is_drawn |= bool(drawn)
     if not is_drawn:
         _print_problems(["there is nothing to draw"])
@@ -138,7 +140,7 @@ def _draw(
 
 def _print_problems(problems: Iterable[str]) -> None:
     for problem in dict.fromkeys(problems):
-        print(f"plots.py: {problem}", file=sys.stderr)
+        print(f"plots.py: {one_line(problem)}", file=sys.stderr)
 
 
 def _in_numerical_order(group: Group) -> list[Any]:
@@ -178,4 +180,5 @@ def _rename(groups: list[Group], changes: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_robust()
+    sys.exit(exit_code(main()))

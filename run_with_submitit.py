@@ -16,6 +16,8 @@ import submitit
 from cli.flags import flag
 from cli.options import take
 from cli.parser import UsageError, parse
+from cli.paths import PathStr
+from cli.terminal import exit_code, make_robust, one_line
 from launch import submitit_jobs
 from launch.submitit_jobs import JobOptions
 
@@ -24,7 +26,7 @@ from launch.submitit_jobs import JobOptions
 class SubmitOptions(JobOptions):
     """Options of this program."""
 
-    shared_folder: str = flag("", "folder that all nodes see; jobs get DIR/JOBID")
+    shared_folder: PathStr = flag("", "folder that all nodes see; jobs get DIR/JOBID")
 
     def problems(self) -> Sequence[str]:
         """What is wrong with them together."""
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return error.report("run_with_submitit.py")
     except submitit_jobs.SUBMISSION_ERRORS as error:
-        print(f"error: the job was not submitted: {error}", file=sys.stderr)
+        print(one_line(f"error: the job was not submitted: {error}"), file=sys.stderr)
         return 1
     paths = job.task(0).paths
     print(f"Submitted job {job.job_id}")
@@ -78,10 +80,11 @@ def submit(
     if settings.run.resume == "auto" and output_dir is None:
         found.append("--resume auto: a new job has a new folder; give --output_dir or --resume DIR")
     validate(settings, [*problems, *found], elsewhere=True)
-    folder = Path(options.shared_folder).expanduser().absolute()
+    folder = Path(options.shared_folder).absolute()
     runs = [(list(rest), output_dir)]
     return submitit_jobs.submit(options, folder, runs, settings.data.num_workers)[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_robust()
+    sys.exit(exit_code(main()))

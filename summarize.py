@@ -19,6 +19,8 @@ from pathlib import Path
 from cli.flags import flag
 from cli.options import take_all
 from cli.parser import UsageError
+from cli.paths import PathStr
+from cli.terminal import exit_code, make_robust, one_line
 from reports import files, published, seed_tables, stored_runs
 from reports.seed_tables import DEFAULT_METRICS, FORMATS, METRICS, SELECTIONS
 from reports.stored_runs import Group, ResultsError
@@ -46,12 +48,12 @@ class TableOptions:
         f"{', '.join(published.EXPERIMENTS.values())}",
         at_least_one=False,
     )
-    compare: tuple[str, str] | None = flag(
+    compare: tuple[PathStr, PathStr] | None = flag(
         None,
         "show B - A with its uncertainty; A and B are labels of the table, or folders with runs "
         "of one configuration",
     )
-    output: str | None = flag(None, "file to write to, in place of the screen")
+    output: PathStr | None = flag(None, "file to write to, in place of the screen")
 
     @property
     def experiments(self) -> set[str]:
@@ -79,8 +81,8 @@ class TableOptions:
         ]
         if self.quoted is not None and self.compare:
             problems.append("--quoted and --compare exclude each other: give one")
-        if self.output is not None and os.path.isdir(self.output):
-            problems.append(f"--output {self.output} is a folder: name a file")
+        if self.output and os.path.exists(self.output) and not os.path.isfile(self.output):
+            problems.append(f"--output {self.output} is no regular file: name a file")
         return problems
 
 
@@ -103,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         _write(text, options.output)
     except UsageError as error:
         return error.report("summarize.py")
-    except (ResultsError, OSError) as error:
-        print(f"summarize.py: {error}", file=sys.stderr)
+    except (ResultsError, OSError, ImportError) as error:
+        _print_notes([f"summarize.py: {error}"])
         return 1
     return 0
 
@@ -162,25 +164,22 @@ def _group_in(name: str, labels: Iterable[str]) -> Group:
         problem = f"--compare: {name} has runs of {len(groups)} configurations: name the folder of "
         problem += f"one, or give {name} as OUTPUT_DIR and one of these labels: "
         raise UsageError([problem + "; ".join(group.label for group in groups)])
-    return replace(groups[0], label=f"{groups[0].label} in {name}")
+    return replace(groups[0], label=f"{groups[0].label} in {one_line(name)}")
 
 
 def _print_notes(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
 
 
 def _write(text: str, path: str | None) -> None:
-    """Writes the text to a file, or to standard output; a closed pipe is no error."""
+    """Writes the text to a file, or to standard output."""
     if path:
         files.write_text(Path(path), text)
-        return
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # Else Python would report the pipe once more when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_robust()
+    sys.exit(exit_code(main()))

@@ -13,7 +13,6 @@ Exit code: 0 done or submitted, 1 a run failed, 2 command line rejected, 75 stop
 130 interrupted. After 75 and 130, the same command resumes the sweep.
 """
 
-import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +21,8 @@ from filelock import FileLock, Timeout
 
 from cli.options import take
 from cli.parser import UsageError
+from cli.paths import command
+from cli.terminal import exit_code, make_robust, one_line, tolerated
 from launch import local_runs, submitit_jobs, sweep_plan
 from launch.sweep_plan import Sweep, SweepOptions
 from reports import draw, seed_tables, stored_runs
@@ -49,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return error.report("sweep.py")
     except Timeout:
-        print(f"error: another sweep.py uses {options.folder}: wait for it", file=sys.stderr)
+        problem = f"error: another sweep.py uses {options.folder}: wait for it"
+        print(one_line(problem), file=sys.stderr)
         return 2
     except submitit_jobs.SUBMISSION_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command resumes; jobs of Slurm continue", file=sys.stderr)
@@ -75,7 +77,7 @@ def run_sweep(sweep: Sweep, options: SweepOptions) -> int:
         print(f"  left out: {'  '.join(arms)}\n    ({reason})")
     if options.dry_run:
         for run in left:
-            print(f"  {shlex.join(['python', 'main.py', *run.argv])}")
+            print(one_line(f"  {command('main.py', *run.argv)}"))
         return 0
     if left and options.submitit:
         runs = [(run.argv, str(run.folder)) for run in left]
@@ -100,18 +102,24 @@ def report(sweep: Sweep, options: SweepOptions) -> None:
     finished = [results for run in sweep.runs if (results := run.results())]
     if not finished:
         return
-    found, notes = stored_runs.group(finished)
-    groups = [replace(group, label=group.runs[0].folder.parent.name) for group in found]
-    if len(finished) < len(sweep.runs):
-        notes.append(f"{len(sweep.runs) - len(finished)} of {len(sweep.runs)} runs are unfinished")
-    if sweep.runs[0].settings.output.plots:
-        values = {n: {str(group.settings.get(n)) for group in groups} for n in sweep.axes}
-        axes = [name for name in sweep.axes if len(values[name]) > 1]
-        notes += draw.draw_comparison(groups, options.folder / "comparison", *axes)[1]
-        notes.append(f"Drawn in {options.folder / 'comparison'}")
-    notes.append(f"As a file: python summarize.py {shlex.quote(str(options.folder))} --format csv")
-    print("", seed_tables.seed_table(groups), *notes, sep="\n")
+    table, figures = (command(name, options.folder) for name in ("summarize.py", "plots.py"))
+    with tolerated("The runs are not compared", f"do it again: {table}; {figures}"):
+        found, notes = stored_runs.group(finished)
+        arms = [one_line(group.runs[0].folder.parent.name) for group in found]
+        groups = [replace(group, label=arm) for group, arm in zip(found, arms, strict=True)]
+        if len(finished) < len(sweep.runs):
+            left = len(sweep.runs) - len(finished)
+            notes.append(f"{left} of {len(sweep.runs)} runs are unfinished")
+        notes.append(f"As a file: {table} --format csv")
+        print("", seed_tables.seed_table(groups), *map(one_line, notes), sep="\n")
+        if sweep.runs[0].settings.output.plots:
+            values = {n: {str(group.settings.get(n)) for group in groups} for n in sweep.axes}
+            axes = [name for name in sweep.axes if len(values[name]) > 1]
+            folder = options.folder / "comparison"
+            left_out = draw.draw_comparison(groups, folder, *axes)[1]
+            print(*map(one_line, [*left_out, f"Drawn in {folder}"]), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_robust()
+    sys.exit(exit_code(main()))

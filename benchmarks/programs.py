@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from training.evaluation import evaluate
 from training.losses import class_mask
 from training.state import Evaluation, TrainState
 from training.update import OptimizerStep
-from utils import Processes, find_launch, init_processes
+from utils import Processes, choose_device, find_launch
 
 #: Defaults of a workload, and of its data: two digits, one after the other.
 _WORKLOAD: dict[str, Any] = {"model": "vit_tiny_patch16_224", "pretrained": False, "epochs": 1}
@@ -78,10 +79,12 @@ def read_workload(
         for name in _FIXED
         if settings[name] != usual[name]
     ]
-    if find_launch() is not None:
-        found.append("a launcher started this: the baseline is a single process")
+    with suppress(ValueError):  # which `validate` reports
+        if find_launch() is not None:
+            found.append("a launcher started this: the baseline is a single process")
     validate(settings, [*problems, *found])
-    return Workload(settings, init_processes(settings.run.device), synthetic)
+    alone = Processes(device=choose_device(settings.run.device))
+    return Workload(settings, alone, synthetic)
 
 
 def random_images(number: int, seed: int) -> ArraySource:

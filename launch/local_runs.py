@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli.paths import ROOT
-from experiment.signals import EXIT_CODE, StopSignals
+from cli.terminal import one_line
+from experiment.signals import EXIT_CODE, INTERRUPTED, StopSignals, was_stopped
 from launch.sweep_plan import Run
 from reports import stored_runs
 from reports.stored_runs import ResultsError
@@ -25,7 +26,7 @@ class _Child:
     def __init__(self, run: Run, title: str, environment: dict[str, str], logs: Path) -> None:
         self.run, self.title, self.environment = run, title, environment
         self.log, self.started = logs / f"{run.name.replace('/', '-')}.txt", time.monotonic()
-        print(f"{title}: starts", flush=True)
+        print(one_line(f"{title}: starts"), flush=True)
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "main.py"), *run.argv],
@@ -39,7 +40,7 @@ class _Child:
     def report_end(self) -> int:
         """Prints how it ended; returns 0, 75 if it was stopped, or 1."""
         code, lines = self.process.returncode, []
-        if code in (EXIT_CODE, -signal.SIGTERM):
+        if was_stopped(code) or code == -signal.SIGTERM:
             code, end = EXIT_CODE, "was stopped"
         elif code != 0:
             end = f"failed with exit code {code}, {self.log} ends as below"
@@ -51,7 +52,8 @@ class _Child:
             except ResultsError as error:
                 code, end = 1, f"failed: {error}"
         seconds = round(time.monotonic() - self.started)
-        print("\n    ".join([f"{self.title}: {end}, {seconds} s", *lines]), flush=True)
+        lines = [f"{self.title}: {end}, {seconds} s", *lines]
+        print(*map(one_line, lines), sep="\n    ", flush=True)
         return code
 
 
@@ -89,7 +91,7 @@ def run_here(runs: Sequence[Run], num_jobs: int, logs: Path) -> int:
                 child.process.wait()
     if received:
         print("Call the same command again to resume.", flush=True)
-        return 130 if received[0] == signal.SIGINT else EXIT_CODE
+        return INTERRUPTED if received[0] == signal.SIGINT else EXIT_CODE
     return next(code for code in (1, EXIT_CODE, 0) if code in codes)  # the worst
 
 

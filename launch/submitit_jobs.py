@@ -14,9 +14,10 @@ from pathlib import Path
 import cloudpickle
 import submitit
 
-from cli.flags import flag
+from cli.flags import between, flag
 from cli.paths import ROOT
 from cli.settings import COUNT, NATURAL
+from cli.terminal import one_line
 
 #: What submitit and the commands of Slurm raise when jobs cannot be submitted or found.
 SUBMISSION_ERRORS = (RuntimeError, OSError, subprocess.CalledProcessError)
@@ -40,7 +41,7 @@ class JobOptions:
     gpus_per_node: int = flag(1, "GPUs of a node", range=NATURAL)
     tasks_per_node: int | None = flag(None, "processes of a node (default: GPUs)", range=COUNT)
     cpus_per_task: int | None = flag(None, "cores (default: --num_workers + 1)", range=COUNT)
-    mem_gb: float | None = flag(None, "memory of a node, GB")
+    mem_gb: float | None = flag(None, "memory of a node, GB", range=between(0, 1e6, above=True))
     timeout: int = flag(2800, "time limit, minutes", range=COUNT)
     partition: str | None = flag(None, "partition of Slurm")
     nodelist: str | None = flag(None, "nodes that the job must get")
@@ -98,7 +99,7 @@ class Trainer:
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
             argv += ["--resume", "auto"]
         code = main.main(argv)  # passes SIGUSR2 on to submitit, which requeues the job
-        if code == signals.EXIT_CODE:
+        if signals.was_stopped(code):
             if job.global_rank > 0:
                 sys.exit(0)  # without a result, so that the job does not look done
             time.sleep(_REQUEUE_SECONDS)
@@ -181,5 +182,5 @@ def wait(job: submitit.Job, title: str = "") -> int:
     log = f"{first.stdout() or ''}\n{first.stderr() or ''}".splitlines()
     errors = [line for line in log if line.startswith(("error:", "  - "))] or log[-10:]
     headline = f"error: {title} failed (exit code {code}), see {first.paths.stderr}"
-    print(headline, *errors, sep="\n", file=sys.stderr)
+    print(*map(one_line, [headline, *errors]), sep="\n", file=sys.stderr)
     return code

@@ -1,6 +1,8 @@
 """The arms of a sweep, the runs that they consist of, and which of these are finished."""
 
 import itertools
+import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -9,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import configurations
+from cli import configurations, needs
 from cli.flags import Range, flag, flags_of
+from cli.options import near
 from cli.parser import UsageError, parse, shown, words_of
-from cli.paths import ROOT
+from cli.paths import ROOT, PathStr
 from cli.settings import COUNT, SEED, Settings, names_of
 from continual_datasets.class_order import read_class_order
 from launch.submitit_jobs import JobOptions
@@ -22,10 +25,13 @@ from reports.stored_runs import ResultsError, StoredRun
 SWEEP_DIR = ROOT / "configs" / "sweeps"
 
 #: How an axis of `--grid` is written.
-GRID: Range = ("must be NAME=VALUE,...", re.compile(r"[A-Za-z][\w-]*=").match)
+GRID: Range = ("must be NAME=VALUE,...", re.compile(r"[A-Za-z][\w-]*=.").match)
 
 #: Settings that sweep.py gives to each run.
 _GIVEN = ("seed", "seeds", "output_dir", "resume")
+
+#: Most arms that a sweep can have.
+_MOST_ARMS = 10_000
 
 #: What names of folders cannot have.
 _UNFIT = re.compile(r"[^\w.+-]+")
@@ -40,7 +46,7 @@ class SweepOptions(JobOptions):
         "settings and their values, NAME=VALUE,..., all of which are combined; no SWEEP then",
         range=GRID,
     )
-    output_dir: str = flag("", "folder of the sweep: each run goes to OUTPUT_DIR/ARM/seedSEED")
+    output_dir: PathStr = flag("", "folder of the sweep: each run goes to DIR/ARM/seedSEED")
     seeds: tuple[int, ...] = flag((42,), "seeds of each arm", range=SEED)
     jobs: int | None = flag(None, "local runs at a time, which share cores and GPUs", range=COUNT)
     list: bool = flag(False, "show the sweeps, and stop")
@@ -51,7 +57,7 @@ class SweepOptions(JobOptions):
     @property
     def folder(self) -> Path:
         """Folder of the sweep."""
-        return Path(self.output_dir).expanduser().absolute()
+        return Path(self.output_dir).absolute()
 
     def problems(self) -> Sequence[str]:
         """What is wrong with them together."""
@@ -87,7 +93,7 @@ class Sweep:
 
     name: str  # of the sweep file, or --grid
     runs: list[Run]
-    left_out: dict[str, list[str]]  # names of impossible arms by the reason
+    left_out: dict[str, list[str]]  # names of arms that do not run, by reason
     axes: list[str]  # settings on the x axis and for the lines of the figure `accuracy_against`
 
 
@@ -115,6 +121,7 @@ def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[st
         raise UsageError([*problems, str(error)]) from error
     runs: list[Run] = []
     reasons = defaultdict[str, list[str]](list)
+    twins: dict[str, str] = {}  # arms by their settings
     is_readable = True
     for arm, values in arms.items():
         argv = [*base, *_arguments(values)]
@@ -130,10 +137,15 @@ def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[st
             own.append(Run(f"{arm}/seed{seed}", folder, words, settings.replace(**last)))
         try:
             validate(own[0].settings, found, elsewhere=options.submitit)
-            runs += own
         except UsageError as error:
             for problem in error.problems:
                 reasons[problem].append(arm)
+            continue
+        twin = twins.setdefault(_effective(own[0].settings), arm)
+        if twin == arm:
+            runs += own
+        else:
+            reasons[f"equal to {twin}: what differs has no effect"].append(arm)
     if not (is_readable and runs):
         raise UsageError(
             problem if len(own_arms) == len(arms) else f"{', '.join(own_arms)}: {problem}"
@@ -150,8 +162,10 @@ def read_file(name: str) -> dict[str, Any]:
     """
     path = name if configurations.is_file_name(name) else str(SWEEP_DIR / f"{name}.yaml")
     if not configurations.exists(path):
-        problem = f"{name!r} is no sweep: begin with one of --list, or a file that ends in .yaml"
-        raise ValueError(f"{problem}, or give --grid")
+        given = f"{name!r} is no sweep" if name else "no sweep is given"
+        hint = near(name, [path.stem for path in SWEEP_DIR.glob("*.yaml")])
+        advice = ": begin with one of --list, or a file that ends in .yaml, or give --grid"
+        raise ValueError(f"{given}{hint or advice}")
     return configurations.load(path)
 
 
@@ -180,15 +194,20 @@ def expand(name: str, content: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
         and (arms or grid)
         and all(isinstance(settings or {}, dict) for settings in arms.values())
         and all(isinstance(values, list) and values for values in grid.values())
+        and all(isinstance(content.get(axis, ""), str) for axis in ("against", "lines"))
     ):
         problem = f"{name}: must hold arms, lines of `name: {{setting: value}}`, or grid, lines of "
         raise ValueError(problem + "`setting: [value, ...]`, or both, and may set against, lines")
+    if (number := math.prod(map(len, [arms or "1", *grid.values()]))) > _MOST_ARMS:
+        raise ValueError(f"{name}: makes {number} arms, {_MOST_ARMS} is the most")
     combined: dict[str, dict[str, Any]] = {}
     combinations = itertools.product((arms or {"": {}}).items(), itertools.product(*grid.values()))
     for (arm, own), combination in combinations:
         values = dict(zip(grid, combination, strict=True))
         words = [f"{key}={_UNFIT.sub('_', shown(value))}" for key, value in values.items()]
         full_name = ",".join(filter(None, [str(arm).replace("/", "_"), *words]))
+        if not full_name.isprintable() or full_name[:1] in ("", "."):
+            raise ValueError(f"{name}: the arm {full_name} has no name for a folder: rename it")
         if full_name in combined:
             raise ValueError(f"{name}: two arms have the name and the folder {full_name}")
         combined[full_name] = {**(own or {}), **values}
@@ -216,6 +235,11 @@ def finished(runs: Sequence[Run], num_processes: int) -> list[Run]:
     return done
 
 
+def _effective(settings: Settings) -> str:
+    """The settings that decide what a run does, as text."""
+    return str(sorted(needs.effective(settings.replace(output_dir="").stored()).items()))
+
+
 def _arguments(settings: dict[str, Any]) -> list[str]:
     """Settings as arguments of main.py."""
     argv = []
@@ -235,17 +259,18 @@ def _differences(run: Run, num_processes: int) -> Iterator[str]:
     images = wanted["images_per_step"] = wanted["batch_size"] * num_processes
     stored["images_per_step"] = results.get("run", {}).get("images_per_step", images)
     free = {*names_of("compute", "place")} - {"pretrained"}
+    wanted, stored = needs.effective(wanted), needs.effective(stored)
     for config in (wanted, stored):
         config["vote_group_size"] = config["vote_group_size"] or config["batch_size"]
         config["pretrained"] = Path(str(config["pretrained"])).name  # wherever the file is
         if "imagefolder" in str(config["dataset"]).lower():
             free -= {"data_path"}
-            config["data_path"] = str(Path(config["data_path"]).expanduser().resolve())
+            config["data_path"] = os.path.realpath(os.path.expanduser(config["data_path"]))
     if path := wanted["class_order"]:
-        wanted["class_order"], learned = [], list(itertools.chain(*results["class_order"]))
+        wanted["class_order"], learned = [], list(itertools.chain(*results.get("class_order", [])))
         stored["class_order"] = learned
         with suppress(ValueError, OSError):  # a file that main.py will reject
-            order = read_class_order(Path(path), results["class_names"])
+            order = read_class_order(Path(path), results.get("class_names", []))
             wanted["class_order"] = order[: len(learned)]
     for name in sorted(wanted.keys() - free):
         if stored.get(name) != wanted[name]:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from cli.terminal import one_line
 from reports import figure_style, metrics, stored_runs
 from reports.figure_style import PALETTE, NothingToDrawError, styled
 from reports.metrics import SELECTIONS
@@ -99,7 +100,7 @@ def _draw(
     arms = {arm: _with_seeds(arm, lines.loc["batch", arm]["size"]) for arm in frame["arm"].unique()}
     num_columns = max(1, min(4, 140 // (max(map(len, arms.values())) + 8)))
     num_lines = "\n".join(arms.values()).count("\n") + 1
-    datasets = ", ".join(dict.fromkeys(str(group.settings.get("dataset")) for group in groups))
+    datasets = ", ".join(dict.fromkeys(group.shown("dataset") for group in groups))
     title, height = f"{datasets}: {quantity} {how}", 3.9 + 0.18 * num_lines / num_columns
     figure = figure_style.new_figure(title, 9.0, height)
     panels = figure.subplots(1, 2, sharey=True)
@@ -137,6 +138,7 @@ def _look(number: int) -> dict[str, Any]:
 def _with_seeds(arm: str, sizes: Any) -> str:
     """The label of an arm with the number of its seeds."""
     n = " to ".join(str(number) for number in dict.fromkeys([sizes.min(), sizes.max()]))
+    arm = " " * arm.startswith("_") + one_line(arm)  # a legend leaves out what begins so
     return textwrap.fill(f"{arm} (n = {n})" if arm else f"n = {n}", 120)
 
 

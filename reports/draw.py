@@ -3,13 +3,21 @@
 matplotlib and pandas take long to import, so only the functions that draw import the figures.
 """
 
+import importlib
+import logging
+import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cli.paths import command
+from cli.terminal import reason
 from reports import files
 from reports.stored_runs import Group
+
+logger = logging.getLogger(__name__)
 
 #: Figures of one run, functions of `figures`.
 RUN_FIGURES = (
@@ -33,8 +41,7 @@ def draw_run(results: dict[str, Any], folder: Path, **choice: Collection[str]) -
 
     `choice`: `only` some figures, and `formats` of the files other than `DEFAULT_FORMATS`.
     """
-    from reports import figures
-
+    figures = load("figures")
     drawings = {name: partial(getattr(figures, name), results) for name in RUN_FIGURES}
     return _write(drawings, folder, **choice)
 
@@ -46,13 +53,19 @@ def draw_comparison(
 
     `against` are the settings of `accuracy_against`, which is left out if there are none.
     """
-    from reports import comparison_figures
-
-    drawings = {name: partial(getattr(comparison_figures, name), groups) for name in COMPARISONS}
+    figures = load("comparison_figures")
+    drawings = {name: partial(getattr(figures, name), groups) for name in COMPARISONS}
     accuracy_against = drawings.pop("accuracy_against")
     if against:
         drawings["accuracy_against"] = partial(accuracy_against, *against)
     return _write(drawings, folder, **choice)
+
+
+def load(name: str) -> Any:
+    """Imports a module of figures, with a matplotlib that needs no screen."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which commands inherit, may be missing
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a line for each letter
+    return importlib.import_module(f"reports.{name}")
 
 
 def _write(
@@ -63,24 +76,36 @@ def _write(
 ) -> Drawn:
     """Writes figures; those of an earlier call are replaced, or removed where there is none now.
 
-    The same figure gives the same bytes.
+    The same figure gives the same bytes. Figures that fail are one warning; files that cannot be
+    written raise OSError.
     """
     import matplotlib
 
     from reports.figure_style import NothingToDrawError
 
-    drawn, left_out = [], []
-    for name in [name for name in drawings if not only or name in only]:
-        try:
-            figure = drawings[name]()
-        except NothingToDrawError as error:
-            left_out.append(f"{name}: {error}")
+    drawn, left_out, failed = list[str](), list[str](), dict[str, str]()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for name in [name for name in drawings if not only or name in only]:
+            try:
+                figure = drawings[name]()
+                with matplotlib.rc_context({"svg.hashsalt": name, "pdf.fonttype": 42}):
+                    for form in formats:
+                        save = partial(figure.savefig, format=form, dpi=150, metadata=FORMATS[form])
+                        files.write_whole(folder / f"{name}.{form}", save)
+                drawn.append(name)
+                continue
+            except NothingToDrawError as error:
+                left_out.append(f"{name}: {error}")
+            except OSError:
+                raise
+            except Exception as error:  # libraries raise many kinds
+                failed[name] = reason(error)
             for form in FORMATS:
                 (folder / f"{name}.{form}").unlink(missing_ok=True)
-            continue
-        with matplotlib.rc_context({"svg.hashsalt": name, "pdf.fonttype": 42}):
-            for form in formats:
-                save = partial(figure.savefig, format=form, dpi=150, metadata=FORMATS[form])
-                files.write_whole(folder / f"{name}.{form}", save)
-        drawn.append(name)
+    if failed:
+        why, again = "; ".join(dict.fromkeys(failed.values())), command("plots.py", folder.parent)
+        logger.warning("Not drawn: %s (%s); draw again: %s", ", ".join(failed), why, again)
+    if any("missing from font" in str(one.message) for one in found):
+        logger.warning("%s: the font lacks characters: name another in a matplotlibrc", folder)
     return drawn, left_out

@@ -6,7 +6,6 @@ are in inches. All is plain matplotlib: seaborn would save a dozen lines, and im
 """
 
 import functools
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,8 +54,6 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def draw_styled(*given: Any) -> Figure:
-        if "matplotlib.pyplot" not in sys.modules:  # who has imported it has chosen a backend
-            matplotlib.use("Agg")
         with matplotlib.style.context(_STYLE):
             figure = draw(*given)
             figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]

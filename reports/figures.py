@@ -16,7 +16,8 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cli.parser import command_words
+from cli.parser import command_words, shown
+from cli.terminal import one_line
 from continual_datasets.stream import display_names
 from reports import figure_style as style
 from reports import metrics
@@ -49,8 +50,8 @@ def overview(results: dict[str, Any]) -> Figure:
     figure = new_figure(_title(results), sum(widths) + labels, room(len(matrix), 2.2, 3.2) + 1.4)
     panels = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     _draw_averages(panels.pop(place), results)
-    for axes, (title, shown) in zip(panels, maps.items(), strict=True):
-        colors = style.heat_map(axes, *shown)
+    for axes, (title, content) in zip(panels, maps.items(), strict=True):
+        colors = style.heat_map(axes, *content)
         axes.set_title(f"{title}, instance-wise")
         if not axes.texts:
             figure.colorbar(colors, ax=axes)
@@ -252,6 +253,7 @@ def _names(results: dict[str, Any]) -> list[str]:
     if number == 1:
         return ["all test images"]
     names = display_names(results.get("test_sets") or [], number, "{}")
+    names = [one_line(name) for name in names]
     return [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
 
 
@@ -264,7 +266,7 @@ def _used_names(results: dict[str, Any]) -> list[str]:
 def _title(results: dict[str, Any]) -> str:
     """The data set, the seed, the last evaluated task if the run is not finished; the command."""
     matrix = metrics.matrices_of(results)["instance"]
-    title = f"{results['config'].get('dataset', '')}, seed {results['seed']}"
+    title = f"{shown(results['config'].get('dataset', ''))}, seed {results['seed']}"
     if not metrics.is_finished(matrix):
         last = max(metrics.evaluated_tasks(matrix), default=-1) + 1
         title += f", after task {last} of {matrix.shape[1]}"

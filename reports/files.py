@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import os
 import secrets
@@ -18,7 +19,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
         path: The file; its folder is made.
         write: Writes the content to the open binary file that it is called with.
         keep: New name of the file that was there before; None: it is replaced.
+
+    Raises:
+        OSError: If it cannot be written, or is a device, a pipe or a folder, which stays as it is.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{_UNFINISHED}{secrets.token_hex(8)}")
     opened = temporary.open("xb")  # O_EXCL, 0o666 less what the process's umask removes
@@ -30,8 +36,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], keep: Path | None
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk, say
+            error.filename = str(path)
         raise
 
 

@@ -71,7 +71,7 @@ def seed_table(
         label = known["experiment"] + ": " + known["method"]
         both = pd.concat([own.assign(quoted="no"), known.assign(label=label, quoted="yes")])
         columns = ["label", "quoted", "seeds", "n", "selection", "metric", "mean", "sd", "source"]
-        return both.to_csv(columns=columns, index=False, lineterminator="\n")
+        return _csv(both[columns])
     named = own.replace({"selection": SELECTIONS, "metric": METRICS})
     table = _by_column(named, ["group", "label", "n"], ["selection", "metric"])
     table = table.droplevel("group").reset_index(col_level="metric")
@@ -118,7 +118,8 @@ def difference(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
     Returns:
         `method` (`paired` or `welch`), `seeds_a`, `seeds_b`, `mean_a`, `mean_b`, `difference`,
         `standard_error`, `low` and `high` (95 % confidence interval), `p` (two-sided), and
-        `verdict`, in words. From too few seeds there is no uncertainty: no method, not-a-number.
+        `verdict`, in words. Without uncertainty there is no method, and its numbers are
+        not-a-number: from one seed, or where no difference varies.
     """
     common = sorted(a.keys() & b.keys())
     is_paired = len(common) > 1 or len(a) == len(b) == len(common)
@@ -127,15 +128,13 @@ def difference(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
     parts = [theirs - ours] if is_paired else [ours, theirs]
     value = float(theirs.mean() - ours.mean())
     error = low = high = p = float("nan")
-    method, verdict = "", "too little to tell"
+    method, verdict = "", "cannot be computed"
+    # Equal values are chance, not certainty: accuracies are multiples of 1/images.
     has_spread = any(np.ptp(part) > _ROUNDING for part in parts)
-    # Two seeds without spread may agree by chance: accuracies are multiples of 1/images.
-    if min(map(len, parts)) >= (2 if has_spread else 3):
+    if min(map(len, parts)) > 1 and has_spread:
         method = "paired" if is_paired else "welch"
         error = float(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)))
-        low, high, p = value, value, float(abs(value) < _ROUNDING)
-        if has_spread:  # else a t-test divides by zero
-            low, high, p = _t_test(ours, theirs, is_paired)
+        low, high, p = _t_test(ours, theirs, is_paired)
         verdict = "excludes zero" if p < 0.05 else "includes zero"
     return {
         "method": method,
@@ -148,7 +147,7 @@ def difference(a: dict[int, float], b: dict[int, float]) -> dict[str, Any]:
 def difference_table(found: "DataFrame", form: str) -> str:
     """What `differences` gives, in one of `FORMATS`: how it was computed, and the numbers."""
     if form == "csv":
-        return found.to_csv(index=False, lineterminator="\n")
+        return _csv(found)
     document = [
         f"A: {found['a'][0]} (seeds {found['seeds_a'][0]})",
         f"B: {found['b'][0]} (seeds {found['seeds_b'][0]})",
@@ -182,8 +181,8 @@ def _method(method: str, seeds_a: str, seeds_b: str) -> str:
         return f"Paired over the seeds {seeds_a} (n = {num_a}); {how}"
     if method == "welch":
         return f"Not paired, by Welch (n = {num_a} and {num_b}: too few seeds in common); {how}"
-    few = "one seed" if min(num_a, num_b) < 2 else "two seeds without spread"
-    return f"No uncertainty from {few}: the difference alone, too little to tell."
+    few = "one seed" if min(num_a, num_b) < 2 else "differences that do not vary over the seeds"
+    return f"No uncertainty can be computed from {few}: the difference alone."
 
 
 def _by_column(long: "DataFrame", rows: list[str], columns: list[str]) -> "DataFrame":
@@ -209,6 +208,13 @@ def _rendered(document: "Iterable[str | DataFrame]", form: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _csv(table: "DataFrame") -> str:
+    """A table with a `'` in front of text that a spreadsheet would take for a formula."""
+    formula = re.compile(r"[=+@-](?!\d+(\.\d+)?$)")
+    cells = table.map(lambda c: f"'{c}" if isinstance(c, str) and formula.match(c) else c)
+    return cells.to_csv(index=False, lineterminator="\n")
+
+
 def _table(cells: "DataFrame", form: str) -> str:
     """Labels on the left, all else aligned on the right."""
     if form == "latex":
@@ -223,7 +229,7 @@ def _table(cells: "DataFrame", form: str) -> str:
 
 def _markdown(text: str) -> str:
     """Text with Markdown's special characters escaped; underscores inside words are none."""
-    return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"[\\`*|<~\[\]&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def _latex(text: str) -> str:
@@ -235,4 +241,5 @@ def _latex(text: str) -> str:
     if text == "-":
         return "--"
     special = {**LATEX_ESCAPE_RULES, "±": r"$\pm$", "|": r"\textbar{}"}
-    return "".join(special.get(c, c) for c in text).replace("--", "-{}-")
+    start = "{}" * text.startswith(("[", "*"))  # else read as an option of the \\ before it
+    return start + "".join(special.get(c, c) for c in text).replace("--", "-{}-")

@@ -5,8 +5,9 @@ settings of where and how fast a run is computed (roles `place` and `compute`) a
 What cannot be used (damaged, unfinished, the same seed twice) is left out and reported.
 
 The key of a configuration is written by hand: equal experiments may be written in several ways
-(`--lr` and `--batch_size` that give one learning rate, aliases of a data set), and different ones
-in the same way (an edited configuration, other weights or images under the same name).
+(`--lr` and `--batch_size` that give one learning rate, aliases of a data set, settings without
+effect, see `cli.needs`), and different ones in the same way (an edited configuration, other weights
+or images under the same name).
 """
 
 import json
@@ -20,12 +21,32 @@ from typing import Any
 
 import numpy as np
 
+from cli import needs
 from cli.parser import command_words, shown
+from cli.paths import open_regular
 from cli.settings import Settings, names_of
 from reports import metrics
 
-#: Names of folders in or beside those of runs; those below a run are not searched for runs.
-NO_RUNS = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb")
+_NUMBER = int | float
+
+#: The parts of a results.json that tables and figures read, by type, as far as it has them. A list
+#: holds any number of such items.
+_FORM = {
+    **{name: {"accuracy_matrix": [[_NUMBER | None]]} for name in metrics.SELECTIONS},
+    "config": {"dataset": str, "data_path": str, "batch_size": int, "top_k": int},
+    "command": {"configurations": [str], "flags": {}},
+    "run": {"learning_rate": _NUMBER, "images_per_step": int},
+    "backbone": {},
+    "class_order": [[int]],
+    "class_names": [str],
+    "test_sets": [str],
+    "training_curve": [{"task": int, "Loss": _NUMBER, "Acc@1": _NUMBER, "Lr": _NUMBER}],
+    "prompt_usage": [
+        {"after_task": int, "test_set": int, "batch": [int], "instance": [int]}
+        | {"key_similarity": [_NUMBER]}
+    ],
+    "seed": int,
+}
 
 _DEFAULTS = Settings().stored()
 
@@ -98,45 +119,44 @@ def find_groups(paths: Iterable[Path]) -> tuple[list[Path], list[Group], list[st
         groups, see `group`; and one line for each path or run that is left out, with the reason.
     """
     found: dict[Path, Path] = {}
-    runs, problems = [], []
+    problems: list[str] = []
     for path in map(folder_of, paths):
-        folders = list(_walk(path))
-        if not folders:
+        folders, left_out = _walk(path)
+        problems += left_out
+        if not folders + left_out:
             why = "holds no results.json, nor does any folder below it"
             problems.append(f"{path}: {why if path.is_dir() else 'there is no such folder'}")
         for folder in folders:
-            if (folder / "results.json").exists():
+            if os.path.lexists(folder / "results.json"):
                 found.setdefault(folder.resolve(), folder)
             else:
                 why = "has no results.json yet, its first task is not finished"
                 problems.append(f"{folder}: {why}")
-    for folder in found.values():
-        try:
-            runs.append(read(folder))
-        except ResultsError as error:
-            problems.append(str(error))
+    runs, damaged = read_all(found.values())
     groups, twins = group(runs)
-    return list(found.values()), groups, [*problems, *twins]
+    return list(found.values()), groups, [*problems, *damaged, *twins]
 
 
 def folder_of(path: Path) -> Path:
-    """The folder that a path stands for: that of a results.json, or the path itself."""
+    """The folder that a path stands for: that of a results.json, or the path; ~ is the home."""
+    path = Path(os.path.expanduser(path))
     return path.parent if path.name == "results.json" else path
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """The content of a run's results.json, whose matrices are checked.
+    """The content of a run's results.json, in which what tables and figures read is checked.
 
     Raises:
         ResultsError: If it is missing, damaged, or no such file.
     """
     with _errors_named(folder / "results.json") as path:
-        content = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            content = json.load(file)
+        if not _fits(content, _FORM):
+            raise ValueError("a part is of another type")
         matrices = np.stack(list(metrics.matrices_of(content).values()))
-        is_sound = matrices.ndim == 3 and matrices.size > 0
-        is_sound &= isinstance(content["config"], dict) and isinstance(content["seed"], int)
-        if not is_sound or np.any((matrices < 0) | (matrices > 100)):
-            raise ValueError("no matrices of percentages, settings and seed")
+        if matrices.size == 0 or "seed" not in content or np.any((matrices < 0) | (matrices > 100)):
+            raise ValueError("no matrices of percentages and seed")
         return content
 
 
@@ -169,6 +189,17 @@ def read(folder: Path) -> StoredRun:
     return run
 
 
+def read_all(folders: Iterable[Path]) -> tuple[list[StoredRun], list[str]]:
+    """Reads finished runs; and one line for each that cannot be used, see `read`."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read(folder))
+        except ResultsError as error:
+            problems.append(str(error))
+    return runs, problems
+
+
 def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
     """Groups runs by configuration, in the order in which configurations first occur.
 
@@ -181,9 +212,12 @@ def group(runs: Iterable[StoredRun]) -> tuple[list[Group], list[str]]:
     for run in runs:
         digests[run.key].add(run.digest)
     for run in runs:
-        # A run without a digest joins the others, unless these have different ones.
-        known = digests[run.key] - {None}
-        members[run.key, known.pop() if len(known) == 1 else run.digest].append(run)
+        # A run without a digest, or with that of the labels alone (early versions), joins the
+        # others, unless these have different ones.
+        digest, others = run.digest or "", {one or "" for one in digests[run.key]}
+        known = {one for one in others if digest in ("", one, one.rpartition("-")[-1])}
+        known -= {one.rpartition("-")[-1] for one in known if "-" in one} | {""}
+        members[run.key, known.pop() if len(known) == 1 else digest].append(run)
     groups, problems = [], []
     labels = _labels([own[0] for own in members.values()])
     for label, own in zip(labels, members.values(), strict=True):
@@ -223,32 +257,58 @@ def problem_against(groups: Sequence[Group], setting: str, lines: str = "") -> s
     return ""
 
 
-def _walk(path: Path) -> Iterator[Path]:
-    """Folders of runs at or below a path, of those without results yet, too; links are followed."""
-    seen = set()
-    for folder, below, files in os.walk(path, followlinks=True):
+def _walk(path: Path) -> tuple[list[Path], list[str]]:
+    """Folders of runs at or below a path, those without results yet, too; links are followed.
+
+    Folders that hold runs which do not count, or that cannot be read, are a line each.
+    """
+    found, problems, seen = list[Path](), list[str](), set[str]()
+    unreadable: list[OSError] = []
+    for folder, below, files in os.walk(path, followlinks=True, onerror=unreadable.append):
         if (place := os.path.realpath(folder)) in seen:  # a link to a folder above it
             below.clear()
             continue
         seen.add(place)
         is_run = "results.json" in files or {"config.yaml", "log.txt"} <= set(files)
-        left_out = NO_RUNS if is_run else ()
-        below[:] = sorted(n for n in below if n not in left_out and not n.startswith("."))
         if is_run:
-            yield Path(folder)
+            found.append(Path(folder))
+        else:
+            links = [os.path.join(folder, name) for name in files]
+            gone = [link for link in links if os.path.islink(link) and not os.path.exists(link)]
+            problems += [f"{link}: is a link to nothing" for link in gone]
+        aside = sorted(n for n in below if n.startswith(".") or (is_run and n == "previous"))
+        below[:] = sorted(set(below) - set(aside))
+        for inner in (Path(folder, name) for name in aside):
+            if any(any(inner.glob("*/" * depth + "results.json")) for depth in range(4)):
+                why = "earlier results of a run" if inner.name == "previous" else "hidden runs"
+                problems.append(f"{inner}: {why}, left out: name this folder to count them")
+    problems += [f"{error.filename}: cannot be read ({error.strerror})" for error in unreadable]
+    return found, problems if path.is_dir() else []
 
 
 @contextmanager
 def _errors_named(path: Path) -> Iterator[Path]:
-    """Reports what fails as the fault of a results.json."""
+    """Reports any error in its body as one of a results.json."""
     try:
         yield path
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ResultsError(f"{path}: is damaged, it is no JSON ({error})") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, MemoryError) as error:
         raise ResultsError(f"{path}: is damaged, or not the results of a run") from error
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether the content of a file has a form, see `_FORM`."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            _fits(value[name], inner) for name, inner in form.items() if name in value
+        )
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(one, form[0]) for one in value)
+    is_large = isinstance(value, int | float) and not abs(value) < 1e300  # or not-a-number
+    return isinstance(value, form) and not isinstance(value, bool) and not is_large
 
 
 def _configuration(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -256,7 +316,8 @@ def _configuration(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
     The key is the same however the configuration was written on the command line.
     """
-    config = {**_DEFAULTS, **results["config"]}  # early versions lack settings that came later
+    # Early versions lack settings that came later.
+    config = needs.effective({**_DEFAULTS, **results["config"]})
     settings = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
     compared = {name: settings[name] for name in settings.keys() - _COMPARED_OTHERWISE}
     backbone, run = results.get("backbone", {}), results.get("run", {})

@@ -11,8 +11,9 @@ from benchmarks.programs import Program, TwoCopies, read_workload
 from cli.settings import Settings
 from continual_datasets.readers import registry
 from experiment import speed
+from experiment.session import explain
 from experiment.signals import Preempted
-from helpers.process_groups import context
+from helpers.process_groups import by_launcher, context
 from helpers.tables import assert_says, cases
 from helpers.tiny_model import keys_that_divide, pictures
 
@@ -136,6 +137,7 @@ def test_turns_are_taken_and_the_first_left_out():
     assert (found["baseline"]["ratio"], turns) == (1, [])
 
 
+@pytest.mark.slow
 def test_later_evaluations_know_the_queries_and_repeat_what_the_vote_overruled(pair, monkeypatch):
     ours, known, evaluate = pair[0], [], pair[0].evaluate
 
@@ -191,7 +193,7 @@ REJECTED = cases("""
     --synthetic: '5000' is not two numbers of images
 --synthetic 50,1000 --json .
     --json: '.' is no file in a folder that exists
-    --synthetic: '50,1000' is not two numbers of images, at least 100 each
+    --synthetic: '50,1000' is not two numbers of images, each in [100, 999999]
 --synthetic 200,100 --dataset digits
     stands in for CIFAR100 alone
 --freeze none --buffer_size 20 --batchsize 4
@@ -199,7 +201,7 @@ REJECTED = cases("""
     --freeze none: the baseline supports blocks patch_embed
     --buffer_size 20: the baseline supports none only
 --batch-size 0
-    --batch-size 0: must be at least 1
+    --batch-size 0: must be at least 1 and at most 100000
 """)
 
 
@@ -207,7 +209,7 @@ REJECTED = cases("""
 def test_everything_wrong_is_reported_at_once(line, expected, tmp_path, monkeypatch, capsys):
     """One more problem is that a launcher started it."""
     monkeypatch.chdir(tmp_path)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+    for name, value in by_launcher(2)(0).items():
         monkeypatch.setenv(name, value)
     assert benchmark.main(line.split()) == 2
     first, *problems = capsys.readouterr().err.splitlines()
@@ -220,7 +222,12 @@ def test_what_ends_it_is_one_line(tmp_path, monkeypatch, capsys):
     path.write_bytes(b"no weights")
     assert benchmark.main([*TINY, "--pretrained", str(path)]) == 1
     assert str(path) in capsys.readouterr().err
-    ends = (KeyboardInterrupt(), 130, "interrupted"), (Preempted(""), 1, "ended by a signal")
+    ends = (
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Preempted(""), 1, "ended by a signal"),
+        (OSError("full"), 1, "full"),
+        (MemoryError(), 1, explain(MemoryError())),
+    )
     for error, code, word in ends:
         monkeypatch.setattr(benchmark, "_measure", lambda *_, e=error: (_ for _ in ()).throw(e))
         assert benchmark.main([]) == code

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -16,7 +17,7 @@ import sweep
 from cli.configurations import CONFIG_DIR
 from cli.options import take
 from cli.parser import UsageError, parse
-from cli.paths import ROOT
+from cli.paths import ROOT, command
 from helpers.commands import wait_until
 from helpers.tables import assert_says, cases
 from helpers.tiny_flags import SWIFT, TINY_ANY, TINY_VIT
@@ -44,11 +45,12 @@ folder.mkdir(parents=True, exist_ok=True)
 with (folder / "starts.txt").open("a") as file:
     print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
 if lr in (13, 16) and not (folder / "stopped").exists():
-    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(75)) if lr == 13 else signal.SIG_IGN)
+    code = 75 if settings.prompts.length == 1 else 128 + signal.SIGTERM
+    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(code)) if lr == 13 else signal.SIG_IGN)
     (folder / "stopped").write_text(f"{os.getpid()}\\n")
     time.sleep(60)
 if lr == 14:
-    sys.exit("error: the disk is full")
+    sys.exit("error: the disk\\x1b[2J is full")
 if lr == 15:
     sys.exit(0)
 matrix = [[90.0, 80.0 + settings.prompts.length], [None, 70.0]]
@@ -165,6 +167,15 @@ def test_table_5_has_the_settings_of_the_configurations():
     }
 
 
+def test_arms_that_differ_in_nothing_are_one(no_launcher):
+    found = planned("--grid", "top_k=1,3", "prompt_pool=true,false", "head_type=gap", *BASE)
+    names = [f"top_k={k},prompt_pool={p},head_type=gap" for k, p in ((1, "true"), (1, "false"))]
+    assert [run.name.split("/")[0] for run in found.runs[:2]] == names
+    reason = f"equal to {names[1]}: what differs has no effect"
+    assert found.left_out == {reason: ["top_k=3,prompt_pool=false,head_type=gap"]}
+    assert len(found.runs) == 3
+
+
 # What is rejected
 
 
@@ -189,9 +200,21 @@ arms: {a: {output-dir: x}}
 grid: {length: [1, 1]}
   two arms have the name and the folder length=1
 table4 BASE --jobs 0 --grid lr
-  --jobs 0: must be at least 1
+  --jobs 0: must be at least 1 and at most 1000000000
   --grid lr: must be NAME=VALUE
-  'table4' is no sweep: begin with one of --list
+  'table4' is no sweep: did you mean table5?
+{grid: {length: [1, 5]}, against: [length]}
+  must hold arms
+--grid size=SIZES length=SIZES top_k=SIZES BASE
+  --grid: makes 10648 arms, 10000 is the most
+arms: {.. : {lr: 1}}
+  the arm .. has no name
+arms: {"": {lr: 1}}
+  the arm  has no name
+arms: {"a\\0": {lr: 1}}
+  the arm a\0 has no name
+arms: {"a\\ud800": {lr: 1}}
+  the arm a\ud800 has no name
 figure4_pool BASE --seed 1
   --seed: sweep.py sets it
 figure4_pool BASE --eval
@@ -211,7 +234,8 @@ figure4_pool BASE --submitit --jobs 2
 
 
 def test_sweep_that_makes_no_sense_is_rejected(yaml_file, no_launcher):
-    for case, problems in [*cases(REJECTED), ("", ["'' is no sweep: begin with one of --list"])]:
+    for case, problems in [*cases(REJECTED), ("", ["no sweep is given: begin with one of --list"])]:
+        case = case.replace("SIZES", ",".join(map(str, range(22))))
         line = f"{yaml_file(case)} BASE" if case.startswith(("{", "grid", "arms")) else case
         with pytest.raises(UsageError) as rejected:
             planned(*line.replace("BASE", " ".join(BASE)).split())
@@ -245,14 +269,15 @@ def test_runs_are_reported_summed_up_and_not_run_again(call, out):
     flags = ["--grid", "length=1,2", *BASE, "--seeds", 1]
     code, text, _ = call(*flags, "--dry_run")
     assert (code, out.exists()) == (0, False)
-    assert_says([text], [f"--grid: 2 runs, 0 done, 2 to run\n .. \n  python main.py {BASE[0]} "])
+    planned_call = command("main.py", BASE[0])
+    assert_says([text], [f"--grid: 2 runs, 0 done, 2 to run\n .. \n  {planned_call} "])
     code, text, error = call(*flags)
     assert (code, error) == (0, "")
     lines = [line for line in text.splitlines() if line.startswith("[")]
     assert (len(lines), lines[0]) == (4, "[1/2] length=1/seed1: starts")
     end = r"\[1/2\] length=1/seed1: accuracy 75.50 \(instance-wise\), \d s"
     assert re.fullmatch(end, lines[1])
-    as_file = f"python summarize.py {out} --format csv"
+    as_file = f"{command('summarize.py', out)} --format csv"
     assert_says([text.partition("\n\n")[2]], [f"75.50 .. {as_file}"])  # below the table
     assert (out / "logs" / "length=2-seed1.txt").read_text() == ""
     (out / "length=2" / "seed1" / "results.json").unlink()
@@ -338,12 +363,22 @@ def test_results_are_drawn_against_what_the_sweep_varies(folder, call, out, yaml
     assert "has the configuration and the seed 42 of" in text
 
 
+@pytest.mark.parametrize("part", ["draw.draw_comparison", "seed_tables.seed_table"])
+def test_a_comparison_that_fails_is_a_warning(folder, call, out, monkeypatch, caplog, part):
+    monkeypatch.setattr(f"reports.{part}", Mock(side_effect=RuntimeError("a bug")))
+    code, text, error = call("--grid", "length=1", *BASE, "--plots", "true")
+    assert (code, error, "75.50" in text) == (0, "", part.startswith("draw"))
+    again = f"do it again: {command('summarize.py', out)}; {command('plots.py', out)}"
+    assert caplog.messages == [f"The runs are not compared (RuntimeError: a bug): {again}"]
+
+
 def test_failed_run_is_reported_and_the_others_continue(call, out):
     code, text, _ = call("--grid", "lr=14,15,1", *BASE)
     assert code == 1
     log = re.escape(str(out / "logs" / "lr=14-seed42.txt"))
     failed = (
-        rf"lr=14/seed42: failed with exit code 1, {log} ends as below, \d s\n    error: the disk"
+        rf"lr=14/seed42: failed with exit code 1, {log} ends as below, \d s\n"
+        r"    error: the disk\\x1b\[2J is full"
     )
     assert re.search(failed, text)
     rest = "lr=15/seed42: failed:  .. lr=1/seed42: accuracy .. 2 of 3 runs are unfinished"

@@ -1,17 +1,21 @@
 """The files that figures go to, and the command line that draws them anew."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
 import plots
-from cli.paths import ROOT
+from cli.paths import ROOT, command
 from helpers.made_up_results import begun, make_results, without_pool, write
 from helpers.tables import transcripts
-from reports import comparison_figures, draw, figures
+from reports import comparison_figures, draw, figures, stored_runs
 
 
 @pytest.fixture
@@ -91,6 +95,49 @@ def test_transcript(runs, asked, capsys, argv, expected):
     assert bool(drawn()) == (code == 0)
 
 
+def test_figures_that_fail_are_one_warning(runs, asked, monkeypatch, caplog):
+    error = RuntimeError("a bug\nin lines")
+    (runs / "one" / "plots").mkdir()
+    (runs / "one" / "plots" / "overview.svg").write_text("of another run")
+    monkeypatch.setattr(figures, "overview", Mock(side_effect=error))
+    assert plots.main(["one"]) == 0
+    assert drawn() == {"one/plots": both("forgetting")}
+    monkeypatch.setattr(figures, "forgetting", Mock(side_effect=error))
+    assert plots.main(["one"]) == 1
+    why = f"(RuntimeError: a bug); draw again: {command('plots.py', 'one')}"
+    assert caplog.messages == [
+        f"Not drawn: {names} {why}" for names in ("overview", "overview, forgetting")
+    ]
+
+
+@pytest.mark.parametrize("error", [ImportError("no\x1b[31m matplotlib"), OSError(28, "No space")])
+def test_plots_without_matplotlib_or_space_end_with_a_line(runs, monkeypatch, capsys, error):
+    monkeypatch.setattr(draw, "load", Mock(side_effect=error))
+    assert plots.main(["one"]) == 1
+    said = str(error).replace("\x1b", r"\x1b")
+    assert capsys.readouterr() == ("", f"plots.py: {said}\n")
+
+
+def test_names_in_a_figure_are_text_whatever_they_hold(runs, monkeypatch, caplog):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # as in a user's matplotlibrc
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["no such font"])
+    odd = "_$x_{^\x1b[31m\n\udc80|"
+    results = make_results(
+        test_sets=[odd, "-_", "$"],
+        command={"configurations": [odd], "flags": {"seed": 1}},
+        config={"dataset": odd},
+    )
+    write(runs / "odd", results)
+    assert plots.main("odd --format svg --only overview".split()) == 0
+    assert caplog.messages == []
+    ElementTree.parse(runs / "odd" / "plots" / "overview.svg")
+    _, groups, _ = stored_runs.find_groups([runs / "odd"])
+    figure = comparison_figures.average_accuracy(groups)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        r" _$x_{^\x1b[31m\n\udc80| (n = 1)"
+    ]
+
+
 def test_figures_without_data_are_left_out_and_removed(runs, capsys):
     (runs / "pool" / "plots").mkdir()
     for name in ("key_similarity.pdf", "overview.png", "prompt_selection.svg"):
@@ -160,5 +207,6 @@ assert {command}.main([sys.argv[1], *{rejected}]) == 2 and not heavy & set(sys.m
 assert {command}.main([sys.argv[1], *{asked}]) == 0 and heavy & set(sys.modules) == {needed}
 """
     words = [sys.executable, "-c", script, write(tmp_path / "run")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    notebook = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, env=notebook)
     assert (done.returncode, done.stderr.count("\n")) == (0, 2), done.stderr

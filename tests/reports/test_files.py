@@ -32,17 +32,11 @@ def test_write_whole_leaves_old_file_when_writing_fails(tmp_path, existed, error
 
     if existed:
         path.write_bytes(b"old")
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         files.write_whole(path, write, keep=tmp_path / "before")
+    assert error is not OSError or raised.value.filename == str(path)
     assert os.listdir(tmp_path) == (["file"] if existed else [])
     assert not existed or path.read_bytes() == b"old"
-
-
-def test_write_whole_cleans_up_when_renaming_fails(tmp_path):
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        files.write_bytes(tmp_path / "folder", b"content")
-    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_file_that_was_there_can_be_kept_under_another_name(tmp_path):
@@ -96,3 +90,14 @@ def test_text_is_utf8_and_json_rejects_values_that_it_lacks(tmp_path):
             files.write_json(path, {"a": [value]})
     assert json.loads(path.read_text()) == content
     assert path.read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path, pipe = tmp_path / "file", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    {"pipe": pipe.rename, "folder": os.mkdir}.get(kind, lambda path: path.symlink_to(pipe))(path)
+    before = path.lstat()
+    with pytest.raises(OSError, match=r"is no regular file: '.*/file'"):
+        files.write_bytes(path, b"new")
+    assert path.lstat() == before

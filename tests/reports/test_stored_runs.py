@@ -45,22 +45,52 @@ def test_find_gives_every_folder_with_results_once_and_sorted(tmp_path, monkeypa
     assert find(tmp_path / "a" / "results.json") == ([tmp_path / "a"], [])
 
 
-@pytest.mark.parametrize("name", ["previous/2026-01-01", "checkpoint", "comparison"])
 @pytest.mark.parametrize("has_results", [True, False])
-def test_find_leaves_out_what_is_below_a_run(tmp_path, name, has_results):
+def test_find_says_which_runs_it_leaves_out(tmp_path, has_results):
     run = write(tmp_path / "a")
-    write(run / name)
+    for name in ("previous/2026-01-01", "previous/2026-02-01", ".hidden/b"):
+        write(run / name)
     if not has_results:
         begin(run)
     folders, problems = find(tmp_path)
-    assert (folders, len(problems)) == (([run], 0) if has_results else ([], 1))
+    assert folders == [run] * has_results
+    assert problems[:2] == [
+        f"{run}/{name}, left out: name this folder to count them"
+        for name in (".hidden: hidden runs", "previous: earlier results of a run")
+    ]
+    assert len(problems) == (2 if has_results else 3)
+    assert len(find(run / "previous")[0]) == 2
 
 
 def test_find_takes_runs_whatever_the_names_of_their_folders(tmp_path):
-    for name in (*stored_runs.NO_RUNS, ".hidden", ".venv/lib"):
-        write(tmp_path / name)
-    assert len(find(tmp_path)[0]) == len(stored_runs.NO_RUNS)  # hidden folders are left out
-    assert len(find(tmp_path / ".hidden")[0]) == 1
+    names = ("previous", "checkpoint", "plots", "comparison", "tensorboard", "wandb", "a/b/plots")
+    for seed, name in enumerate((*names, "a")):
+        write(tmp_path / name, seed=seed)
+    folders, problems = find(tmp_path)
+    assert (len(folders), problems) == (len(names) + 1, [])
+
+
+def test_find_names_folders_that_cannot_be_read_and_links_to_nothing(tmp_path, monkeypatch):
+    run, listed = write(tmp_path / "a"), os.scandir
+    (run / "results.json").unlink()
+    (run / "results.json").symlink_to("gone")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "linked").symlink_to("gone")
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find(tmp_path) == (
+        [run],
+        [
+            f"{tmp_path / 'linked'}: is a link to nothing",
+            f"{tmp_path / 'closed'}: cannot be read (Permission denied)",
+            f"{run / 'results.json'}: cannot be read (No such file or directory)",
+        ],
+    )
 
 
 def test_find_follows_links_but_not_in_circles(tmp_path):
@@ -116,7 +146,15 @@ MATRICES = [
         make_results(batch=[[1.0]]),
         *(SOUND | {"command": command} for command in
           ("x", {"flags": {}}, {"flags": [1]}, {"flags": [], "configurations": []})),
-        *(SOUND | {key: value} for key in ("backbone", "run") for value in (None, "x", [1])),
+        *(SOUND | {key: value} for key in
+          ("backbone", "run", "class_order", "class_names", "training_curve", "prompt_usage")
+          for value in (None, "x", [1], [[None]], {"a": 1})
+          if (key, value) not in (("backbone", {"a": 1}), ("run", {"a": 1}))),
+        *(make_results(settings={name: value}) for name in ("dataset", "data_path", "top_k")
+          for value in (None, [], 1.5)),
+        *(SOUND | {"seed": value} for value in (1.0, True, [1], 10**400)),
+        make_results(run={"images_per_step": "16"}),
+        make_results(training_curve=[{"task": 1, "Loss": True}]),
         [], 7, None, {"batch": {}},
     ],
     ids=lambda results: None,
@@ -130,6 +168,36 @@ def test_what_is_no_results_of_a_run_is_named_and_left_out(tmp_path, results):
     assert problems == [f"{path}: is damaged, or not the results of a run"]
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "1" * 400, "1" * 9000])
+@pytest.mark.parametrize("place", ["70.0", "0.31", "0.1"])
+def test_numbers_that_no_run_writes_are_named(tmp_path, number, place):
+    path = write(tmp_path / "a") / "results.json"
+    whole = path.read_text()
+    path.write_text(whole.replace(place, number, 1))
+    with pytest.raises(ResultsError, match="is damaged, or not the results of a run"):
+        stored_runs.read(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/stdin", "folder", "gone"])
+def test_what_is_no_regular_file_is_named(tmp_path, kind):
+    path = tmp_path / "results.json"
+    make = {"pipe": os.mkfifo, "folder": os.mkdir}
+    make.get(kind, lambda path: path.symlink_to(kind))(path)
+    with pytest.raises(ResultsError, match=r"results\.json: cannot be read"):
+        stored_runs.read(tmp_path)
+
+
+def test_text_of_a_file_steers_no_terminal(tmp_path):
+    odd = "a\x1b[31m\n\udc80"
+    write(tmp_path / "a", make_results(command={"configurations": [odd]}, seed=1))
+    write(tmp_path / "b", make_results(command={"configurations": [odd]}, config={"size": odd}))
+    groups, _ = grouped(tmp_path)
+    escaped = r"a\x1b[31m\n\udc80"
+    labels = [f"{escaped} (size {size})" for size in ("4", escaped)]
+    assert [group.label for group in groups] == labels
+    assert groups[1].shown("size") == escaped
+
+
 @pytest.mark.parametrize("damage", [0, 1, 50, 99, b"\0\1", b"\xff\xfe\0 no text", b"[" * 100_000],
                          ids=range(7))  # fmt: skip
 def test_what_is_no_json_is_named(tmp_path, damage):
@@ -140,11 +208,6 @@ def test_what_is_no_json_is_named(tmp_path, damage):
     with pytest.raises(ResultsError, match="is damaged, it is no JSON") as caught:
         stored_runs.read(path.parent)
     assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ResultsError, match=r"cannot be read \(No such file"):
-        stored_runs.read(tmp_path)
 
 
 # Grouping
@@ -177,18 +240,23 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_group(tmp_path):
         ([{"run": {"train_digest": digest}} for digest in ("ab", "ab", "cd", None)],
          {" (data ab)": 2, " (data cd)": 1, " (data None)": 1}),
         ([{"run": {"train_digest": digest}} for digest in ("ab", None, "ab")], {"": 3}),
+        ([{"run": {"train_digest": digest}} for digest in ("ab", "1-ab", None)], {"": 3}),
+        ([{"run": {"train_digest": digest}} for digest in ("1-ab", "2-ab", "ab")],
+         {" (data 1-ab)": 1, " (data 2-ab)": 1, " (data ab)": 1}),
         ([{"class_order": [[0], [1]], "run": {"learning_rate": 0.03 / 16}, "settings": words}
           for words in ({"batch_size": 16, "lr": 0.03, "num_tasks": 2},
                         {"batch_size": 8, "lr": 0.06, "dataset": "digits"})],
          {" --batch_size 16 --lr 0.03 --num_tasks 2": 2}),
         ([{"run": {"images_per_step": number}} for number in (16, 32)], {"": 2}),
+        ([{"config": {"prompt_pool": False, "top_k": k}} for k in (3, 4)], {"": 2}),
         ([{"class_order": order, "settings": {"class_order": "order.txt"}}
           for order in ([[0], [1]], [[0], [1]], [[1], [0]])],
          {" --class_order order.txt": 2, " --class_order order.txt #2": 1}),
     ],
     ids=["setting", "edited file", "weights drawn for each seed", "end of a checksum", "classes",
-         "images", "images that an early version did not name", "equal rate and step",
-         "a rate that an early version did not store", "class order"],
+         "images", "images that an early version did not name", "images by labels alone",
+         "pixels", "equal rate and step",
+         "a rate that an early version did not store", "no effect", "class order"],
 )  # fmt: skip
 def test_runs_are_grouped_by_what_their_settings_come_to(tmp_path, runs, expected):
     for seed, parts in enumerate(runs):
