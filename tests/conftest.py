@@ -15,6 +15,14 @@ pytest_plugins = ["helpers.data_server", "helpers.launcher_environment", "helper
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish(session):
+    """Lets the server of processes load the program while the first tests run."""
+    from helpers import process_groups
+
+    if len(session.items) > 1000:
+        process_groups.context()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -7,9 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
+
 import engine
 import main
 from cli.paths import ROOT
+from helpers.commands import command
 from helpers.tiny_flags import TINY_DIGITS
 from training import losses
 
@@ -59,6 +62,41 @@ def test_every_import_runs_in_one_direction():
     assert len(files) > 60
     found = [pair for path in files for pair in against_the_direction(path)]
     assert found == [("launch/submitit_jobs.py", "main")]
+
+
+#: Modules that not every system has; macOS has no /proc and no os.sched_getaffinity, either.
+OF_SOME_SYSTEMS = {"fcntl", "grp", "msvcrt", "posix", "pwd", "resource", "termios", "winreg"}
+
+ELSEWHERE = """
+import os, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+del os.sched_getaffinity
+if __name__ == "__main__":
+    import multiprocessing, shutil
+    multiprocessing.set_start_method("spawn")
+    shutil.disk_usage = lambda path: os.stat("/nowhere")
+    import main
+    sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_modules_of_some_systems_are_imported_where_they_are_used():
+    for path in source_files():
+        for node in ast.parse((ROOT / path).read_text()).body:
+            names = {alias.name for alias in getattr(node, "names", [])}
+            assert not OF_SOME_SYSTEMS & {*names, getattr(node, "module", "")}, path
+
+
+@pytest.mark.slow
+def test_main_runs_on_a_system_that_has_neither_these_modules_nor_dev_shm(tmp_path):
+    """As on macOS, DataLoader workers are started anew instead of forked."""
+    script = tmp_path / "elsewhere.py"
+    script.write_text(ELSEWHERE)
+    flags = "--num_workers", "1", "--output_dir", tmp_path / "run"
+    done = command(sys.executable, script, *TINY_DIGITS, *flags, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "through pipes" in done.stdout
 
 
 def test_rooms_import_nothing_and_the_root_holds_commands_and_method():

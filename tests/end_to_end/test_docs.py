@@ -38,7 +38,7 @@ PROGRAMS = {
 #: Flags of launchers, of l2p-pytorch alone, of nobody.
 OTHER_FLAGS = set(
     "--use_env --nproc_per_node --master_port --standalone --gpus-per-node --ntasks-per-node "
-    "--kill-on-bad-exit --job_dir --array --flag --no-flag --lerning-rate".split()
+    "--kill-on-bad-exit --job_dir --array --flag --no-flag --lerning-rate --shm-size".split()
 )
 
 #: Commands with flags of their own alone, and their options.

@@ -106,7 +106,9 @@ def test_eval_repeats_the_precision_of_the_run_or_takes_another(finished, caplog
         assert (numerics["amp"], numerics["data_on_device"]) == (amp, on_device)
 
 
-@pytest.mark.parametrize("flags", ["--amp fp16", "--data_on_device true"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param("--amp fp16", marks=pytest.mark.slow), "--data_on_device true"]
+)
 def test_stopped_and_resumed_is_never_stopped(tmp_path, monkeypatch, flags):
     """Inside a task and between tasks, with a loss scale that overflows and falls at first."""
     scaler = torch.amp.GradScaler

@@ -1,5 +1,7 @@
 """The original's numbers, through the real model and engine."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -8,24 +10,24 @@ import torch._dynamo
 import engine
 from cli.settings import PrecisionSettings
 from engine import StepTarget
-from experiment import checkpoints, precision
-from helpers.golden_run import GOLDEN, GoldenRun
+from experiment import build, checkpoints, evaluate_checkpoints, precision
+from helpers import reference_run
+from helpers.golden_run import GOLDEN, RECORDED, GoldenRun, read
 from helpers.tiny_model import close_by_name, differing
 from reports import metrics
 from training.losses import class_mask
 from training.state import TrainState
 from training.update import OptimizerStep
 
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
 close, allclose = torch.testing.assert_close, np.testing.assert_allclose
 
 pytestmark = [pytest.mark.usefixtures("explicit_attention"), pytest.mark.smoke]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*FILES, *RECORDED])
 def golden(request, explicit_attention):
-    assert len(NAMES) == 9
     return GoldenRun(request.param)
 
 
@@ -39,7 +41,7 @@ def test_forward_and_selection_equal_original(golden):
     wanted = {name.removesuffix("_before"): value for name, value in golden.under("out.").items()
               if name.endswith("_before")}  # fmt: skip
     names = {"logits", "pre_logits"}
-    if not golden.name.startswith("no_prompt"):
+    if golden.settings.prompts.prompt_pool:
         names |= {"similarity", "reduce_sim"}
         found, ids = out["prompt_idx"], wanted["prompt_idx"]
         assert torch.equal(found.sort(dim=1).values, ids.sort(dim=1).values)
@@ -59,13 +61,18 @@ def test_first_gradients_equal_original(golden):
     batch, update = next(iter(golden.loader(task))), OptimizerStep(golden.run)
     values, *_ = engine._forward_backward(golden.run, update, batch, target)
     close(values[0].item(), golden["out.first_loss"].item(), atol=1e-6, rtol=1e-6)
-    found = {n: p.grad for n, p in model.public_parameters() if p.requires_grad}
-    close_by_name(found, golden.under("out.grad."), atol=1e-6, rtol=1e-4)
+    found = {n: p.grad for n, p in model.public_parameters() if p.grad is not None}
+    both = golden.as_original(found), golden.under("out.grad.")
+    found, wanted = ({n: grad for n, grad in of.items() if grad.any()} for of in both)
+    close_by_name(found, wanted, atol=1e-6, rtol=1e-4)
 
 
 def test_whole_run_equals_original(golden):
     assert_equals_original(golden)
-    assert not differing(golden.model.backbone, golden.under("backbone."))
+    first, trained = golden.under("backbone."), golden.under("out.final.")
+    if golden.settings.prompts.prompt_pool:
+        assert not differing(golden.model.query_vit, first)
+    assert differing(golden.model.backbone, first) <= trained.keys()
 
 
 @pytest.mark.slow
@@ -79,12 +86,21 @@ def test_whole_compiled_run_equals_original(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("golden", FILES, indirect=True)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whole_run_on_cuda_equals_original(golden, compiled):
     torch._dynamo.reset()
     golden = GoldenRun(golden.name, "cuda")
     precision.apply(PrecisionSettings(compile=compiled), golden.model, batch_sizes={8})
     assert_equals_original(golden)
+
+
+@pytest.mark.parametrize("name", ["default", "no_prompt_token_head"])
+def test_reference_equals_original(name):
+    arrays = read(name)
+    again, numbers = reference_run.record(arrays), arrays.keys() - {"config", "out.query"}
+    for key in numbers:
+        allclose(again[key], arrays[key], rtol=1e-5, atol=1e-5)
 
 
 def assert_equals_original(golden):
@@ -102,16 +118,18 @@ def assert_equals_original(golden):
     for ours, theirs in (names | {"backward_transfer": "backward"}).items():
         close(numbers[ours], golden[f"out.{theirs}"].item(), atol=1e-4, rtol=0)
 
-    trained, wanted = golden.model.trained_state(), golden.under("out.final.")
+    trained = golden.as_original(golden.model.trained_state())
+    wanted = golden.under("out.final.")
     close_by_name({name: trained[name] for name in wanted}, wanted, atol=1e-5, rtol=1e-4)
     logits = golden.model.eval()(first_images(golden).to(golden.run.device))["logits"]
     close(logits.cpu(), golden["out.logits_after"], atol=1e-4, rtol=1e-4)
 
 
 def assert_evaluations_equal(reports, golden):
+    """`reports` are those of the last tasks."""
     stats = [evaluation.stats["batch"] for report in reports for evaluation in report.evaluations]
     found = [[of[k] for k in ("Acc@1", "Acc@5", "Loss")] for of in stats]
-    wanted = golden["out.eval_stats"].numpy()[:, 1:]
+    wanted = golden["out.eval_stats"].numpy()[-len(found) :, 1:]
     allclose(np.array(found)[:, :2], wanted[:, :2], atol=1e-4)
     allclose(np.array(found)[:, 2], wanted[:, 2], rtol=1e-5, atol=1e-5)
 
@@ -129,3 +147,24 @@ def test_original_checkpoints_evaluate_to_original_numbers():
         found.append(TrainState(task.index))
         engine.evaluate_till_now(golden.run, task, found[-1])
     assert_evaluations_equal(found, golden)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    ["head_token", "head_token_prompt", "no_prompt_token_head", "prompt_mask_shared_pool",
+     "everything_trains", "norm_and_positions_train"],
+    indirect=True,
+)  # fmt: skip
+def test_original_checkpoints_of_other_settings_evaluate_to_original_numbers(golden, tmp_path):
+    """Also where the command line had `--global_pool avg`, which the original ignores."""
+    whole = golden.as_original(dict(golden.model.public_parameters()))
+    args = argparse.Namespace(**{**golden.config, "global_pool": "avg"})
+    path = tmp_path / "task2_checkpoint.pth"
+    torch.save({"model": whole | golden.under("out.final."), "args": args}, path)
+    checkpoint = checkpoints.load(path)
+    settings = evaluate_checkpoints.adopt(golden.settings, checkpoint)
+    model = build.build_model(settings, golden.model.query_vit, golden.model.num_classes)
+    model.load_original_state(checkpoint.model, str(path))
+    golden.run.model, golden.run.settings = model, settings
+    engine.evaluate_till_now(golden.run, golden.tasks[1], last := TrainState(1))
+    assert_evaluations_equal([last], golden)

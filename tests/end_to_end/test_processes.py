@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from functools import partial
 from unittest.mock import Mock
@@ -16,10 +17,11 @@ import torch
 
 import main
 import utils
-from experiment import checkpoints, resume
+from cli.settings import Settings
+from experiment import checkpoints, rendezvous, resume
 from experiment.signals import EXIT_CODE
 from helpers.finished_runs import Run, read
-from helpers.process_groups import by_launcher, by_nobody, by_slurm, free_port, together
+from helpers.process_groups import by_launcher, by_mpi, by_nobody, by_slurm, free_port, together
 from helpers.process_runs import GONE, assert_equal_runs, assert_equal_usage, run, shape
 from reports.metrics import SELECTIONS
 
@@ -62,13 +64,14 @@ def fail():
 @pytest.mark.parametrize(
     ("count", "batch", "group", "environment"),
     [
-        (1, 12, 3, by_launcher(1)),  # a group of one
+        (1, 12, 3, lambda _: {"RANK": "0", "WORLD_SIZE": "1"}),  # which has nobody to meet
         # Steps of 12 and 1 images: nothing for one process.
         pytest.param(2, 6, 3, by_slurm(2), marks=pytest.mark.smoke),
-        (4, 3, 3, None),  # and nothing for three; three vote groups of test images for four
+        # And nothing for three; three vote groups of test images for four.
+        (4, 3, 3, by_mpi(4)),
         slow(3, 3, 3, None),  # 9 and 4 images: 3, 1 and none
     ],
-    ids=["1", "2 of Slurm", "4", "3"],
+    ids=["1", "2 of Slurm", "4 of MPI", "3"],
 )
 def test_several_processes_equal_one(alone, pictures, tmp_path, count, batch, group, environment):
     done = run(tmp_path, count, shape(batch, group, pictures, tmp_path), environment=environment)
@@ -104,6 +107,13 @@ def test_several_processes_replay_and_count_as_one(pictures, tmp_path, flags, co
     if counters:  # of 2 epochs of 13, and of 12 and as many replayed images for each vote group
         assert one.model["prompt.served_before"].sum() == 2 * 2 * 13
         assert one.model["prompt.served_now"].sum() == 2 * 2 * (12 + 4 * 3)
+
+
+@pytest.mark.slow
+def test_process_without_an_image_in_its_first_step_scales_the_loss_too(pictures, tmp_path):
+    flags = [*shape(13, 13, pictures, tmp_path), "--amp", "fp16", "--epochs", "1"]
+    done = run(tmp_path, 2, flags)
+    assert done.codes == [0, 0], done.text
 
 
 def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
@@ -212,12 +222,13 @@ def test_first_process_alone_rejects_a_state(pictures, tmp_path):
 
 
 def test_loss_that_is_no_number_ends_all_when_the_model_is_saved(pictures, tmp_path):
-    flags = ["--lr", "1e30", "--lr_scale", "none", "--clip-grad", "none"]
+    flags = "--opt sgd --lr 1000 --lr_scale none --weight-decay 1000 --clip-grad none".split()
     path = tmp_path / "checkpoint" / "last_finite_checkpoint.pth"
     hook = partial(save_slowly, path)
     done = run(tmp_path, 2, [*shape(3, 3, pictures, tmp_path), *flags], hook, within=15)
     assert done.codes == [1, 1]
-    assert all("in task 1, epoch 1, step " in text for text in done.texts), done.text
+    assert all("loss is nan in task 1, epoch 2, step 2" in text for text in done.texts), done.text
+    assert "resume" not in done.text  # which would end in the same way
     assert "Traceback" not in done.text
     assert checkpoints.load(path).model.keys() >= {"prompt.prompt", "head.weight"}
 
@@ -227,24 +238,70 @@ def save_slowly(path, rank):
     act(("experiment.session._report", 1), {1: path.stat}, rank)
 
 
+#: Flags of the last process alone; exit codes; the message of all.
+DIFFERENT = [
+    ("--lr 0.1 --epochs 3", [2, 2], "--epochs is 2 in process 0, 3 in process 1"),
+    slow("--resume auto", [2, 2], "--resume is none in process 0, auto in process 1"),
+    ("--data-path FEWER", [1, 1], "training images (--data-path) is 25 in process 0, 24 in proc"),
+    slow("--data-path OTHER", [1, 1], "test images (--data-path) is "),
+    ("--data-path LONGER", [1, 1], "the sizes of image files (--data-path) is "),
+    slow("--class_order ORDER", [1, 1], "classes (--class_order) is [[0, 1], [2, 3]] in process"),
+    slow("--data-path nowhere", [1, 2], "process 1: --data-path nowhere does not exist"),
+    slow("--class_order UNKNOWN", [1, 1], "unknown class 'e': give class names"),
+]
+
+
+@pytest.mark.parametrize(("more", "codes", "said"), DIFFERENT)
+def test_processes_that_differ_end_together(pictures, tmp_path, more, codes, said):
+    """Else they would train together, and report numbers of a mixture."""
+    for name, path in {"FEWER": "train/a/1.png", "OTHER": "val/a/1.png"}.items():
+        (shutil.copytree(pictures, tmp_path / name) / path).rename(tmp_path / name / "val/a/x.png")
+    with (shutil.copytree(pictures, tmp_path / "LONGER") / "val/a/1.png").open("ab") as file:
+        file.write(b"more")
+    (tmp_path / "ORDER").write_text("b a c d")
+    (tmp_path / "UNKNOWN").write_text("b a c e")
+    more = [str(tmp_path / word) if word.isupper() else word for word in more.split()]
+    done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path / "out"), more=more, within=20)
+    assert done.codes == codes, done.text
+    assert all(said in text.splitlines()[-1] for text in done.texts), done.text
+    assert not any((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.slow
-def test_process_that_fails_before_the_others_have_joined_ends_all(pictures, tmp_path):
-    """Such as on a machine of its own that lacks the data; the others wait outside of Python."""
-    good, bad = shape(3, 3, pictures, tmp_path), shape(3, 3, tmp_path / "nowhere", tmp_path)
-    done = together(tmp_path, 2, partial(_main_each, [good, bad]), within=20)
-    assert done.codes == [-signal.SIGTERM, 2], done.text
-    assert re.search("error: process 1: .*nowhere does not exist", done.texts[1])
+def test_processes_that_evaluate_other_checkpoints_end_together(alone, pictures, tmp_path):
+    for rank in (0, 1):  # on a disk of its own each
+        path = shutil.copytree(alone(12, 3), tmp_path / str(rank) / "run") / "checkpoint"
+    with (path / "task2_checkpoint.pth").open("ab") as file:
+        file.write(b"other")
+    hook = partial(_in_folder_of_rank, tmp_path)
+    done = run(tmp_path, 2, ["--eval", "--output_dir", "run", "--device", "cpu"], hook)
+    assert done.codes == [1, 1], done.text
+    assert all("error: the sha256 of task2_checkpoint.pth is " in text for text in done.texts)
 
 
-def _main_each(flags, rank):
-    return main.main([str(flag) for flag in flags[rank]])
+def _in_folder_of_rank(folder, rank):
+    os.chdir(folder / str(rank))
+
+
+@pytest.mark.slow
+def test_signal_while_a_process_waits_for_others_ends_all(pictures, tmp_path):
+    """The third is missing; the second is asked to stop."""
+    hook = partial(act, ("experiment.rendezvous._exchange", 1), {1: _signal_soon})
+    flags = [*shape(3, 3, pictures, tmp_path), "--device", "cpu"]
+    done = run(tmp_path, 2, flags, hook, environment=by_launcher(3, free_port()), within=20)
+    assert done.codes[0] == 1, done.text
+    assert GONE + "process 1: SIGTERM stopped the program outside of training)" in done.texts[0]
+
+
+def _signal_soon():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 # What they exchange
 
 
 def exchange(rank):
-    place = utils.init_processes("cpu")
+    place = rendezvous.join(Settings().replace(device="cpu"))
     assert place.rank == utils.rank() == rank
     assert utils.is_main_process() == (rank == 0)
     large = random.Random(0).randbytes(3_000_000)
@@ -277,6 +334,9 @@ def test_error_of_the_own_device_is_no_lost_process(monkeypatch):
         (RuntimeError("Connection closed by peer"), True),
         (torch.distributed.DistBackendError("NCCL error"), True),
         (out_of_memory("CUDA out of memory"), False),
+        (torch.distributed.DistBackendError("Last error: Cuda failure 'out of memory'"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (getattr(torch, "AcceleratorError", out_of_memory)("illegal access"), False),
     ):
         monkeypatch.setattr(torch.distributed, "all_reduce", Mock(side_effect=error))
@@ -286,7 +346,8 @@ def test_error_of_the_own_device_is_no_lost_process(monkeypatch):
 
 
 def join(rank):
-    utils.init_processes("cpu", "env://" if rank == 0 else os.environ["ELSEWHERE"])
+    url = "env://" if rank == 0 else os.environ["ELSEWHERE"]
+    rendezvous.join(Settings().replace(device="cpu", dist_url=url))
     assert utils.sum_over_processes(torch.ones(1)).item() == 2
     utils.close_processes()
 
@@ -307,6 +368,10 @@ STEP = {
 }  # fmt: skip
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
 
+MPIRUN = {f"OMPI_COMM_WORLD_{name}": "1" for name in ("RANK", "LOCAL_RANK")}
+MPIRUN |= {"OMPI_COMM_WORLD_SIZE": "2"}
+MPIEXEC = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
 #: What the shell of an allocation, or a batch script, finds.
 ALLOCATION = {
     "SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4",
@@ -315,10 +380,9 @@ ALLOCATION = {
 
 INTERACTIVE = {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290"}
 
-#: Environments; rank, world size, local rank and whether Slurm is the launcher.
+#: Environments; rank, world size, local rank, and whether Slurm or MPI is the launcher.
 LAUNCHES = [
     ({}, None),
-    ({"RANK": "0"}, None),
     (TORCHRUN, (5, 8, 2, False)),
     ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, False)),
     ({**STEP, **TORCHRUN}, (5, 8, 2, False)),  # torchrun, itself started by srun
@@ -327,26 +391,73 @@ LAUNCHES = [
     (INTERACTIVE, None),
     ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
     ({k: v for k, v in ALLOCATION.items() if k != "SLURM_PROCID"}, None),  # of salloc
+    (MPIRUN, (1, 2, 1, True)),
+    ({**STEP, **MPIRUN}, (1, 2, 1, True)),
+    ({**MPIRUN, **TORCHRUN}, (5, 8, 2, False)),
+    (MPIEXEC, (1, 2, 1, True)),
+    (
+        {**MPIEXEC, "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "MASTER_ADDR": "n"},
+        (1, 2, 0, True),
+    ),
+    ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4, 1, True)),  # of `srun --mpi=pmi2`
+    ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+    ({**INTERACTIVE, "PMIX_RANK": "0"}, None),  # of `srun --mpi=pmix`
 ]
 
 
 def test_find_launch():
     for environ, expected in LAUNCHES:
         found = utils.find_launch(environ)
-        by_slurm = found and found.meeting_point is not None
-        found = found and (found.rank, found.world_size, found.local_rank, by_slurm)
+        has_place = found and found.meeting_point is not None
+        found = found and (found.rank, found.world_size, found.local_rank, has_place)
         assert found == expected, environ
 
 
-@pytest.mark.parametrize(
-    ("environ", "name"),
-    [({**TORCHRUN, "RANK": "abc"}, "RANK=abc"), ({**STEP, "SLURM_PROCID": ""}, "SLURM_PROCID=")],
-)
-def test_variable_that_is_no_number_is_named(monkeypatch, no_launcher, capsys, environ, name):
-    for variable, value in environ.items():
-        monkeypatch.setenv(variable, value)
+def without(environ, *names):
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+ALONE_AND_LOST = {"RANK": "1", "WORLD_SIZE": "2"}
+AT_HOME = {**ALONE_AND_LOST, "MASTER_ADDR": "127.0.0.1"}
+
+#: Environments that are wrong, and the message.
+WRONG = [
+    *(({**TORCHRUN, "RANK": text}, f"RANK={text}: ") for text in ("abc", "", "-1", "8", "1.5")),
+    *(({**TORCHRUN, "WORLD_SIZE": text}, f"WORLD_SIZE={text}: ") for text in ("", "0", "9" * 5000)),
+    ({**TORCHRUN, "LOCAL_RANK": "x\n"}, r"LOCAL_RANK=x\n: expected a number from 0 to "),
+    ({"RANK": "0"}, "has no WORLD_SIZE"),
+    ({"WORLD_SIZE": "2"}, "has no RANK"),
+    (ALONE_AND_LOST, "but no MASTER_ADDR and no MASTER_PORT: set it, or start"),
+    (AT_HOME, "WORLD_SIZE=2, but no MASTER_PORT"),
+    *(({**AT_HOME, "MASTER_PORT": text}, f"MASTER_PORT={text}: ") for text in ("0", "65536", "x")),
+    ({**AT_HOME, "MASTER_PORT": "1", "MASTER_ADDR": "http://a"}, "MASTER_ADDR='http://a': "),
+    *(({**STEP, name: ""}, f"{name}=: ") for name in STEP if name[6:] in ("PROCID", "LOCALID")),
+    ({**STEP, "SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS=two: "),
+    ({**STEP, "SLURM_PROCID": "4"}, "SLURM_PROCID=4: expected a number from 0 to 3"),
+    ({**STEP, "MASTER_PORT": "x"}, "MASTER_PORT=x: "),
+    (without(STEP, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "neither SLURM_STEP_NODELIST nor"),
+    ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "has no MASTER_ADDR, where"),
+    (without(MPIRUN, "OMPI_COMM_WORLD_SIZE"), "has no OMPI_COMM_WORLD_SIZE"),
+    *((without(STEP, name), f"has no {name}, but") for name in ("SLURM_PROCID", "SLURM_LOCALID")),
+]
+
+
+def test_environment_that_is_wrong_is_one_problem(monkeypatch, no_launcher, capsys):
+    for environ, problem in WRONG:
+        with pytest.raises(ValueError) as error:
+            utils.find_meeting_point(utils.find_launch(environ), environ=environ)
+        assert problem in str(error.value)
+        assert "\n" not in str(error.value)
+    for name, value in {**AT_HOME, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     assert main.main(["digits_l2p", "--device", "cpu"]) == 2
-    assert f"  - the environment has {name}: expected a number\n" in capsys.readouterr().err
+    assert "  - the environment has RANK=0 and WORLD_SIZE=2, but no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["tcp://a", "a:1", "tcp://:1", "tcp://a:99999", "file:", "http:x"])
+def test_dist_url_that_is_none_is_named(url):
+    with pytest.raises(ValueError, match=f"--dist_url {url}: give env://, tcp://HOST:PORT"):
+        utils.find_meeting_point(utils.Processes(1, 2), url, {})
 
 
 def meeting_point(**changes):

@@ -179,7 +179,7 @@ sys.exit(submitit_jobs.wait(job))
 def failing_process_ends_its_job(cluster, folder, alone):
     """Of train.sh, and of submitit."""
     (folder / "experiment").mkdir()
-    (folder / "experiment" / "signals.py").write_text("EXIT_CODE = 75")
+    (folder / "experiment" / "signals.py").write_text("was_stopped = (75,).count")
     (folder / "main.py").write_text(FAILING)
     for name in ("train.sh", "environment.sh", "requirements.txt"):
         shutil.copy(ROOT / name, folder)

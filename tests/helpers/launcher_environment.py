@@ -9,8 +9,9 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launcher_names(environ):
-    """Names of the variables that a launcher, or Slurm, has set."""
-    return [name for name in environ if name.startswith("SLURM_") or name in LAUNCHER]
+    """Names of the variables that a launcher, Slurm or MPI has set."""
+    prefixes = "SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_"
+    return [name for name in environ if name.startswith(prefixes) or name in LAUNCHER]
 
 
 @pytest.fixture

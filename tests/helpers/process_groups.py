@@ -79,6 +79,15 @@ def by_launcher(count, port=None):
     }  # fmt: skip
 
 
+def by_mpi(count):
+    """Environment of every process, as mpirun gives it."""
+    job, name = {"PMIX_NAMESPACE": str(random.randrange(10**7))}, "OMPI_COMM_WORLD"
+    size = {f"{name}_SIZE": str(count), f"{name}_LOCAL_SIZE": str(count)}
+    return lambda rank: {
+        **job, **size, f"{name}_RANK": str(rank), f"{name}_LOCAL_RANK": str(rank)
+    }  # fmt: skip
+
+
 def by_nobody(rank):
     """The environment of a process without a launcher."""
     return {}
@@ -110,6 +119,7 @@ def context():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as main.py, which is too late here
         multiprocessing.forkserver.ensure_running()
     return server
 

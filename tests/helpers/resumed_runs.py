@@ -15,19 +15,9 @@ STOPPED = 75
 ALWAYS = ["--save_every", "0.0001"]
 
 
-def newest(folder):
-    """Where a run saves its newest state."""
-    return folder / "checkpoint" / "last.pth"
-
-
-def load(path):
-    """The state in a file."""
-    return resume.load(path)
-
-
 def place(folder):
     """Where a saved run stopped: task, epoch, step, evaluated test sets."""
-    position = load(newest(folder)).position
+    position = resume.load(resume.newest_path(folder)).position
     return position.task, position.epoch, position.step, len(position.evaluations)
 
 
@@ -53,7 +43,7 @@ def outcome(folder):
     found = {"results.json": results, "log_stats.txt": (folder / "log_stats.txt").read_text()}
     for path in checkpoints.find(folder).values():
         found[path.name] = vars(checkpoints.load(path)).copy()
-    state = load(newest(folder))
+    state = resume.load(resume.newest_path(folder))
     names = ("model", "optimizer", "buffer")
     found["last.pth"] = {name: getattr(state, name) for name in names}
     found["position"] = state.position.task, state.position.step
