@@ -82,7 +82,7 @@ def test_another_run_does_not_end_one_that_is_under_way(monkeypatch):
     ("rank", "listens", "url", "problem"),
     [
         (1, False, "env://", "process 1 of 2 waited 0.1 s for process 0 to listen at 127.0.0.1:"),
-        (1, False, "tcp://a..b:1", "process 0 to listen at a..b:1 .UnicodeError"),
+        (1, False, "tcp://a..b:1", "process 0 to listen at a..b:1 .Unicode"),
         (1, True, "env://", "process 1 finds no process 0 of this program at 127.0.0.1:"),
         (0, True, "env://", "process 0 cannot listen at 127.0.0.1:"),
         (0, False, "env://", "process 0 waited 0.1 s for 1 of 2 processes, which did not come: 1"),
