@@ -1,7 +1,6 @@
 """Finds damaged image files before training, once for each output folder."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -75,7 +74,7 @@ def _find_damaged(paths: Sequence[str], settings: Settings) -> dict[str, str]:
     pool = ThreadPoolExecutor(max(1, min(settings.data.num_workers, utils.usable_cores())))
     try:
         stats = "".join(_of_each(paths, _stat, pool))
-        key = hashlib.sha256(os.fsencode(stats)).hexdigest()
+        key = images.sha256(os.fsencode(stats))
         if folder is not None and (stored := _stored(folder / _FILE, key)) is not None:
             return stored
         reasons = _of_each(paths, _problem, pool)

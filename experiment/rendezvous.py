@@ -4,7 +4,6 @@ They meet in a store that process 0, or torchrun's agent, serves. Each writes it
 and why it ends, so that no other waits for it in vain; to meet, they wait for a minute at most.
 """
 
-import hashlib
 import json
 import os
 import socket
@@ -26,7 +25,7 @@ from cli.parser import UsageError, shown
 from cli.paths import open_regular
 from cli.settings import FLAGS, Settings
 from cli.terminal import printable
-from continual_datasets.images import DataError
+from continual_datasets.images import DataError, sha256
 from experiment.run_record import versions
 from training.state import Run
 from utils import LostProcessError, Processes
@@ -98,20 +97,19 @@ def check_same_run(run: Run) -> None:
     """Makes sure that all processes have the same data, classes and weights; else DataError."""
     if utils.is_alone():
         return
-    stream, parameters = run.stream, hashlib.sha256()
-    for value in run.model.trained_state().values():
-        parameters.update(value.numpy().tobytes())
-    sizes = hashlib.sha256(str([x.sizes() for x in (stream.train, *stream.test_sources)]).encode())
+    stream = run.stream
+    parameters = [value.numpy().tobytes() for value in run.model.trained_state().values()]
+    sizes = [source.sizes() for source in (stream.train, *stream.test_sources)]
     _check_same(
         {
             "the number of training images (--data-path)": len(stream.train),
             "the names or content of training images (--data-path)": stream.train_digest[:12],
             "the number of test images (--data-path)": [len(p.data) for p in stream.test_sets],
             "the names or content of test images (--data-path)": stream.test_digest[:12],
-            "the sizes of image files (--data-path)": sizes.hexdigest()[:12],
+            "the sizes of image files (--data-path)": sha256(str(sizes).encode())[:12],
             "the order of the classes (--class_order)": stream.class_order,
             "the backbone's sha256 (--pretrained)": run.backbone["sha256"][:12],
-            "the sha256 of the initial prompts and head": parameters.hexdigest()[:12],
+            "the sha256 of the initial prompts and head": sha256(*parameters)[:12],
         }
     )
 
@@ -123,7 +121,7 @@ def check_same_checkpoints(paths: Iterable[Path]) -> None:
     found = {}
     for path in paths:
         with open_regular(path) as file:
-            found[f"the sha256 of {path.name}"] = hashlib.sha256(file.read()).hexdigest()[:12]
+            found[f"the sha256 of {path.name}"] = sha256(file.read())[:12]
     _check_same(found)
 
 
