@@ -39,7 +39,7 @@ from cli.flags import between, flag
 from cli.options import take
 from cli.parser import UsageError
 from cli.paths import PathStr
-from cli.terminal import exit_code, make_robust, printable
+from cli.terminal import printable, run_program
 from experiment import run_record
 from experiment.session import explain
 from experiment.signals import INTERRUPTED, Preempted
@@ -181,5 +181,4 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    make_robust()
-    sys.exit(exit_code(main()))
+    run_program(main)

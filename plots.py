@@ -23,7 +23,7 @@ from cli.options import near, take_all
 from cli.parser import UsageError
 from cli.paths import PathStr
 from cli.settings import Settings
-from cli.terminal import exit_code, make_robust, one_line
+from cli.terminal import one_line, run_program
 from reports import draw, stored_runs
 from reports.stored_runs import Group
 
@@ -180,5 +180,4 @@ def _rename(groups: list[Group], changes: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    make_robust()
-    sys.exit(exit_code(main()))
+    run_program(main)

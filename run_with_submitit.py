@@ -17,7 +17,7 @@ from cli.flags import flag
 from cli.options import take
 from cli.parser import UsageError, parse
 from cli.paths import PathStr
-from cli.terminal import exit_code, make_robust, one_line
+from cli.terminal import one_line, run_program
 from launch import submitit_jobs
 from launch.submitit_jobs import JobOptions
 
@@ -86,5 +86,4 @@ def submit(
 
 
 if __name__ == "__main__":
-    make_robust()
-    sys.exit(exit_code(main()))
+    run_program(main)

@@ -20,7 +20,7 @@ from cli.flags import flag
 from cli.options import take_all
 from cli.parser import UsageError
 from cli.paths import PathStr
-from cli.terminal import exit_code, make_robust, one_line
+from cli.terminal import one_line, run_program
 from reports import files, published, seed_tables, stored_runs
 from reports.seed_tables import DEFAULT_METRICS, FORMATS, METRICS, SELECTIONS
 from reports.stored_runs import Group, ResultsError
@@ -181,5 +181,4 @@ def _write(text: str, path: str | None) -> None:
 
 
 if __name__ == "__main__":
-    make_robust()
-    sys.exit(exit_code(main()))
+    run_program(main)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from cli.options import take
 from cli.parser import UsageError
 from cli.paths import command
-from cli.terminal import exit_code, make_robust, one_line, tolerated
+from cli.terminal import one_line, run_program, tolerated
 from launch import local_runs, submitit_jobs, sweep_plan
 from launch.sweep_plan import Sweep, SweepOptions
 from reports import draw, seed_tables, stored_runs
@@ -121,5 +121,4 @@ def report(sweep: Sweep, options: SweepOptions) -> None:
 
 
 if __name__ == "__main__":
-    make_robust()
-    sys.exit(exit_code(main()))
+    run_program(main)

@@ -9,9 +9,9 @@ import os
 import re
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,12 @@ def make_robust() -> None:
         with suppress(OSError):  # a test's or a notebook's stream is no file
             if stream is None or stream.fileno() == number:
                 setattr(sys, name, _robust(stream, number))
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Runs a program whose output counts, and ends the process with its exit code."""
+    make_robust()
+    sys.exit(exit_code(main()))
 
 
 def exit_code(code: int) -> int:
