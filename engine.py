@@ -30,10 +30,11 @@ from continual_datasets.stream import title
 from reports import metrics
 from reports.metrics import SELECTIONS
 from training.evaluation import average_stats, evaluate
-from training.losses import class_mask, count_correct, count_ids, masked_cross_entropy, restrict
+from training.losses import class_mask
+from training.queries import with_queries
 from training.state import Evaluation, Loader, NonFiniteLossError, Run, TrainState
 from training.update import OptimizerStep
-from utils import is_alone, rank, sum_over_processes
+from utils import rank, sum_over_processes
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -81,19 +82,20 @@ def train_one_epoch(
     run.model.train()
     mask = class_mask(task.classes, run.model.num_classes, run.device)
     allowed = mask if settings.tasks.train_mask else None
+    task_id = torch.tensor(task.index, device=run.device)  # a number would be compiled in
     header = f"Train: Epoch[{epoch + 1:{len(str(epochs))}d}/{epochs}]"
     progress = utils.Progress(header, settings.output.print_freq, state.meters)
     sampler = loader.batch_sampler
     sampler.set_epoch(epoch, state.step)
     unread: list[Tensor] = []
     since = time.monotonic()
-    for step, batch in progress.over(loader, len(loader), state.step):
+    batches = with_queries(run, loader, first=state.step)
+    for step, (batch, query) in progress.over(batches, len(loader), state.step):
         seed_model(run.device, settings.run.seed, task.index, epoch, step, rank())
         stop = run.monitor.wants_to_stop()
-        target = StepTarget(task.index, allowed, sampler.global_batch_size(step), stop)
+        target = StepTarget(task_id, allowed, sampler.global_batch_size(step), query, stop)
         unread.append(train_step(run, update, batch, target))
-        due = step % run.read_every == 0 or step + 1 == len(loader)
-        if not due and not (stop and is_alone()):
+        if step % run.read_every and step + 1 < len(loader):
             continue
         sizes = [sampler.global_batch_size(s) for s in range(state.step, step + 1)]
         stop = _read_steps(unread, sizes, update, progress, state)
@@ -111,9 +113,10 @@ def train_one_epoch(
 class StepTarget(NamedTuple):
     """What a training step needs besides its batch."""
 
-    task_id: int  # 0-based
+    task_id: Tensor  # 0-based, ()
     allowed: Tensor | None  # classes that images may have unless replayed, bool (C,); None: all
     global_size: int  # images of all processes in this step
+    query: Tensor | None = None  # of the images, (B, D); None: the step computes it
     stop: bool = False  # this process was asked to stop
 
 
@@ -127,18 +130,21 @@ def train_step(
     this step nor a later one changes the model.
 
     Returns:
-        Loss, correct@1 and correct@5 over all processes, how many of them were asked to stop, and
+        Loss over all processes, how many of them were asked to stop, correct@1 and correct@5, and
         the norm of the gradient before clipping, (5,), on the device.
     """
-    model = run.model
+    model, (images, targets, *flags) = run.model, batch
     update.begin()
-    values, served, features = _forward_backward(run, update, batch, target)
-    stopping = values.new_full((1,), float(target.stop))
-    sums = sum_over_processes(torch.cat([values, stopping, served]))
+    found = run.objective(images, targets, target.allowed, target.task_id, target.query, *flags)
+    loss = found.loss * (len(images) / target.global_size)
+    if len(images):  # this process may have none
+        update.backward(loss)
+    stopping = loss.new_full((1,), float(target.stop))
+    sums = sum_over_processes(torch.cat([loss.detach()[None], stopping, found.counts]))
     norm = update.step(sums[0])
     if model.prompt is not None:
         model.prompt.count_served(torch.where(update.sound, sums[4:], 0))
-    model.observe(features, batch[1], update.sound)
+    model.observe(found.features, targets, update.sound)
     return torch.cat([sums[:4], norm[None]])
 
 
@@ -165,36 +171,6 @@ def evaluate_till_now(
         _log_averages(run, task, state.evaluations)
 
 
-def _forward_backward(
-    run: Run, update: OptimizerStep, batch: Sequence[Tensor], target: StepTarget
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of this process's part of a step.
-
-    Returns loss, correct@1 and correct@5 (3,); how often each prompt served (M,), empty without a
-    pool; and the pooled features (B, D).
-    """
-    images, targets, *flags = batch
-    model, settings, prompts = run.model, run.settings, run.settings.prompts
-    served = torch.zeros(0 if model.prompt is None else model.prompt.size, device=run.device)
-    if len(images) == 0:
-        return served.new_zeros(3), served, served.new_zeros(0, model.width)
-    group, allowed = settings.vote_group_size, target.allowed
-    if flags:
-        group += settings.replayed_per_group
-        allowed = None if allowed is None else allowed | flags[0][:, None]  # (B, C)
-    out = model(images, task_id=target.task_id, vote_group_size=group)
-    loss = masked_cross_entropy(out["logits"], targets, allowed, settings.optimizer.smoothing)
-    if prompts.pull_constraint and "reduce_sim" in out:
-        loss = loss - prompts.pull_constraint_coeff * out["reduce_sim"]
-    loss = loss * (len(images) / target.global_size)
-    update.backward(loss)
-    with torch.no_grad():
-        correct = count_correct(restrict(out["logits"], allowed), targets).to(loss.dtype)
-        if "prompt_idx" in out:
-            served = count_ids(out["prompt_idx"], len(served))
-    return torch.cat([loss.detach()[None], correct]), served, out["pre_logits"].detach()
-
-
 def _read_steps(
     steps: list[Tensor],
     sizes: list[int],
@@ -205,7 +181,7 @@ def _read_steps(
     """Copies the results of steps to the host; returns whether a process was asked to stop."""
     rows = torch.stack(steps).tolist()  # each as `train_step` returns it
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True), state.step + 1):
-        loss, correct1, correct5, _, norm = row
+        loss, _, correct1, correct5, norm = row
         if not (math.isfinite(loss) and (math.isfinite(norm) or update.may_overflow)):
             what = f"the norm of the gradient is {norm} (loss {loss})"
             what = what if math.isfinite(loss) else f"loss is {loss}"
@@ -214,7 +190,7 @@ def _read_steps(
         progress.update({"Lr": update.lr, "Loss": loss})
         percent = {"Acc@1": 100 * correct1 / size, "Acc@5": 100 * correct5 / size}
         progress.update(percent, count=size)
-    return any(stop > 0 for *_, stop, _ in rows)
+    return any(stop > 0 for _, stop, *_ in rows)
 
 
 def _begin_task(run: Run, task: Task, state: TrainState, update: OptimizerStep) -> None:

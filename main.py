@@ -167,7 +167,7 @@ def assemble(
     vit = build_backbone(settings.model, size, pretrained=not weights_follow)
     identity = identify(vit, settings.model.model, settings.model.weight_source)
     model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
-    sizes = Batching(settings, processes, batch).full_batches
+    sizes = Batching(settings, processes, batch).pass_sizes
     precision.apply(settings.precision, model, sizes, weights_follow)
     run = build.build_run(settings, processes, batch, stream, model, identity)
     rendezvous.check_same_run(run)

@@ -27,6 +27,9 @@ from torch.nn import functional as F
 from cli.flags import choose
 from cli.settings import PromptSettings
 
+#: 0-based number of a task, () if a tensor: a number would become part of what is compiled.
+TaskId = int | Tensor
+
 
 class Selection(NamedTuple):
     """Result of matching a batch of queries with the pool."""
@@ -57,7 +60,11 @@ class Prompt(nn.Module):
         return iter(())
 
     def forward(
-        self, query: Tensor, *, task_id: int | None = None, vote_group_size: int | None = None
+        self,
+        query: Tensor,
+        *,
+        task_id: TaskId | None = None,
+        vote_group_size: int | None = None,
     ) -> Selection:
         """Selects prompts for a batch of queries, in single precision within autocast, too.
 
@@ -93,7 +100,7 @@ class Prompt(nn.Module):
             return similarity.topk(self.top_k, dim=1).indices
         return top_k_lowest_id(similarity, self.top_k)
 
-    def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
+    def serve(self, own_idx: Tensor, task_id: TaskId | None, vote_group_size: int | None) -> Tensor:
         """Ids that serve each image, best first, (B, K): its own, or those of its vote group."""
         if self.batchwise and vote_group_size != 1:
             return vote(own_idx, self.size, vote_group_size or len(own_idx), self.vote_ties)
@@ -160,7 +167,7 @@ class MaskedPrompt(Prompt):
                 f"{needed}, or lower --top_k"
             )
 
-    def serve(self, own_idx: Tensor, task_id: int | None, vote_group_size: int | None) -> Tensor:
+    def serve(self, own_idx: Tensor, task_id: TaskId | None, vote_group_size: int | None) -> Tensor:
         """The task's own prompts in training, (B, K)."""
         if not self.training or task_id is None:
             return super().serve(own_idx, task_id, vote_group_size)

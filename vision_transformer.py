@@ -27,7 +27,7 @@ from cli.flags import choose
 from cli.settings import ModelSettings
 from model.backbone import copy_state
 from model.encoder import encode
-from prompt import Prompt
+from prompt import Prompt, TaskId
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class PromptedVisionTransformer(nn.Module):
         images: Tensor,
         query: Tensor | None = None,
         *,
-        task_id: int | None = None,
+        task_id: TaskId | None = None,
         vote_group_size: int | None = None,
     ) -> dict[str, Tensor]:
         """Classifies a batch.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +22,18 @@ from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import Batching
 from continual_datasets.scenarios import Scenario, StreamSource, TaskClasses, find_scenario
 from continual_datasets.stream import TaskStream
-from experiment import image_check
+from experiment import image_check, precision
 from model import backbone
 from prompt import find_selection_rule
 from reports import metrics
 from reports.metrics import SELECTIONS
+from training.objective import Objective
 from training.state import Run
 from utils import Processes
 from vision_transformer import PromptedVisionTransformer
 
 #: Optimizers that, fused, can skip a step on a GPU, see `OptimizerStep`.
 _SKIP_STEPS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-
-#: Maximum of asynchronous steps on a GPU; a stop request takes effect after at most so many.
-_MOST_UNREAD = 10
 
 
 def build_stream(
@@ -130,11 +129,6 @@ def make_scheduler(
     return create_scheduler_v2(optimizer, **scheduler_kwargs(settings))[0]
 
 
-def read_every(settings: Settings, device: torch.device) -> int:
-    """Steps between two readings of their results; reading costs nothing on a CPU."""
-    return min(settings.output.print_freq, _MOST_UNREAD) if device.type == "cuda" else 1
-
-
 def build_run(
     settings: Settings,
     processes: Processes,
@@ -147,7 +141,13 @@ def build_run(
     buffer = None
     if settings.replay.has_buffer:
         buffer = ReplayBuffer(stream.train.targets, settings.run.seed, settings.replay)
-    loaders = Loaders(stream, Batching(settings, processes, global_batch), buffer)
+    batching = Batching(settings, processes, global_batch)
+    objective: Any = Objective(model, settings).compute
+    if settings.precision.compile:
+        on_cuda, sizes = processes.device.type == "cuda", batching.full_batches
+        objective = precision.Compiled(objective, sizes, on_cuda)
+        stream.pipeline.graph_sizes = sizes if on_cuda else set()
+    loaders = Loaders(stream, batching, buffer)
     lr = settings.optimizer.learning_rate(global_batch)
     shape = len(stream.test_sets), stream.num_tasks
     return Run(
@@ -160,10 +160,12 @@ def build_run(
         buffer=buffer,
         train_loader=loaders.train,
         test_loader=loaders.test,
+        objective=objective,
         make_optimizer=partial(make_optimizer, settings.optimizer, model, lr),
         make_scheduler=partial(make_scheduler, settings.optimizer),
         matrices={name: metrics.empty_matrix(*shape) for name in SELECTIONS},
-        read_every=read_every(settings, processes.device),
+        queries_ahead=batching.queries_ahead,
+        read_every=batching.read_every,
     )
 
 

@@ -4,17 +4,24 @@ None of it is on by default: results are then those of single precision. What is
 `results.json`.
 """
 
-from collections.abc import Collection
+import logging
+import re
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from cli.settings import PrecisionSettings
-from model.encoder import Pass
+from cli.terminal import reason
+from utils import is_out_of_memory
 from vision_transformer import PromptedVisionTransformer
 
 #: Data types of `--amp`.
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 def apply(
@@ -44,10 +51,8 @@ def apply(
             for module in model.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False  # type: ignore[assignment]
-    if settings.compile:
-        mode = "reduce-overhead" if on_cuda else None
-        for name in ("encode_query", "encode_prompted"):
-            setattr(model, name, _Compiled(getattr(model, name), batch_sizes, mode))
+    for name in ("query", "encode_prompted") if settings.compile else ():
+        setattr(model, name, Compiled(getattr(model, name), batch_sizes, on_cuda))
 
 
 def _round_frozen_weights(model: PromptedVisionTransformer, dtype: torch.dtype) -> None:
@@ -59,15 +64,33 @@ def _round_frozen_weights(model: PromptedVisionTransformer, dtype: torch.dtype) 
                 module.to(dtype)
 
 
-class _Compiled:
-    """A pass that is compiled, by `torch.compile` in a mode, for full batches of these sizes."""
+class Compiled:
+    """A function that is compiled for full batches of these sizes, on CUDA with CUDA graphs.
 
-    def __init__(self, plain: Pass, batch_sizes: Collection[int], mode: str | None) -> None:
+    Its first argument is the batch. Within another that is compiled, it becomes a part of that.
+    If that fails, as with a head that branches on values or a damaged cache, it stays plain.
+    """
+
+    def __init__(
+        self, plain: Callable[..., Any], batch_sizes: Collection[int], on_cuda: bool
+    ) -> None:
         self.plain, self.batch_sizes = plain, frozenset(batch_sizes)
+        mode = "reduce-overhead" if on_cuda else None
         self.fast = torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if len(tokens) not in self.batch_sizes:
-            return self.plain(tokens)
+    def __call__(self, batch: Tensor, *more: Any) -> Any:
+        """The result, as the plain function gives it."""
+        if torch.compiler.is_compiling() or len(batch) not in self.batch_sizes:
+            return self.plain(batch, *more)
         torch.compiler.cudagraph_mark_step_begin()
-        return self.fast(tokens).clone()  # the next call uses the memory of the result again
+        try:
+            result = self.fast(batch, *more)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            place = re.findall(r'File "(.+)", line (\d+)', str(error))[-1:]
+            why = ", ".join([reason(error), *map(":".join, place)])
+            logger.warning("--compile: %s stays as it is: %s", self.plain.__qualname__, why)
+            self.batch_sizes = frozenset()
+            return self.plain(batch, *more)
+        return tree_map(torch.clone, result)  # which the next call overwrites

@@ -375,25 +375,23 @@ def test_steps_read_together_give_the_same_run():
         assert read == [boundaries[step - 1] for step in steps_read]
 
 
-@pytest.mark.parametrize(
-    ("alone", "expected"),
-    [(True, [(1, False), (3, True), (4, False), (7, False)]),
-     (False, [(1, False), (4, True), (7, False)])],  # the others must know of it
-)  # fmt: skip
-def test_wish_to_stop_reads_at_once_where_there_is_nobody_else(monkeypatch, alone, expected):
-    monkeypatch.setattr(engine, "is_alone", lambda: alone)
+def test_wish_to_stop_waits_for_the_next_reading():
     _, _, boundaries = read_every(3, stop_at=3)
-    assert [(step, stop) for step, _, stop in boundaries] == expected
+    assert [(step, stop) for step, _, stop in boundaries] == [(1, False), (4, True), (7, False)]
+
+
+class Rest(Loader):
+    """An epoch of which some steps are done."""
+
+    done = 2
+
+    def __iter__(self):
+        return iter(self.batches[self.done :])
 
 
 def test_resumed_epoch_reads_its_own_steps():
     _, _, boundaries = read_every(1)
     state, monitor = TrainState(0, 0, step=2, meters=boundaries[1][1]), Boundaries()
-
-    class Rest(Loader):
-        def __iter__(self):
-            return iter(self.batches[2:])
-
     how = {"state": state, "monitor": monitor, "read_every": 3}
     train_epoch(make_model({}), Rest(*data(FIRST, 28)), lr=0.0, **how)
     assert [step for step, _, _ in monitor.boundaries] == [4, 7]
@@ -667,3 +665,32 @@ def test_pool_without_room_for_another_task_shares_nothing(caplog):
     run(make_model({"top_k": M}), shared_prompt_pool=True)
     said = "Task 2 shares no prompts with task 1: the pool of 6 has no slots left for it"
     assert said in caplog.messages
+
+
+# Queries ahead of the steps
+
+
+def with_queries_ahead(loader, number=3, model=None, **values):
+    """An epoch of batches of four images: model, statistics, images of each pass for queries."""
+    model, sizes = model or make_model({}), []
+    encode_query = model.encode_query
+    model.encode_query = lambda tokens: sizes.append(len(tokens)) or encode_query(tokens)
+    stats = train_epoch(model, loader, queries_ahead=number, read_every=3, **values)
+    return model, stats, sizes
+
+
+def test_queries_of_small_batches_share_a_pass_and_change_no_number():
+    one, stats, sizes = with_queries_ahead(Loader(*data(FIRST, 26)), number=1)
+    other, other_stats, shared = with_queries_ahead(Loader(*data(FIRST, 26)))
+    assert (sizes, shared) == ([4] * 6 + [2], [4, 12, 10])
+    assert other_stats == pytest.approx(stats, rel=1e-5)
+    close(other.trained_state(), one.trained_state(), rtol=1e-4, atol=1e-6)
+    assert with_queries_ahead(Loader(*data(FIRST, 26)), model=make_model())[2] == []
+
+
+def test_resumed_epoch_has_the_passes_for_queries_of_a_whole_one():
+    for done, shared in ((1, [12, 12]), (4, [12])):
+        loader = Rest(*data(FIRST, 28))
+        loader.done = done
+        state = TrainState(0, 0, step=done)
+        assert with_queries_ahead(loader, state=state, lr=0.0)[2] == shared

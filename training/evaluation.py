@@ -2,7 +2,7 @@
 
 The queries of test images come from a frozen network, so they are computed once and cached in
 `Run.queries`. Instance-wise, only the images whose own prompts the vote overruled are computed
-again.
+again, gathered over the batches into full ones.
 
 Shapes: B images, C classes, D width, K prompts selected (top-k), M pool size.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import utils
 from continual_datasets.stream import title
 from reports.metrics import SELECTIONS
-from training.losses import class_mask, count_correct, count_ids, restrict
+from training.losses import class_mask, count_ids, find_hits, restrict
 from training.state import Evaluation, Loader, Run
 from utils import sum_over_processes
 
@@ -38,6 +38,7 @@ def evaluate(run: Run, loader: Loader, test_set: TestSet) -> Evaluation:
     settings, model = run.settings, run.model.eval()
     classes = test_set.classes if settings.tasks.task_inc else run.stream.classes
     totals = EvaluationTotals(run, class_mask(classes, model.num_classes, run.device))
+    second = SecondPass(run, totals)
     version, (known, cached) = model.query_version(), run.queries.get(test_set.index, (None, None))
     found = list[Tensor]()
     progress = utils.Progress(f"Test: [{title(test_set)}]", settings.output.print_freq)
@@ -47,12 +48,17 @@ def evaluate(run: Run, loader: Loader, test_set: TestSet) -> Evaluation:
         if cached is not None and known == version:
             query = cached[totals.num_images :][: len(images)]
         out = model(images, query, vote_group_size=settings.vote_group_size)
-        if query is None and "query" in out:
-            found.append(out["query"])
-        totals.add(out, _instance_logits(model, images, out), targets)
+        overruled = find_overruled(model, out)
+        group_sizes = _group_sizes(targets, settings.vote_group_size)
+        totals.add(out, targets, group_sizes, overruled)
+        if "query" in out:
+            second.add(overruled, images, out["query"], targets, group_sizes)
+            if query is None:
+                found.append(out["query"])
         if step % run.read_every == 0 or step == len(loader) - 1:
             percent, num_images = totals.newest_accuracy()
             progress.update({"Acc@1": percent}, num_images)
+    second.compute()
     if found:
         run.queries[test_set.index] = version, torch.cat(found)
     return totals.evaluation(test_set)
@@ -64,23 +70,35 @@ def average_stats(evaluations: Sequence[Evaluation], selection: str) -> dict[str
     return {k: sum(e.stats[selection][k] for e in evaluations) / len(evaluations) for k in keys}
 
 
+def find_overruled(model: PromptedVisionTransformer, out: dict[str, Tensor]) -> Tensor:
+    """Which images of a batch are served by other prompts than their own, bool (B,)."""
+    if "prompt_idx" not in out:
+        return out["logits"].new_zeros(len(out["logits"]), dtype=torch.bool)
+    served, own = out["prompt_idx"], out["own_prompt_idx"]
+    if not model.prompt_order_matters:
+        served, own = served.sort(dim=1).values, own.sort(dim=1).values
+    return (served != own).any(dim=1)
+
+
 class EvaluationTotals:
-    """Sums over the batches of a test set, on the device; `allowed` classes as a mask (C,)."""
+    """Sums over the images of a test set, on the device; `allowed` classes as a mask (C,)."""
 
     def __init__(self, run: Run, allowed: Tensor) -> None:
         self.allowed, self.group_size = allowed, run.settings.vote_group_size
         self.num_prompts = size = 0 if run.model.prompt is None else run.model.prompt.size
-        # Of each selection `_test_sums`; with a pool also how often each prompt served, in each
-        # selection; sum and number of the similarities to selected keys; sums of those to each key.
-        self.sizes = [4, 4, *([size, size, 2, size] if size else [])]
+        # Of each selection the summed `_values`; with a pool also how often each prompt served, in
+        # each; sum and number of the similarities to selected keys; sums of those to each key.
+        self.sizes = [3, 3, *([size, size, 2, size] if size else [])]
         self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=run.device)
-        self.num_images = 0
+        self.num_images = self.num_groups = 0
         self._num_read, self._correct_read = 0, 0.0
 
-    def add(self, out: dict[str, Tensor], instance_logits: Tensor, targets: Tensor) -> None:
-        """Adds a batch: outputs of the model, and the logits of each image on its own."""
-        logits = (restrict(of, self.allowed) for of in (out["logits"], instance_logits))
-        new = [_test_sums(of, targets, self.group_size) for of in logits]
+    def add(
+        self, out: dict[str, Tensor], targets: Tensor, group_sizes: Tensor, overruled: Tensor
+    ) -> None:
+        """Adds a batch of whole vote groups; instance-wise, without the images overruled, (B,)."""
+        values = self._values(out["logits"], targets, group_sizes)
+        new = [values.sum(dim=0), values.masked_fill(overruled[:, None], 0).sum(dim=0)]
         if self.num_prompts:
             new += [count_ids(out[k], self.num_prompts) for k in ("prompt_idx", "own_prompt_idx")]
             own = out["similarity"].gather(1, out["own_prompt_idx"]).double()  # (B, K)
@@ -88,10 +106,15 @@ class EvaluationTotals:
             new.append(out["similarity"].double().sum(dim=0))  # (M,)
         self.sums += torch.cat(new)
         self.num_images += len(targets)
+        self.num_groups += -(-len(targets) // self.group_size)
+
+    def add_alone(self, logits: Tensor, targets: Tensor, group_sizes: Tensor) -> None:
+        """Adds images that `add` left out: logits with each image's own prompts."""
+        self.sums[3:6] += self._values(logits, targets, group_sizes).sum(dim=0)
 
     def newest_accuracy(self) -> tuple[float, int]:
         """Batch-wise accuracy since the last call, in percent, and images; synchronises."""
-        correct = self.sums[2].item()
+        correct = self.sums[1].item()
         num_new = self.num_images - self._num_read
         percent = 100 * (correct - self._correct_read) / num_new
         self._num_read, self._correct_read = self.num_images, correct
@@ -99,11 +122,11 @@ class EvaluationTotals:
 
     def evaluation(self, test_set: TestSet) -> Evaluation:
         """Accuracies, loss and usage over the images of all processes."""
-        images = self.sums.new_full((1,), self.num_images)
-        sums = torch.split(sum_over_processes(torch.cat([images, self.sums])), [1, *self.sizes])
-        (total,), *values = (part.tolist() for part in sums)
+        numbers = self.sums.new_tensor([self.num_images, self.num_groups])
+        sums = torch.split(sum_over_processes(torch.cat([numbers, self.sums])), [2, *self.sizes])
+        (total, groups), *values = (part.tolist() for part in sums)
         stats = {}
-        for name, (loss, groups, *correct) in zip(SELECTIONS, values[:2], strict=True):
+        for name, (loss, *correct) in zip(SELECTIONS, values[:2], strict=True):
             top1, top5 = (100 * c / total for c in correct)
             stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
         if not self.num_prompts:
@@ -113,30 +136,56 @@ class EvaluationTotals:
         of_keys = [similarities / total for similarities in keys]
         return Evaluation(test_set.index, stats, usage, similarity / number, of_keys)
 
-
-def _test_sums(logits: Tensor, targets: Tensor, group_size: int) -> Tensor:
-    """Sum of the vote groups' mean losses, their number, correct@1 and correct@5, (4,)."""
-    losses = F.cross_entropy(logits, targets, reduction="none").double()  # (B,)
-    full, rest = divmod(len(losses), group_size)
-    means = losses[: full * group_size].sum() / group_size
-    if rest:
-        means = means + losses[full * group_size :].mean()
-    groups = losses.new_full((), full + (rest > 0))
-    return torch.cat([torch.stack([means, groups]), count_correct(logits, targets).double()])
+    def _values(self, logits: Tensor, targets: Tensor, group_sizes: Tensor) -> Tensor:
+        """Of each image its part of the group's mean loss, correct@1 and correct@5, (B, 3)."""
+        logits = restrict(logits, self.allowed)
+        losses = F.cross_entropy(logits, targets, reduction="none").double()  # (B,)
+        return torch.column_stack([losses / group_sizes, find_hits(logits, targets)])
 
 
-def _instance_logits(
-    model: PromptedVisionTransformer, images: Tensor, out: dict[str, Tensor]
-) -> Tensor:
-    """Logits with each image's own prompts; only images that the vote overruled are computed."""
-    if "prompt_idx" not in out:
-        return out["logits"]
-    served, own = out["prompt_idx"], out["own_prompt_idx"]
-    if not model.prompt_order_matters:
-        served, own = served.sort(dim=1).values, own.sort(dim=1).values
-    # Their number is unknown, so this synchronises.
-    overruled = (served != own).any(dim=1).nonzero().squeeze(1)
-    if len(overruled) == 0:
-        return out["logits"]
-    again = model(images[overruled], out["query"][overruled], vote_group_size=1)
-    return out["logits"].index_copy(0, overruled, again["logits"])
+def _group_sizes(targets: Tensor, group_size: int) -> Tensor:
+    """Images in the vote group of each image of a batch, (B,); the last group may be smaller."""
+    sizes, rest = torch.full_like(targets, group_size), len(targets) % group_size
+    sizes[len(targets) - rest :] = rest
+    return sizes
+
+
+class SecondPass:
+    """Computes the images that the vote overruled with their own prompts, in full batches.
+
+    So few batch sizes occur: cuDNN plans attention for each, and compiled passes take only full
+    ones.
+    """
+
+    def __init__(self, run: Run, totals: EvaluationTotals) -> None:
+        self._model, self._batching, self._totals = run.model, run.batching, totals
+        self._gathered: list[Tensor] = []  # images, queries, targets, group sizes: a full batch
+        self._number = 0  # its rows that are in use
+
+    def add(self, overruled: Tensor, *batch: Tensor) -> None:
+        """Gathers the overruled images, bool (B,), of a batch; computes them once they fill one.
+
+        The first batch is full, or the only one.
+        """
+        if not self._gathered:
+            size = self._batching.filled(len(batch[0]))
+            self._gathered = [part.new_zeros(size, *part.shape[1:]) for part in batch]
+        rows = overruled.nonzero().squeeze(1)  # their number is unknown, so this synchronises
+        while len(rows):
+            new, rows = rows.tensor_split([len(self._gathered[0]) - self._number])
+            end = self._number + len(new)
+            for gathered, part in zip(self._gathered, batch, strict=True):
+                torch.index_select(part, 0, new, out=gathered[self._number : end])
+            self._number = end
+            if end == len(self._gathered[0]):
+                self.compute()
+
+    def compute(self) -> None:
+        """Computes what is gathered; on a GPU, rows not in use fill the batch up."""
+        if (number := self._number) == 0:
+            return
+        filled = (part[: self._batching.filled(number)] for part in self._gathered)
+        images, query, targets, group_sizes = filled
+        logits = self._model(images, query, vote_group_size=1)["logits"]
+        self._totals.add_alone(logits[:number], targets[:number], group_sizes[:number])
+        self._number = 0

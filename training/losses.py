@@ -46,11 +46,16 @@ def masked_cross_entropy(
     return (1 - smoothing) * loss - smoothing * spread.mean()
 
 
-def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """How often the target is the first, and among the first five, (2,)."""
+def find_hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is the first, and among the first five, bool (B, 2)."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     hits = best == targets[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum()])
+    return torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """How often the target is the first, and among the first five, (2,)."""
+    return find_hits(logits, targets).sum(dim=0)
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:

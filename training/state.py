@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from continual_datasets.replay import ReplayBuffer
     from continual_datasets.stream import Task, TaskStream, TestSet
     from reports.metrics import Matrix
+    from training.objective import Computed
     from training.update import OptimizerStep
     from utils import Processes
     from vision_transformer import PromptedVisionTransformer
@@ -132,9 +133,11 @@ class Run:
     buffer: ReplayBuffer | None  # images of earlier tasks that are replayed; None: none are
     train_loader: Callable[[Task], Loader]
     test_loader: Callable[[TestSet], Loader]
+    objective: Callable[..., Computed]  # `Objective.compute`, perhaps compiled
     make_optimizer: Callable[[], torch.optim.Optimizer]  # over the model's trainable parameters
     make_scheduler: Callable[[torch.optim.Optimizer], Scheduler | None]  # for one task
     matrices: dict[str, Matrix]  # accuracies of each selection, filled by column, percent
+    queries_ahead: int = 1  # training batches whose queries are computed in one pass
     read_every: int = 1  # steps between host synchronisations (loss, accuracy, stop request)
     reports: list[TrainState] = field(default_factory=list)  # of each finished task, at its end
     monitor: Monitor = field(default_factory=Monitor)

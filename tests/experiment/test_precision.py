@@ -1,6 +1,7 @@
 """Mixed precision, compiled passes, recomputation: as equal to the plain path as they can be."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import Mock
 
@@ -126,9 +127,33 @@ def test_nothing_is_compiled_again_after_the_first_task(fresh_compiler):
     assert not fresh_compiler["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_function_that_cannot_be_compiled_stays_plain(caplog):
+    def branching(x):
+        return x + 1 if x.sum() > 0 else x
+
+    compiled = precision.Compiled(branching, {2}, on_cuda=False)
+    for _ in range(2):
+        assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert caplog.text.count("branching stays as it is: Unsupported") == 1
+    assert f"{__file__}:" in caplog.text
+
+
+def test_a_compiler_that_fails_leaves_the_function_plain_unless_memory_is_used_up(caplog):
+    dynamo = pytest.importorskip("torch._dynamo")
+    for cause, lacks_memory in (("main.so: file too short", False), ("CUDA out of memory", True)):
+        compiled = precision.Compiled(torch.neg, {2}, on_cuda=False)
+        compiled.fast = Mock(side_effect=dynamo.exc.TorchDynamoException(cause))
+        with pytest.raises(RuntimeError, match=cause) if lacks_memory else nullcontext():
+            assert compiled(torch.ones(2)).tolist() == [-1, -1]
+        assert caplog.text.count("neg stays as it is") == 1
+        assert compiled.batch_sizes == (frozenset({2}) if lacks_memory else frozenset())
+
+
 def test_batches_of_another_size_run_as_they_are(monkeypatch):
     ran, begun = Mock(return_value=None), Mock()
-    compiled = Mock(side_effect=lambda plain, **_: lambda tokens: ran() or plain(tokens))
+    compiled = Mock(side_effect=lambda plain, **_: lambda *args: ran() or plain(*args))
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", begun)
     model = fast_model({}, {}, batch_sizes=(8,), compile=True)
@@ -174,7 +199,7 @@ def test_a_training_step_never_waits_for_the_device():
         update = OptimizerStep(made)
         images, targets = (tensor.to(device) for tensor in data(SECOND))
         allowed = torch.ones(model.num_classes, dtype=torch.bool, device=device)
-        target = StepTarget(SECOND.index, allowed, 8)
+        target = StepTarget(torch.tensor(SECOND.index, device=device), allowed, 8)
         found = engine.train_step(made, update, (images, targets), target)
         assert found.shape == (5,)
         with pytest.raises((RuntimeError, NotImplementedError)):

@@ -7,10 +7,12 @@ import torch
 
 import engine
 from cli.settings import FLAGS, Settings
+from experiment.precision import Compiled
 from helpers.tiny_model import C, pictures
 from reports import metrics
 from reports.metrics import SELECTIONS
 from training import evaluation
+from training.objective import Objective
 from training.state import Run, TrainState
 from utils import Processes
 
@@ -71,7 +73,7 @@ def sgd(model, lr=0.1, momentum=0.0):
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
 
 
-def make_run(model, *, tasks=STREAM, classes=tuple(range(C)), **values):
+def make_run(model, *, settings=SETTINGS, tasks=STREAM, classes=tuple(range(C)), **values):
     """A run of a model on the data of the stream, with SGD; `values` are settings and parts."""
     rows = {test_set.index for task in tasks for test_set in task.test_sets}
     parts = {
@@ -86,7 +88,13 @@ def make_run(model, *, tasks=STREAM, classes=tuple(range(C)), **values):
         **{name: value for name, value in values.items() if name not in FLAGS},
     }
     given = {name: value for name, value in values.items() if name in FLAGS}
-    return Run(settings=SETTINGS.replace(**given), model=model, **parts)
+    settings = settings.replace(**given)
+    objective, passes = Objective(model, settings).compute, getattr(model, "query", None)
+    if isinstance(passes, Compiled):
+        on_cuda = parts["processes"].device.type == "cuda"
+        objective = Compiled(objective, passes.batch_sizes, on_cuda)
+    parts.setdefault("objective", objective)
+    return Run(settings=settings, model=model, **parts)
 
 
 def evaluate(model, test_set=FIRST, size=12, batch=4, **values):

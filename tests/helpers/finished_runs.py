@@ -67,6 +67,7 @@ def made_up(matrices, reports, tasks, test_sets, **settings):
         backbone={"name": "vit"},
         global_batch=1,
         batching=SimpleNamespace(test_batch=1),
+        device=torch.device("cpu"),
         matrices=matrices,
         reports=reports,
     )

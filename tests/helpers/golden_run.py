@@ -10,9 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import engine
-from cli.settings import FLAGS, Settings
+from cli.settings import FLAGS, PrecisionSettings, Settings
 from continual_datasets.stream import Task, TestSet
-from experiment import build
+from experiment import build, precision
 from helpers import reference_run
 from helpers.engine_doubles import Loader, make_run, on
 from training.state import TrainState
@@ -42,7 +42,7 @@ def read(name):
 class GoldenRun:
     """One golden file, and the run that it describes, on a device."""
 
-    def __init__(self, name, device="cpu"):
+    def __init__(self, name, device="cpu", compiled=False):
         arrays = read(name)
         self.name, self.config = name, (config := json.loads(str(arrays["config"])))
         self.arrays = {k: torch.from_numpy(v) for k, v in arrays.items() if k != "config"}
@@ -57,12 +57,14 @@ class GoldenRun:
         first = self.as_original(dict(self.model.public_parameters())) | self.under("init.")
         self.model.load_original_state(first, name)
         self.model.to(device)
+        precision.apply(PrecisionSettings(compile=compiled), self.model, batch_sizes={8})
         classes = [tuple(ids) for ids in config["class_mask"]]
         sets = tuple(TestSet(i, f"task {i + 1}", None, ids) for i, ids in enumerate(classes))
         self.tasks = [Task(t.index, t.name, None, t.classes, sets[: t.index + 1]) for t in sets]
         optimizer = self.settings.optimizer, self.model, config["lr_scaled"]
         self.run = make_run(
             self.model,
+            settings=self.settings,
             tasks=self.tasks,
             classes=tuple(range(config["num_classes"])),
             processes=on(device),
@@ -70,7 +72,6 @@ class GoldenRun:
             test_loader=partial(self.loader, split="test"),
             make_optimizer=partial(build.make_optimizer, *optimizer),
         )
-        self.run.settings = self.settings
 
     def __getitem__(self, name):
         return self.arrays[name]

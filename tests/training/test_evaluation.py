@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import utils
+from continual_datasets.samplers import Batching
 from helpers.engine_doubles import FIRST, SECOND, data, evaluate, make_run, run
 from helpers.model_variants import VARIANTS
-from helpers.tiny_model import make_model, pictures
+from helpers.tiny_model import make_model
 from reports.metrics import SELECTIONS
 from training import evaluation
 from training.losses import count_ids
@@ -130,29 +131,29 @@ def test_batches_may_hold_many_vote_groups(vote_group_size, size, ties):
 
 
 @pytest.mark.parametrize("size", [8, 10])
-def test_sums_of_a_batch_and_of_a_test_set_are_exact_to_12_digits(size):
-    """In double precision, by vote groups of four."""
+def test_sums_of_a_test_set_are_exact_to_12_digits(size):
+    """In double precision, by vote groups of four; instance-wise, two images have other logits."""
     generator, model = torch.Generator().manual_seed(0), make_model({})
     logits = torch.randn(size, 7, generator=generator)
-    targets = torch.randint(0, 7, (size,), generator=generator)
-    each = F.cross_entropy(logits, targets, reduction="none").double()
-    wanted = sum(group.mean() for group in each.split(4)).item()
-    correct = (logits.argmax(dim=1) == targets).sum().item()
-    sums = evaluation._test_sums(logits, targets, 4)
-    assert sums[0].item() == pytest.approx(wanted, rel=1e-14)
-    assert sums[1:3].tolist() == [-(-size // 4), correct]
+    targets, overruled = torch.randint(0, 7, (size,), generator=generator), torch.arange(size) > 7
+    overruled[0] = True
+    each = {"batch": logits, "instance": torch.where(overruled[:, None], -logits, logits)}
     totals = evaluation.EvaluationTotals(make_run(model), torch.ones(7, dtype=torch.bool))
     ids = torch.zeros(size, 2, dtype=torch.int64)
     out = {"logits": logits, "prompt_idx": ids, "own_prompt_idx": ids}
     out["similarity"] = torch.rand(size, model.prompt.size, generator=generator)
+    group_sizes = evaluation._group_sizes(targets, 4)
+    assert group_sizes.tolist() == 8 * [4] + (size - 8) * [size - 8]
     for _ in range(3):
-        totals.add(out, -logits, targets)
+        totals.add(out, targets, group_sizes, overruled)
+        totals.add_alone(*(part[overruled] for part in (-logits, targets, group_sizes)))
     found, double = totals.evaluation(FIRST), out["similarity"].double()
-    losses = {"batch": wanted, "instance": evaluation._test_sums(-logits, targets, 4)[0].item()}
-    for name in SELECTIONS:
-        loss = losses[name] / -(-size // 4)
+    for name, own in each.items():
+        losses = F.cross_entropy(own, targets, reduction="none").double().split(4)
+        loss = sum(group.mean().item() for group in losses) / len(losses)
         assert found.stats[name]["Loss"] == pytest.approx(loss, rel=1e-12)
-    assert found.stats["batch"]["Acc@1"] == pytest.approx(100 * correct / size, rel=1e-12)
+        correct = (own.argmax(dim=1) == targets).sum().item()
+        assert found.stats[name]["Acc@1"] == pytest.approx(100 * correct / size, rel=1e-12)
     assert found.mean_similarity == pytest.approx(double[:, 0].mean().item(), rel=1e-12)
     assert found.key_similarity == pytest.approx(double.mean(dim=0).tolist(), rel=1e-12)
 
@@ -174,23 +175,42 @@ def test_progress_lines_give_the_accuracy_of_the_result(monkeypatch, caplog, rea
     assert mean == pytest.approx(result.stats["batch"]["Acc@1"], rel=1e-12)
 
 
-def test_only_overruled_images_are_computed_again(monkeypatch):
-    model = make_model({}).eval()
-    images, calls, forward = pictures(16), [], model.forward
+@pytest.mark.parametrize(
+    ("task", "size", "fill_sizes", "passes"),
+    [
+        (FIRST, 23, (), [8, 8, 5]),  # of 23 images, 21 are overruled
+        (FIRST, 23, (2, 4, 8), [8, 8, 8]),
+        (FIRST, 17, (2, 4, 8), [8, 4]),  # 11
+        (SECOND, 24, (2, 4, 8), [8, 8]),  # 13
+        (SECOND, 24, (6, 8), [8, 6]),
+        (SECOND, 3, (2, 4, 8), [2]),  # 2, in a batch that is not full
+        (SECOND, 6, (8,), [8]),  # 4
+    ],
+)
+def test_overruled_images_fill_batches(monkeypatch, task, size, fill_sizes, passes):
+    monkeypatch.setattr(Batching, "fill_sizes", fill_sizes)
+    model, (images, targets) = make_model({}).eval(), data(task, size)
+    with torch.no_grad():
+        voted = [model(group, vote_group_size=4) for group in images.split(4)]
+        overruled = torch.cat([evaluation.find_overruled(model, out) for out in voted])
+        alone = torch.cat([model(image, vote_group_size=1)["logits"] for image in images.split(1)])
+    seen = []
 
-    def watched(images, query=None, **kwargs):
-        calls.append((len(images), kwargs["vote_group_size"]))
-        return forward(images, query, **kwargs)
+    def note(_, args, kwargs, out):
+        if kwargs["vote_group_size"] == 1:
+            seen.append(out["logits"])
 
-    monkeypatch.setattr(model, "forward", watched)
-    out = model(images, vote_group_size=16)
-    served, own = (out[key].sort(dim=1).values for key in ("prompt_idx", "own_prompt_idx"))
-    differs = (served != own).any(dim=1)
-    assert 0 < differs.sum() < 16
-    logits = evaluation._instance_logits(model, images, out)
-    assert calls == [(16, 16), (differs.sum().item(), 1)]
-    torch.testing.assert_close(logits, forward(images, vote_group_size=1)["logits"])
-    assert torch.equal(logits[~differs], out["logits"][~differs])
+    model.register_forward_hook(note, with_kwargs=True)
+    result = evaluate(model, task, size, batch=8)
+    assert [len(logits) for logits in seen] == passes
+    number = int(overruled.sum())
+    pieces = [logits[: number - 8 * at] for at, logits in enumerate(seen)]
+    torch.testing.assert_close(torch.cat(pieces), alone[overruled])
+    losses = F.cross_entropy(alone, targets, reduction="none").double().split(4)
+    loss = sum(group.mean().item() for group in losses) / len(losses)
+    hits = (alone.argmax(dim=1) == targets).sum().item()
+    assert result.stats["instance"]["Loss"] == pytest.approx(loss, rel=1e-6)
+    assert result.stats["instance"]["Acc@1"] == pytest.approx(100 * hits / size, rel=1e-12)
 
 
 def test_count_ids_equals_bincount():
