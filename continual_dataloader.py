@@ -95,6 +95,7 @@ class Loaders:
     ) -> None:
         self._batching, self._pipeline, self._buffer = batching, stream.pipeline, buffer
         self._device, data = batching.processes.device, batching.settings.data
+        self._pins = data.pin_mem and self._device.type == "cuda"  # batches in page-locked memory
         self._cached: dict[int, list[list[Tensor]]] = {}
         self._free_bytes = round(data.test_cache * 10**9)
         self._any_keys: list[Key] = [TrainKey(stream.tasks[0].index, 0, 0)]
@@ -113,7 +114,7 @@ class Loaders:
             batch_sampler=self._keys,
             num_workers=num_workers,
             collate_fn=as_arrays if reason else None,
-            pin_memory=data.pin_mem and self._device.type == "cuda",
+            pin_memory=self._pins,
             persistent_workers=num_workers > 0,
             worker_init_fn=outlive_stop_signals,
             generator=torch.Generator(),  # else every iteration draws from the global one
@@ -153,10 +154,12 @@ class Loaders:
         needed = 0
         for step, (keys, tensors) in enumerate(self._load(batches)):
             if step == 0:
-                num_bytes = sum(tensor.nbytes for tensor in tensors)
-                needed = num_bytes // len(keys) * sum(map(len, batches))
-            if needed <= self._free_bytes:
-                held.append([tensor.clone() for tensor in tensors])  # shared memory is scarce
+                sizes = [tensor.nbytes for tensor in tensors]
+                if self._pins:  # in blocks of torch's allocator: powers of two
+                    sizes = [1 << (size - 1).bit_length() for size in sizes]
+                needed = sum(sizes) // len(keys) * sum(map(len, batches))
+            if needed <= self._free_bytes:  # copied, as shared memory is scarce
+                held.append([t.pin_memory() if self._pins else t.clone() for t in tensors])
             yield tensors
         if held:
             self._cached[test_set] = held

@@ -12,7 +12,7 @@ Shapes: B images, S input size in pixels.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -43,6 +43,7 @@ class ImagePipeline:
     Attributes:
         train_transform: What the workers make of a training image.
         test_transform: The same of a test image.
+        graph_sizes: Batches of so many images are made by a CUDA graph; by default none are.
         on_device: Whether the images are stored on the device.
     """
 
@@ -58,6 +59,8 @@ class ImagePipeline:
         self._full = torch.tensor(255.0, device=device)  # by a number CUDA would multiply by 1/255
         norm = NORMS[options.norm]
         self._norm = [torch.tensor(part, device=device).view(3, 1, 1) for part in norm]
+        self.graph_sizes: set[int] = set()
+        self._graphs: dict[tuple[bool, torch.Size], RecordedGraph] = {}
 
     def to_input(self, batch: Tensor, train: bool) -> Tensor:
         """Input of the model, from what the workers made of the images, on the device.
@@ -65,6 +68,14 @@ class ImagePipeline:
         It is float32 (B, 3, S, S), in [0, 1] unless a `--norm` is asked for; a float batch is
         returned as it is. All devices compute the same bits.
         """
+        if len(batch) not in self.graph_sizes or batch.is_floating_point():
+            return self._to_input(batch, train)
+        key = train, batch.shape
+        if key not in self._graphs:
+            self._graphs[key] = RecordedGraph(partial(self._to_input, train=train), batch)
+        return self._graphs[key](batch)
+
+    def _to_input(self, batch: Tensor, train: bool) -> Tensor:
         if self._images is not None:
             options = self._options
             filter_name = options.train_interpolation if train else options.test_interpolation
@@ -73,6 +84,26 @@ class ImagePipeline:
             return batch
         images = batch / self._full  # (B, 3, S, S)
         return images.sub_(self._norm[0]).div_(self._norm[1]) if self._norm else images
+
+
+class RecordedGraph:
+    """Work on a batch as a CUDA graph: the same kernels, which start together.
+
+    `torch.compile` would make others of them, which round in other ways.
+    """
+
+    def __init__(self, work: Callable[[Tensor], Tensor], batch: Tensor) -> None:
+        self._batch, self._graph = batch.clone(), torch.cuda.CUDAGraph()
+        work(self._batch)  # libraries that it uses start outside of the graph
+        torch.cuda.synchronize(batch.device)
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others go on
+            self._result = work(self._batch)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """The result for a batch of the same shape."""
+        self._batch.copy_(batch)
+        self._graph.replay()
+        return self._result.clone()  # the next call overwrites it
 
 
 class PlacedSource(ImageSource):

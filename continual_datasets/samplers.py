@@ -20,6 +20,12 @@ from continual_datasets.random_streams import Stream, generator
 from continual_datasets.task_data import Key, Replayed, TestKey, TrainKey
 from utils import Processes
 
+#: Maximum of asynchronous steps on a GPU; a stop request takes effect after at most so many.
+_MOST_UNREAD = 10
+
+#: Maximum of images whose queries are computed in one pass ahead of several steps.
+_MOST_AHEAD = 192
+
 ImageIds = NDArray[np.int64]
 
 
@@ -41,12 +47,48 @@ class Batching:
         return max(1, size // votes) * votes
 
     @property
-    def full_batches(self) -> set[int]:
-        """Images of this process in full batches: of training, with replay or not, and of tests."""
+    def fill_sizes(self) -> tuple[int, ...]:
+        """Batch sizes, ascending, that the second pass of an evaluation takes; empty on the CPU."""
+        parts = (4, 2, 1) if self.processes.device.type == "cuda" else ()
+        return tuple(-(-self.test_batch // part) for part in parts)
+
+    def filled(self, num_images: int) -> int:
+        """The smallest of `fill_sizes` that holds so many images; on the CPU, their number."""
+        return next((size for size in self.fill_sizes if size >= num_images), num_images)
+
+    @property
+    def train_batches(self) -> tuple[int, int]:
+        """Images of this process in a full batch of training, without and with replay."""
         groups = _cut(range(self.global_batch), self.settings.vote_group_size)
         groups = groups[self.share(self.global_batch)]
         own = sum(map(len, groups))
-        return {own, own + self.settings.replayed_per_group * len(groups), self.test_batch}
+        return own, own + self.settings.replayed_per_group * len(groups)
+
+    @property
+    def full_batches(self) -> set[int]:
+        """Images of this process in full batches, of training and of tests."""
+        return {*self.train_batches, self.test_batch}
+
+    @property
+    def read_every(self) -> int:
+        """Steps between two readings of their results; reading costs nothing on a CPU."""
+        on_cuda = self.processes.device.type == "cuda"
+        return min(self.settings.output.print_freq, _MOST_UNREAD) if on_cuda else 1
+
+    @property
+    def queries_ahead(self) -> int:
+        """Training batches whose queries are computed in one pass, if these are small.
+
+        A divisor of `read_every`: a run resumes from steps that are read, and gives the same
+        numbers only if it computes the same passes.
+        """
+        most, every = _MOST_AHEAD // max(1, self.train_batches[0]), self.read_every
+        return max(n for n in range(1, every + 1) if every % n == 0 and n <= max(1, most))
+
+    @property
+    def pass_sizes(self) -> set[int]:
+        """Images of full passes through the model."""
+        return {*self.full_batches, *(self.queries_ahead * size for size in self.train_batches)}
 
     def num_steps(self, num_images: int) -> int:
         """Steps of an epoch of so many training images."""

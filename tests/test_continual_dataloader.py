@@ -323,6 +323,26 @@ def test_full_batches_are_those_of_training_with_and_without_replay_and_of_tests
     assert batching(4, 3, device=torch.device("cuda")).test_batch == 255  # whole groups of 256
 
 
+def test_queries_of_small_batches_are_computed_together_on_a_gpu():
+    for size, ahead in ((1, 10), (16, 10), (32, 5), (64, 2), (96, 2), (128, 1)):
+        options = batching(size, size, device=torch.device("cuda"))
+        assert options.queries_ahead == ahead
+        assert options.pass_sizes == {size, 256 // size * size, ahead * size}
+        assert batching(size, size).queries_ahead == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(None, (64, 128, 255)), (5, (1, 2, 3)), (1, (1, 1, 1))]
+)
+def test_images_computed_again_fill_few_sizes_on_a_gpu_alone(size, sizes):
+    votes = 1 if size == 1 else 3
+    on_gpu = batching(4, votes, device=torch.device("cuda"), eval_batch_size=size)
+    assert on_gpu.fill_sizes == sizes
+    filled = [next(size for size in sizes if size >= n) for n in range(1, sizes[-1] + 1)]
+    assert [on_gpu.filled(n) for n in range(1, sizes[-1] + 1)] == filled
+    assert [batching(4, votes).filled(n) for n in (1, 3, 4)] == [1, 3, 4]
+
+
 @pytest.mark.parametrize("kind", [TrainKey, Replayed])
 def test_order_and_draws_depend_on_seed_task_epoch_and_step_alone(kind):
     def numbers(seed=42, task=0, epoch=0, num_images=64):
@@ -383,7 +403,9 @@ def test_test_images_are_bit_for_bit_what_they_always_were(device, num_workers):
         assert targets.tolist() == data.source.targets[data.indices].tolist()
         assert len(batches) == len(loaders.test(stream.test_sets[1])) == 3
         assert {one.device.type for batch in batches for one in batch} == {device.type}
-    assert not any(targets.is_shared() for _, targets in batches)  # but in memory of its own
+    cached = joined(joined(loaders._cached.values()))
+    assert not any(part.is_shared() for part in cached)  # but in memory of its own
+    assert [part.is_pinned() for part in cached] == 3 * 2 * [device.type == "cuda"]
     assert set(came) == {(torch.uint8, False)}  # small, and finished on the device
     next(iter(loaders.train(stream.tasks[0])))
     assert came[-1] == (torch.uint8, True)
@@ -513,6 +535,17 @@ def test_test_images_are_loaded_once_as_far_as_they_fit(images, missing, again, 
     assert loads(loaders, stream.test_sets, witness) == [14, 14, 14]
     for _ in range(2):
         assert loads(loaders, stream.test_sets, witness) == again
+
+
+def test_page_locked_images_count_as_the_blocks_that_they_take(monkeypatch):
+    """Five images and their class ids are 40 bytes each, in blocks of 64."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    for missing, again in ((0, 0), (1, 14)):
+        cache = (14 * (2 * 64 // 5) - missing) / 1e9
+        options = batching(4, 1, eval_batch_size=5, test_cache=cache)
+        stream, loaders, witness = witnessed(options)
+        loaders._pins = True
+        assert loads(loaders, 2 * stream.test_sets[:1], witness) == [14, again]
 
 
 def test_smaller_test_set_is_cached_where_a_larger_one_does_not_fit():

@@ -10,6 +10,7 @@ import torch
 
 from cli.settings import TransformSettings
 from continual_datasets import device_transforms
+from continual_datasets import pipeline as pipelines
 from continual_datasets.device_transforms import cropped
 from continual_datasets.images import ArraySource, FileSource
 from continual_datasets.pipeline import PlacedSource, build_pipeline, store, stored_shape
@@ -149,14 +150,17 @@ def test_images_are_stored_unchanged_however_they_lie_in_memory():
     assert store(sources[1:], CPU).shape == (12, 1, 5, 6)
 
 
-def test_images_of_a_stream_are_those_of_the_workers():
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_of_a_stream_are_those_of_the_workers(device):
+    """On CUDA a graph makes those of the second task again."""
     options = replace(make_options(48, "bilinear", norm="imagenet"), test_interpolation="bicubic")
     shapes = [(28, 28), (32, 32, 3), (28, 28), (40, 30, 3)]
     sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
     made = []
     for on_device in (True, False):
-        pipeline, placed = build_pipeline(on_device, options, parts_of(*sources), CPU)
+        pipeline, placed = build_pipeline(on_device, options, parts_of(*sources), device)
         assert pipeline.on_device is on_device
+        pipeline.graph_sizes = {24, 12} if device.type == "cuda" else set()
         stream, found = by_parts(*placed, pipeline), []
         for task in stream.tasks:
             number = range(len(task.data))
@@ -164,11 +168,26 @@ def test_images_of_a_stream_are_those_of_the_workers():
             held_out = [HeldOutKey(task.index, i) for i in range(len(task.test_sets[-1].data))]
             for part, train in ((keys, True), (held_out, False)):
                 batch, targets = load(stream, *part)
-                found.append((pipeline.to_input(batch, train), torch.tensor(targets)))
-        made.append((found, stream.train_digest))
+                found.append((pipeline.to_input(batch.to(device), train), torch.tensor(targets)))
+        made.append(([(images.cpu(), targets) for images, targets in found], stream.train_digest))
     device, workers = made
     assert device[1] == workers[1]
     assert_same(device[0], workers[0])
+
+
+def test_full_batches_have_a_graph_each(monkeypatch):
+    recorded = []
+    monkeypatch.setattr(
+        pipelines, "RecordedGraph", lambda work, batch: recorded.append(batch.shape) or work
+    )
+    pipeline = pipelines.ImagePipeline(make_options(8), CPU)
+    pipeline.graph_sizes = {4}
+    for size in (4, 3, 4):
+        batch = torch.full((size, 3, 8, 8), 51, dtype=torch.uint8)
+        for train in (True, False):
+            assert torch.equal(pipeline.to_input(batch, train), torch.full((size, 3, 8, 8), 0.2))
+            assert pipeline.to_input(batch.float(), train).equal(batch.float())
+    assert recorded == [(4, 3, 8, 8)] * 2  # of training, and of tests
 
 
 # Options
