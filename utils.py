@@ -52,12 +52,20 @@ _DEVICE_ERRORS = (_OOM, getattr(torch, "AcceleratorError", _OOM))
 #: Where the processes of the run have met, and write why they end.
 store: dist.Store | None = None
 
+#: Group of the same processes, over gloo, for what hosts exchange.
+_hosts: Any = None
+
+#: Time-outs of a collective to which all processes come together, and of one that may follow work
+#: of a single process, such as a download. gloo notices at once that a process is gone.
+_TIMEOUT, _HOSTS_TIMEOUT = timedelta(minutes=10), timedelta(days=1)
+
 #: Those of `setup_logging` and `log_to_file`.
 _handlers: list[logging.Handler] = []
 
 #: How torch, CUDA's libraries and the system say that there is no more memory.
 _NO_MEMORY = re.compile(
-    r"(?i:out of memory|can(no|')t allocate memory|not enough memory)|ALLOC_FAILED|MemoryError"
+    r"(?i:out of memory|can(no|')t allocate memory|not enough memory)"
+    r"|ALLOC(ATION)?_FAILED|MemoryError"
 )
 
 
@@ -186,19 +194,19 @@ def _port(job: str) -> int:
 
 def init_processes(place: Processes) -> None:
     """Forms the group of the processes that have met in `store`; `rendezvous.join` calls it."""
-    on_cuda, patience = place.device.type == "cuda", timedelta(minutes=10)
-    if on_cuda:
-        torch.cuda.set_device(place.device)
+    global _hosts
+    on_cuda = place.device.type == "cuda"
     assert store is not None
-    store.set_timeout(patience)
+    store.set_timeout(_TIMEOUT)
     dist.init_process_group(
         backend="nccl" if on_cuda else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=patience,  # of collectives
+        timeout=_TIMEOUT,
         device_id=place.device if on_cuda else None,
     )
+    _hosts = dist.new_group(backend="gloo", timeout=_HOSTS_TIMEOUT)
 
 
 def choose_device(device: str, launch: Processes | None = None) -> torch.device:
@@ -213,10 +221,13 @@ def choose_device(device: str, launch: Processes | None = None) -> torch.device:
         raise ValueError(f"--device {device} is unknown: use auto, cpu, cuda or cuda:N")
     if not has_cuda:
         raise ValueError(f"--device {device}: torch finds no CUDA device here: use --device cpu")
-    index, count = int(match[1] or launch.local_rank), torch.cuda.device_count()
+    own, count = launch.local_rank, torch.cuda.device_count()
     if launch.meeting_point and count == 1:
-        index = 0  # Slurm shows each task its own GPU only (--gpus-per-task, --gpu-bind)
-    if index >= count:
+        own = 0  # Slurm shows each task its own GPU only (--gpus-per-task, --gpu-bind)
+    if match[1] and own > 0:
+        problem = f"all processes of this machine would share GPU {match[1]}"
+        raise ValueError(f"--device {device}: {problem}: give --device cuda, a GPU for each")
+    if (index := int(match[1] or own)) >= count:
         asked = f"process {launch.local_rank} asks for GPU {index} of {count}"
         raise ValueError(f"--device {device}: {asked}")
     return torch.device("cuda", index)
@@ -225,10 +236,18 @@ def choose_device(device: str, launch: Processes | None = None) -> torch.device:
 def close_processes() -> None:
     """Leaves the process group, if there is one, when all processes have finished."""
     if dist.is_initialized():
-        global store
+        global store, _hosts
         wait_for_all()
         dist.destroy_process_group()
-        store = None
+        store = _hosts = None
+
+
+def disconnect() -> None:
+    """Closes connections over gloo, so that the other processes notice; those of NCCL may hang."""
+    global _hosts
+    if dist.is_initialized():
+        dist.destroy_process_group(_hosts if dist.get_backend() == "nccl" else None)
+        _hosts = None
 
 
 def rank() -> int:
@@ -253,20 +272,20 @@ def is_main_process() -> bool:
 def share(value: Item) -> Item:
     """Broadcasts a value of rank 0, such as pickle takes, to all processes."""
     shared = [value]
-    _together(dist.broadcast_object_list, shared, src=0)
+    _together(dist.broadcast_object_list, shared, src=0, group=_hosts)
     return shared[0]
 
 
 def gather(value: Item) -> list[Item]:
     """The values of all processes, such as pickle takes, by rank."""
     found = [value] * (1 if is_alone() else dist.get_world_size())
-    _together(dist.all_gather_object, found, value)
+    _together(dist.all_gather_object, found, value, group=_hosts)
     return found
 
 
 def wait_for_all() -> None:
-    """Barrier; the host waits, too."""
-    _together(dist.barrier)
+    """Barrier; the host waits, too. It follows what one process does alone."""
+    _together(dist.barrier, group=_hosts)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

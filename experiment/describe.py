@@ -13,7 +13,7 @@ from cli.paths import command
 from cli.settings import Settings, names_of
 from cli.terminal import printable
 from continual_datasets.scenarios import find_scenario
-from experiment import run_record
+from experiment import hardware, run_record
 from model import backbone
 from training.state import Run
 
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 def describe(run: Run) -> None:
     """Logs in a few lines what is about to happen: training, or the evaluation of checkpoints."""
     settings, lines = run.settings, _lines(run)
+    for note in hardware.notes(settings, run.device):
+        logger.warning("%s", note)
     if settings.run.eval:
         _log_lines("L2P: evaluation of checkpoints", {name: lines[name] for name in _EVALUATED})
         return

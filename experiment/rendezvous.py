@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 
 import utils
@@ -47,8 +48,9 @@ def join(
 ) -> Processes:
     """Joins the process group that a launcher describes in the environment, if one does.
 
-    Waits until all processes have come and their settings are the same. Then torch connects them;
-    Python's signal handlers do not run meanwhile, which is when `outside_of_python` is entered.
+    Its device becomes torch's current one, so that no other GPU is touched. Waits until all
+    processes have come and their settings are the same. Then torch connects them; Python's signal
+    handlers do not run meanwhile, which is when `outside_of_python` is entered.
 
     Raises:
         ValueError: As `utils.choose_device` and `utils.find_meeting_point`.
@@ -59,6 +61,8 @@ def join(
     place = (launch or Processes())._replace(
         device=utils.choose_device(settings.run.device, launch)
     )
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
     if launch is None or launch.world_size == 1:
         return place
     store = _open(launch, settings.run.dist_url, _PATIENCE)
@@ -151,8 +155,7 @@ def leave(error: BaseException, why: str, dist_url: str) -> None:
             why = why if why.startswith("process ") else f"process {launch.rank}: {why}"
             store.set("ended", printable(why).replace("\n", " "))
         store.add("left", 1)
-        if dist.is_initialized() and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # the others notice at once
+        utils.disconnect()
         deadline = time.monotonic() + (_GRACE if have_met else _LATE)
         is_read = launch.rank == 0 and not _has_agent(dist_url) and utils.noted_end(store)
         while is_read and store.add("left", 0) < launch.world_size and time.monotonic() < deadline:

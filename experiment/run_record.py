@@ -11,6 +11,7 @@ from typing import Any
 
 from cli.settings import Settings
 from continual_datasets.stream import display_names
+from experiment import hardware
 from reports import files, metrics
 from reports.metrics import SELECTIONS
 from training.evaluation import average_stats
@@ -74,6 +75,7 @@ def results(run: Run) -> dict[str, Any]:
             for report in run.reports
         ],
         "versions": versions(),
+        "hardware": hardware.record(run),
         "seed": run.settings.run.seed,
         "config": resolved(run.settings),
     }

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -143,10 +144,8 @@ class Session:
         except (Exception, Preempted, KeyboardInterrupt) as ended_by:
             self.signals.idle = False
             self.code = _report(ended_by, self.signals)
-            chain: BaseException | None = ended_by
-            while chain is not None:  # ends the DataLoader workers of unfinished loops
-                traceback.clear_frames(chain.__traceback__)
-                chain = chain.__cause__ or chain.__context__
+            for one in _chain(ended_by):  # ends the DataLoader workers of unfinished loops
+                traceback.clear_frames(one.__traceback__)
             rendezvous.leave(ended_by, _brief(ended_by), self.dist_url)
         finally:
             self._unlock()
@@ -156,14 +155,24 @@ class Session:
 def explain(error: BaseException) -> str | None:
     """A line on an error, for people; None: it is a fault of the program."""
     said = terminal.said(error)
-    if utils.is_out_of_memory(error):
-        on_device = re.search(r"(?i:cuda|cudnn)|HIP", str(error))
+    # While a CUDA graph is recorded, another error follows.
+    chain = [error] if isinstance(error, _REPORTED) else _chain(error)
+    if used_up := next(filter(utils.is_out_of_memory, chain), None):
+        said = terminal.said(used_up).partition(" Of the allocated memory")[0]
+        on_device = re.search(r"(?i:cuda|cudnn)|HIP", str(used_up))
         less = "--data_on_device false" if on_device else "--test_cache 0, fewer --num_workers"
         advice = f"give --grad_checkpointing, {less}, a smaller --eval_batch_size or --batch-size"
         return f"out of memory ({said}): {advice}"
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{said}: make room there"
     return said if isinstance(error, _REPORTED) else None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those in whose course it was raised, the last first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _brief(error: BaseException) -> str:

@@ -44,9 +44,10 @@ def speed_test(run: Run) -> None:
     batch_size, size = settings.optimizer.batch_size, settings.transforms.input_size
     make_optimizer = partial(build.make_optimizer, settings.optimizer, model, lr=0.0)
     update = OptimizerStep(dataclasses.replace(run, make_optimizer=make_optimizer))
-    target = StepTarget(task_id=0, allowed=None, global_size=batch_size)
+    first_task = torch.tensor(0, device=device)
+    target = StepTarget(task_id=first_task, allowed=None, global_size=batch_size)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         images = torch.rand(batch_size, 3, size, size, device=device)
         targets = torch.randint(model.num_classes, (batch_size,), device=device)
         model.train()
@@ -80,7 +81,7 @@ def count_gmacs(model: PromptedVisionTransformer, images: Tensor) -> dict[str, f
     `backward` are those of the gradient of the prompted pass through a frozen backbone.
     """
     model = copy.deepcopy(model).eval()
-    for name in ("encode_query", "encode_prompted"):
+    for name in ("query", "encode_prompted"):
         vars(model).pop(name, None)  # compiled
     for attention in model.modules():
         if hasattr(attention, "fused_attn"):  # older torchprofile does not count it

@@ -45,6 +45,7 @@ def recorded(
     first_step = steps_before(run, position.task, position.epoch) + position.step
     with closing(live_log.open_live_log(run, first_step)) as live:
         run.monitor = checkpointer = Checkpointer(run, signals, saved, live)
+        wait_for_all()  # the main process opened logs alone, perhaps over a network
         signals.idle = False
         try:
             yield
@@ -113,6 +114,7 @@ class Checkpointer(Monitor):
             save_checkpoint(run, checkpoints.task_path(self.output_dir, number), number)
             run_record.write(run, self.output_dir)
         self.live.log_task(steps_before(run, number), run, state)
+        wait_for_all()
 
     def save_last_finite(self) -> None:
         """Saves the model before the step whose loss is not finite."""

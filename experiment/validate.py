@@ -20,7 +20,7 @@ from continual_datasets import pipeline, transforms
 from continual_datasets.images import DataError
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import Scenario, find_scenario
-from experiment import build, live_log
+from experiment import build, hardware, live_log
 from model.backbone import WEIGHT_SUFFIXES, build_backbone, without_memory
 from prompt import SELECTION_RULES, Prompt, find_selection_rule
 from vision_transformer import PromptedVisionTransformer, find_pooling
@@ -301,6 +301,8 @@ def _processes(settings: Settings) -> Iterator[str]:
     if launch is not None and launch.world_size > 1:
         utils.find_meeting_point(launch, settings.run.dist_url)
     device = utils.choose_device(settings.run.device, launch)
+    if why := hardware.problem(device):
+        yield why
     if settings.precision.tf32 and device.type == "cpu":
         yield "--tf32 is for CUDA, and the run would take place on the CPU: leave it out"
     if settings.precision.compile and not any(map(shutil.which, _COMPILERS)):

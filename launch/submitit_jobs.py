@@ -63,10 +63,16 @@ class JobOptions:
 
     def problems(self) -> Sequence[str]:
         """What is wrong with them together."""
-        if self.nodes == 1 or not self.is_local:
-            return []
-        why = "" if self.cluster else ", and there is no Slurm here"
-        return [f"--nodes {self.nodes}: --cluster local is this machine alone{why}"]
+        problems = []
+        if self.use_volta32:
+            from experiment import hardware  # loads torch
+
+            if why := hardware.missing_kernels(7, 0):
+                problems.append(f"--use_volta32 asks for a V100, but {why}")
+        if self.nodes > 1 and self.is_local:
+            why = "" if self.cluster else ", and there is no Slurm here"
+            problems.append(f"--nodes {self.nodes}: --cluster local is this machine alone{why}")
+        return problems
 
 
 class Trainer:

@@ -6,7 +6,7 @@ import pytest
 
 import engine
 from helpers.finished_runs import failed, typed
-from training import evaluation
+from training import evaluation, objective
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -38,7 +38,7 @@ def test_dry_run_trains_one_step_evaluates_one_batch_and_writes_nothing(
     assert code == 0
     assert "Dry run: one step with loss " in out
     assert [len(call.args[2][0]) for call in step.call_args_list] == [size]  # images of a batch
-    assert [len(call.args[3]) for call in add.call_args_list] == [4]  # targets
+    assert [len(call.args[2]) for call in add.call_args_list] == [4]  # targets
     assert not (tmp_path / "out").exists()
 
 
@@ -61,7 +61,9 @@ def test_dry_run_finds_what_cannot_be_read_or_learned(command, tmp_path, monkeyp
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes(b"no picture")
     assert "0.png" in failed(*command, "--data-path", tmp_path, "--dry_run")
-    monkeypatch.setattr(engine, "masked_cross_entropy", lambda logits, *_: logits.sum() * 1e38 * 10)
+    monkeypatch.setattr(
+        objective, "masked_cross_entropy", lambda logits, *_: logits.sum() * 1e38 * 10
+    )
     assert "lower --lr" in failed(*command, "--dry_run")
 
 

@@ -2,6 +2,7 @@ import socket
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -101,6 +102,15 @@ def test_process_that_finds_no_other_says_where(monkeypatch, rank, listens, url,
             monkeypatch.setenv(name, value)
         with pytest.raises(LostProcessError, match=problem):
             rendezvous.join(Settings().replace(device="cpu", dist_url=url))
+
+
+def test_device_of_a_single_process_becomes_the_current_one(monkeypatch, no_launcher):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    place = rendezvous.join(Settings().replace(device="cuda:1"))
+    assert current == [place.device] == [torch.device("cuda:1")]
 
 
 def test_only_paths_and_places_may_differ():

@@ -136,6 +136,7 @@ HOST = "give --grad_checkpointing, --test_cache 0, fewer --num_workers, a smalle
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), DEVICE),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), DEVICE),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), DEVICE),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), DEVICE),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), HOST),
         (RuntimeError(f"{CAUGHT}  File\n_ArrayMemoryError: Unable to allocate 1 EiB"), HOST),
         (MemoryError(), HOST),
@@ -186,6 +187,16 @@ def test_arrays_that_are_too_large_are_a_lack_of_memory():
         torch.ones(2**60, dtype=torch.uint8)
     assert all("out of memory" in session.explain(e.value) for e in (numpy, of_torch))
     assert session.explain(RuntimeError("CUDA error: an illegal memory access")) is None
+
+
+def test_lack_of_memory_behind_another_error_is_named_in_short():
+    full = torch.OutOfMemoryError("CUDA out of memory. 1 GiB is free. Of the allocated memory 9")
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = full
+    assert "(CUDA out of memory. 1 GiB is free.): give --grad" in session.explain(error)
+    other = session.LostProcessError("another process of the run is gone")
+    other.__cause__ = full
+    assert session.explain(other) == "another process of the run is gone"
 
 
 @pytest.mark.parametrize(("code", "at"), [(errno.ENOSPC, 2), (errno.EDQUOT, 1)])

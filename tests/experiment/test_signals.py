@@ -22,7 +22,7 @@ from experiment.signals import EXIT_CODE, Preempted, StopSignals, was_stopped
 from helpers.killed_commands import exit_code, in_child
 from helpers.process_groups import by_nobody, together
 from helpers.resumed_runs import ALWAYS, assert_resumes, contents, place, start
-from training import evaluation
+from training import evaluation, objective
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -132,8 +132,8 @@ def test_process_that_loses_another_was_stopped_if_it_was_asked_to(capsys, asked
 @pytest.mark.parametrize(
     ("where", "name", "at", "stopped", "message"),
     [
-        (engine, "_forward_backward", 3, (0, 1, 2, 0), "after task 1, epoch 2, step 2"),
-        (engine, "_forward_backward", 4, (0, 2, 0, 0), "in an evaluation"),  # before it begins
+        (objective, "masked_cross_entropy", 3, (0, 1, 2, 0), "after task 1, epoch 2, step 2"),
+        (objective, "masked_cross_entropy", 4, (0, 2, 0, 0), "in an evaluation"),  # not begun
         (training_run.Checkpointer, "at_boundary", 1, (0, 0, 2, 0), "after task 1, epoch 1, step"),
         (engine, "evaluate", 3, (1, 2, 0, 1), "in an evaluation"),  # the first test set is done
     ],
@@ -146,7 +146,7 @@ def test_signal_saves_what_was_done(
     with monkeypatch.context() as patch:
         sending(patch, where, name, number, at=at)
         if not done:
-            patch.setattr(evaluation, "_test_sums", None)
+            patch.setattr(evaluation, "find_overruled", None)
         assert start(command, tmp_path, *(ALWAYS if done else [])) == EXIT_CODE
     text = capsys.readouterr().out
     assert f"{number.name} stopped the run {message}" in text
@@ -162,7 +162,7 @@ def test_second_signal_while_the_state_is_saved_changes_nothing(
 ):
     with monkeypatch.context() as patch:
         sending(patch, engine, "train_step", signal.SIGUSR1, at=2, behind=True)
-        sending(patch, engine, "_forward_backward", signal.SIGTERM, at=3)
+        sending(patch, objective, "masked_cross_entropy", signal.SIGTERM, at=3)
         sending(patch, resume, "take", signal.SIGTERM, at=2)
         sending(patch, resume, "save", signal.SIGUSR2, at=2, behind=True)
         sending(patch, session, "_report", signal.SIGTERM)
@@ -172,10 +172,10 @@ def test_second_signal_while_the_state_is_saved_changes_nothing(
 
 
 def test_signal_in_an_evaluation_leaves_at_the_next_batch(command, tmp_path, monkeypatch):
-    """A test set is a batch of four images and one of two, each summed up in two ways."""
-    sums = sending(monkeypatch, evaluation, "_test_sums", signal.SIGUSR2, at=1)
+    """A test set is a batch of four images and one of two."""
+    batches = sending(monkeypatch, evaluation, "find_overruled", signal.SIGUSR2, at=1)
     assert start([*command, "--batch-size", "4", "--epochs", "1"], tmp_path) == EXIT_CODE
-    assert sums["n"] == 2
+    assert batches["n"] == 1
     assert place(tmp_path) == (0, 1, 0, 0)
 
 
@@ -218,7 +218,7 @@ def test_signal_behind_the_last_task_leaves_a_complete_run(
 
 def test_run_without_output_dir_stops_too(command, tmp_path, monkeypatch, capsys, heard):
     monkeypatch.chdir(tmp_path)
-    steps = sending(monkeypatch, engine, "_forward_backward", signal.SIGTERM, at=3)
+    steps = sending(monkeypatch, objective, "masked_cross_entropy", signal.SIGTERM, at=3)
     assert main.main([*command, "--output_dir", ""]) == 128 + signal.SIGTERM
     assert (steps["n"], heard) == (4, [signal.SIGTERM])  # handed on at the end
     assert contents(tmp_path) == {}

@@ -186,7 +186,8 @@ WISHES = {
 
 
 @pytest.mark.parametrize("flags", WISHES)
-def test_slurm_is_asked_for_what_is_needed_and_nothing_more(slurm, flags):
+def test_slurm_is_asked_for_what_is_needed_and_nothing_more(slurm, monkeypatch, flags):
+    monkeypatch.setattr("experiment.hardware.missing_kernels", lambda *_: None)
     text = slurm(*DIGITS, *flags.split())
     found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
     by_submitit = ("error", "output", "open-mode", "wckey")
@@ -248,20 +249,22 @@ def test_failing_or_missing_slurm_is_reported(fake_slurm, monkeypatch, tmp_path,
 REJECTED = """
 --resume auto
   --resume auto: a new job has a new folder
---resume /nowhere --max_requeues -1
+--resume /nowhere --max_requeues -1 --bogus
   --max_requeues -1: must be at least 0
+  --bogus is no option
   --resume /nowhere: neither auto nor a state
---shared_folder= --nodes 2 --cluster local --bogus --top_k 12 --timeout 0 --gpus_per_node -1
+--shared_folder= --nodes 2 --cluster local --use_volta32 --top_k 12 --timeout 0 --gpus_per_node -1
   --timeout 0: must be at least 1
   --gpus_per_node -1: must be at least 0
+  --use_volta32 asks for a V100, but torch has no kernels
   --nodes 2: --cluster local is this machine alone
   --shared_folder is missing
-  --bogus is no option
   --top_k 12 exceeds --size 10
 """
 
 
-def test_rejection_comes_before_anything_is_submitted(slurm, tmp_path, capsys):
+def test_rejection_comes_before_anything_is_submitted(slurm, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("experiment.hardware.missing_kernels", lambda *_: "torch has no kernels")
     shared = tmp_path / "shared"
     for line, problems in cases(REJECTED):
         assert call("--shared_folder", shared, *DIGITS, *line.split()) == 2
