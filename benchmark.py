@@ -19,7 +19,6 @@ Program and baseline take turns; ratios are ratios of medians. The device is syn
 clock is read. FLOP are two for each multiply-accumulate that torchprofile counts.
 """
 
-import platform
 import re
 import sys
 import textwrap
@@ -40,7 +39,7 @@ from cli.options import take
 from cli.parser import UsageError
 from cli.paths import PathStr
 from cli.terminal import printable, run_program
-from experiment import run_record
+from experiment import hardware, run_record
 from experiment.session import explain
 from experiment.signals import INTERRUPTED, Preempted
 from reports import files
@@ -115,16 +114,10 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(workload: Workload, options: BenchmarkOptions, argv: list[str]) -> dict[str, Any]:
     """The report, of plain values; it has all numbers of the table."""
     bench = measure.Bench(workload, options.repetitions, options.warm_up)
-    cpuinfo, device = Path("/proc/cpuinfo"), workload.processes.device
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     report: dict[str, Any] = {
         "date": datetime.now().isoformat(timespec="seconds"),
         "command": ["benchmark.py", *argv],
-        "machine": {
-            "cpu": names[0] if names else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        },
+        "hardware": hardware.record(bench.ours.loop),
         "versions": run_record.versions(),
         "numerics": run_record.numerics(bench.ours.loop),
         "settings": workload.settings.stored(),
@@ -141,7 +134,7 @@ def _measure(workload: Workload, options: BenchmarkOptions, argv: list[str]) -> 
 def table(report: dict[str, Any]) -> str:
     """The report as text: medians, with a warning where times vary; ratios of the baseline's."""
     settings, versions, threads = report["settings"], report["versions"], torch.get_num_threads()
-    named = {**{n: settings[n] for n in _NAMED}, **report["numerics"], **report["machine"]}
+    named = {**{n: settings[n] for n in _NAMED}, **report["numerics"], **report["hardware"]}
     named |= {name: versions[name] for name in ("torch", "torchvision", "timm")}
     head = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
     turns = f"{report['repetitions']} turns after {report['warm_up']} to warm up"

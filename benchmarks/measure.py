@@ -17,11 +17,14 @@ from timeit import Timer as PlainTimer
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer, timer
 
 from benchmarks.programs import Program, TwoCopies, Workload
+from experiment import rendezvous
 from experiment.precision import AMP_DTYPES
 from experiment.speed import count_gmacs, peak_megabytes
+from training.evaluation import find_overruled
 
 #: Rows of a large square matrix, by type of device.
 _SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -110,19 +113,19 @@ def measure_evaluation(bench: Bench) -> Report:
     for batch in islice(ours.batches(), _BATCHES):
         ours.steps(batch)
     number = sum(len(part.data) for part in ours.stream.tasks[-1].test_sets)
-    sizes: list[int] = []
-    ours.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    overruled: list[Tensor] = []  # of the images of each pass; none is in the second ones
+    ours.model.register_forward_hook(lambda *io: overruled.append(find_overruled(io[0], io[2])))
 
     def turn() -> dict[str, float]:
         ours.loop.queries = {}
         first = ours.seconds(ours.evaluate)
-        sizes.clear()
+        overruled.clear()
         found = {"first": first, "later": ours.seconds(ours.evaluate)}
         found["baseline"] = baseline.seconds(baseline.evaluate)
         return {name: seconds / number for name, seconds in found.items()}
 
     times = bench.take_turns(turn)
-    return {**times, "images": number, "share_overruled": sum(sizes) / number - 1}
+    return {**times, "images": number, "share_overruled": int(torch.cat(overruled).sum()) / number}
 
 
 def measure_run(bench: Bench) -> Report:
@@ -154,14 +157,15 @@ def measure_memory(bench: Bench) -> Report:
 
 def peak_here(workload: Workload, way: str, work: str) -> float:
     """MiB that this process takes at most beyond those before the model is built."""
-    before = peak_megabytes(workload.processes.device)
+    device = rendezvous.join(workload.settings).device  # of this process, too
+    before = peak_megabytes(device)
     program = WAYS[way](workload)
     if work == "step":
         for batch in islice(program.batches(), 3):
             program.steps(batch)
     else:
         program.evaluate()
-    return peak_megabytes(workload.processes.device) - before
+    return peak_megabytes(device) - before
 
 
 def _summary(values: list[float]) -> Report:

@@ -14,6 +14,7 @@ import gc
 import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,16 @@ from cli.parser import parse, shown
 from cli.settings import Settings
 from continual_datasets.images import ArraySource
 from continual_datasets.readers import registry
+from experiment import rendezvous
 from experiment.signals import StopSignals
 from experiment.training_run import recorded, save_checkpoint
 from experiment.validate import validate
 from training.evaluation import evaluate
 from training.losses import class_mask
+from training.queries import with_queries
 from training.state import Evaluation, TrainState
 from training.update import OptimizerStep
-from utils import Processes, choose_device, find_launch
+from utils import Processes, find_launch
 
 #: Defaults of a workload, and of its data: two digits, one after the other.
 _WORKLOAD: dict[str, Any] = {"model": "vit_tiny_patch16_224", "pretrained": False, "epochs": 1}
@@ -83,8 +86,7 @@ def read_workload(
         if find_launch() is not None:
             found.append("a launcher started this: the baseline is a single process")
     validate(settings, [*problems, *found])
-    alone = Processes(device=choose_device(settings.run.device))
-    return Workload(settings, alone, synthetic)
+    return Workload(settings, rendezvous.join(settings), synthetic)
 
 
 def random_images(number: int, seed: int) -> ArraySource:
@@ -120,20 +122,26 @@ class Program:
         loader.batch_sampler.set_epoch(0)
         return iter(loader)
 
-    def steps(self, batch: Sequence[Tensor], number: int = 1) -> None:
-        """Steps of the first task; results leave the device now and then, as in an epoch."""
+    def targets(self, batch: Sequence[Tensor], number: int) -> Iterator[engine.StepTarget]:
+        """What so many steps of the first task need besides the batch, queries included."""
         train_mask = self.loop.settings.tasks.train_mask
         mask = class_mask(self.stream.tasks[0].classes, self.model.num_classes, self.loop.device)
-        target = engine.StepTarget(0, mask if train_mask else None, len(batch[0]))
+        task_id = torch.tensor(0, device=self.loop.device)
+        target = engine.StepTarget(task_id, mask if train_mask else None, len(batch[0]))
+        for _, query in with_queries(self.loop, repeat(list(batch), number), first=1):
+            yield target._replace(query=query)
+
+    def steps(self, batch: Sequence[Tensor], number: int = 1) -> None:
+        """Steps of the first task; results leave the device now and then, as in an epoch."""
         self.model.train()
-        for at in range(1, number + 1):
+        for at, target in enumerate(self.targets(batch, number), start=1):
             result = engine.train_step(self.loop, self.update, batch, target)
             if at % self.loop.read_every == 0 or at == number:
                 result.tolist()
 
-    def evaluate(self) -> list[Evaluation]:
-        """Evaluates all test sets of the last task; cached queries are not computed again."""
-        load, parts = self.loop.test_loader, self.stream.tasks[-1].test_sets
+    def evaluate(self, task: int = -1) -> list[Evaluation]:
+        """Evaluates all test sets of a task; cached queries are not computed again."""
+        load, parts = self.loop.test_loader, self.stream.tasks[task].test_sets
         return [evaluate(self.loop, load(part), part) for part in parts]
 
     def run(self, folder: Path) -> None:
@@ -154,7 +162,7 @@ class TwoCopies(Program):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload._replace(settings=workload.settings.replace(**_PLAIN)))
         self.tf32 = False, True  # torch's defaults
-        self.loop.read_every = 1
+        self.loop.read_every = self.loop.queries_ahead = 1
         model, vit = self.model, self.model.backbone
         model.query_backbone = original = copy.deepcopy(vit).requires_grad_(False).eval()
         vars(model).update(

@@ -261,7 +261,7 @@ def test_steps_are_measured_and_written_down(monkeypatch, tmp_path, capsys):
     assert stages[0]["flop_per_second"] == pytest.approx(flop[0] / stages[0]["median"])
     assert sum(stage["all"][0] for stage in stages[:3]) == pytest.approx(stages[3]["all"][0])
     assert report["settings"]["input_size"] == 32
-    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert report["hardware"]["threads"] == torch.get_num_threads()
 
 
 def test_table_shows_medians_and_ratios():
@@ -273,7 +273,7 @@ def test_table_shows_medians_and_ratios():
 
     report = {
         "settings": dict.fromkeys(benchmark._NAMED, 7), "numerics": {"amp": "bf16", "tf32": None},
-        "machine": {"cpu": "A CPU", "threads": 1, "gpu": None},
+        "hardware": {"cpu": "A CPU", "threads": 1, "gpu": None},
         "versions": {"torch": "2.6.0", "torchvision": "0.21.0", "timm": "1.0.20"},
         "repetitions": 5, "warm_up": 1,
         "stages": {"loading": times(0.02), "query": times(0.05, flop=4e9, flop_per_second=8e10)},
