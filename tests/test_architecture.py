@@ -14,7 +14,7 @@ import main
 from cli.paths import ROOT
 from helpers.commands import command
 from helpers.tiny_flags import TINY_DIGITS
-from training import losses
+from training import losses, objective
 
 TESTS = Path(__file__).resolve().parent
 
@@ -132,7 +132,7 @@ def test_at_most_six_calls_lead_from_main_to_the_loss(tmp_path, monkeypatch):
         calls.extend(f.name for f in reversed(frames) if Path(f.filename).is_relative_to(ROOT))
         return plain(*args)
 
-    monkeypatch.setattr(engine, "masked_cross_entropy", watched)
+    monkeypatch.setattr(objective, "masked_cross_entropy", watched)
     assert main.main([*TINY_DIGITS, "--output_dir", str(tmp_path)]) == 0
     assert calls.index("main") < 6, calls
 

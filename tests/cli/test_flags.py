@@ -6,6 +6,7 @@ import re
 import pytest
 
 from benchmark import BenchmarkOptions
+from benchmarks.gpu_check import CheckOptions
 from cli import settings
 from cli.flags import flags_of
 from cli.settings import Settings
@@ -133,8 +134,8 @@ def test_ranges_hold_what_they_say():
 @pytest.mark.parametrize("word", ["nan", "inf", "-inf", "-1", "1" + "0" * 30, "9" * 400, "1e400"])
 def test_every_number_has_a_range_that_ends(word):
     """Also of options of the commands; one that is added without a range fails here."""
-    options = [one for kind in (BenchmarkOptions, SubmitOptions) for one in flags_of(kind)]
-    options += [*settings.FLAGS.values(), *flags_of(SweepOptions)]
+    options = [one for kind in (CheckOptions, SubmitOptions) for one in flags_of(kind)]
+    options += [*settings.FLAGS.values(), *flags_of(SweepOptions), *flags_of(BenchmarkOptions)]
     numbers = [one for one in options if one.accepts("1") and not one.accepts("x")]
     numbers = [one for one in numbers if not one.is_switch]
     assert len(numbers) > 60
@@ -153,9 +154,16 @@ def is_path(one):
 
 def test_every_path_may_begin_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    kinds = (SweepOptions, SubmitOptions, BenchmarkOptions, PlotOptions, TableOptions)
+    kinds = (SweepOptions, SubmitOptions, BenchmarkOptions, PlotOptions, TableOptions, CheckOptions)
     found = [[one.name for one in flags_of(kind) if is_path(one)] for kind in kinds]
-    paths = [["output_dir"], ["shared_folder"], ["json"], ["output_dir"], ["compare", "output"]]
+    paths = [
+        ["output_dir"],
+        ["shared_folder"],
+        ["json"],
+        ["output_dir"],
+        ["compare", "output"],
+        ["out"],
+    ]
     assert found == paths
     assert [name for name, one in settings.FLAGS.items() if is_path(one)] == PATHS
     for name in PATHS:

@@ -9,6 +9,7 @@ import pytest
 import plots
 import summarize
 from benchmark import BenchmarkOptions
+from benchmarks.gpu_check import CheckOptions
 from cli import configurations
 from cli.flags import flags_of
 from cli.options import take, take_all
@@ -42,7 +43,10 @@ OTHER_FLAGS = set(
 )
 
 #: Commands with flags of their own alone, and their options.
-OWN_COMMANDS = {"plots.py": plots.PlotOptions, "summarize.py": summarize.TableOptions}
+OWN_COMMANDS = {
+    "plots.py": plots.PlotOptions, "summarize.py": summarize.TableOptions,
+    "benchmarks/gpu_check.py": CheckOptions,
+}  # fmt: skip
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -10,7 +10,6 @@ import main
 import utils
 from cli import parser
 from continual_datasets.samplers import Batching
-from experiment import build
 from helpers.finished_runs import Run
 from helpers.resumed_runs import stop_when
 from helpers.tiny_flags import TINY_DIGITS
@@ -135,6 +134,6 @@ def test_steps_are_read_together_on_a_gpu_alone():
     for name, every, print_freq in (("cpu", 1, 7), ("cuda", 7, 7), ("cuda", 10, 1000)):
         settings, _ = parser.parse(["--print_freq", str(print_freq)])
         device = torch.device(name)
-        assert build.read_every(settings, device) == every
         batching = Batching(settings, utils.Processes(0, 1, device), global_batch=16)
+        assert (batching.read_every, batching.queries_ahead) == (every, every)
         assert batching.test_batch == {"cpu": 16, "cuda": 256}[name]

@@ -8,8 +8,6 @@ import torch
 import torch._dynamo
 
 import engine
-from cli.settings import PrecisionSettings
-from engine import StepTarget
 from experiment import build, checkpoints, evaluate_checkpoints, precision
 from helpers import reference_run
 from helpers.golden_run import GOLDEN, RECORDED, GoldenRun, read
@@ -17,7 +15,6 @@ from helpers.tiny_model import close_by_name, differing
 from reports import metrics
 from training.losses import class_mask
 from training.state import TrainState
-from training.update import OptimizerStep
 
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
@@ -57,10 +54,12 @@ def test_forward_and_selection_equal_original(golden):
 def test_first_gradients_equal_original(golden):
     task, model = golden.tasks[0], golden.model.train()
     allowed = class_mask(task.classes, model.num_classes, golden.run.device)
-    target = StepTarget(task.index, allowed if golden.settings.tasks.train_mask else None, 8)
-    batch, update = next(iter(golden.loader(task))), OptimizerStep(golden.run)
-    values, *_ = engine._forward_backward(golden.run, update, batch, target)
-    close(values[0].item(), golden["out.first_loss"].item(), atol=1e-6, rtol=1e-6)
+    allowed = allowed if golden.settings.tasks.train_mask else None
+    batch = next(iter(golden.loader(task)))
+    loss, *others = golden.run.objective(*batch, allowed, task.index)
+    assert not any(tensor.requires_grad for tensor in others)
+    loss.backward()
+    close(loss.item(), golden["out.first_loss"].item(), atol=1e-6, rtol=1e-6)
     found = {n: p.grad for n, p in model.public_parameters() if p.grad is not None}
     both = golden.as_original(found), golden.under("out.grad.")
     found, wanted = ({n: grad for n, grad in of.items() if grad.any()} for of in both)
@@ -79,8 +78,8 @@ def test_whole_run_equals_original(golden):
 @pytest.mark.parametrize("name", ["default", "head_token_prompt"])
 def test_whole_compiled_run_equals_original(name):
     torch._dynamo.reset()
-    golden = GoldenRun(name)
-    precision.apply(PrecisionSettings(compile=True), golden.model, batch_sizes={8})
+    golden = GoldenRun(name, compiled=True)
+    assert isinstance(golden.run.objective, precision.Compiled)
     assert_equals_original(golden)
 
 
@@ -90,8 +89,7 @@ def test_whole_compiled_run_equals_original(name):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_whole_run_on_cuda_equals_original(golden, compiled):
     torch._dynamo.reset()
-    golden = GoldenRun(golden.name, "cuda")
-    precision.apply(PrecisionSettings(compile=compiled), golden.model, batch_sizes={8})
+    golden = GoldenRun(golden.name, "cuda", compiled)
     assert_equals_original(golden)
 
 

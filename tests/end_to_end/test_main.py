@@ -72,6 +72,8 @@ def test_results_follow_the_interface(trained):
     assert results["seed"] == 42
     assert results["config"]["top_k"] == 2
     assert results["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert results["hardware"]["threads"] == torch.get_num_threads()
+    assert results["hardware"]["gpu"] is None
     assert [t["task"] for t in results["timing"]] == [1, 2]
     for entry in results["prompt_usage"]:
         assert sum(entry["batch"]) == sum(entry["instance"]) == 2 * 2 * 3  # K * classes * images
@@ -376,7 +378,8 @@ def test_original_checkpoint_of_an_unfrozen_run_keeps_the_identity_of_the_query(
 # Throughput
 
 
-def test_speed_test_reports_and_appends(tiny, tmp_path):
+def test_speed_test_reports_and_appends(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # whose generators are not saved
     for data in ([], ["--data-path", "nowhere"]):
         assert typed(*tiny, *data, "--speed_test_only", "--output_dir", tmp_path)[0] == 0
     text = (tmp_path / "speed_macs.txt").read_text()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from datetime import timedelta
 from functools import partial
 from unittest.mock import Mock
 
@@ -189,20 +190,23 @@ def test_signal_in_an_evaluation_stops_all(alone, pictures, tmp_path, rank):
 # Failing, together
 
 
+STEP, ALONE = ("engine.train_step", 2), ("experiment.live_log.open_live_log", 1)
+
+
 @pytest.mark.parametrize(
-    ("action", "rank", "code", "reason"),
+    ("action", "place", "rank", "code", "reason"),
     [
-        (fail, 0, 1, "ValueError: boom"),
-        slow(fail, 2, 1, "ValueError: boom"),
-        (signalled(signal.SIGKILL), 1, -signal.SIGKILL, ""),
-        slow(signalled(signal.SIGKILL), 0, -signal.SIGKILL, ""),
-        (signalled(signal.SIGINT), 1, 130, "interrupted: "),
+        (fail, STEP, 0, 1, "ValueError: boom"),
+        slow(fail, STEP, 2, 1, "ValueError: boom"),
+        (signalled(signal.SIGKILL), ALONE, 1, -signal.SIGKILL, ""),
+        slow(signalled(signal.SIGKILL), STEP, 0, -signal.SIGKILL, ""),
+        (signalled(signal.SIGINT), STEP, 1, 130, "interrupted: "),
     ],
     ids=["error of 0", "error of 2", "kill of 1", "kill of 0", "Ctrl-C of 1"],
 )
-def test_process_that_ends_ends_all(pictures, tmp_path, action, rank, code, reason):
+def test_process_that_ends_ends_all(pictures, tmp_path, action, place, rank, code, reason):
     """While the others wait in a collective; they say so in one line."""
-    hook = partial(act, ("engine.train_step", 2), {rank: action})
+    hook = partial(act, place, {rank: action})
     done = run(tmp_path, 3, shape(3, 3, pictures, tmp_path), hook, within=15)
     assert done.codes[rank] == code
     assert reason in done.texts[rank]
@@ -236,6 +240,22 @@ def test_loss_that_is_no_number_ends_all_when_the_model_is_saved(pictures, tmp_p
 def save_slowly(path, rank):
     act(("experiment.training_run.save_checkpoint", 1), {0: partial(time.sleep, 0.5)}, rank)
     act(("experiment.session._report", 1), {1: path.stat}, rank)
+
+
+@pytest.mark.slow
+def test_work_of_one_process_may_take_longer_than_a_collective(pictures, tmp_path):
+    done = run(tmp_path, 2, shape(3, 3, pictures, tmp_path / "out"), work_slowly)
+    assert done.codes == [0, 0], done.text
+
+
+def work_slowly(rank):
+    utils._TIMEOUT = timedelta(seconds=1.5)
+    for place in (
+        "experiment.image_check._find_damaged", "experiment.live_log.open_live_log",
+        "experiment.run_record.write", "experiment.describe.conclude",
+    ):  # fmt: skip
+        act((place, 1), {0: partial(time.sleep, 2)}, rank)
+    act(("experiment.build.build_stream", 1), {1: partial(time.sleep, 2)}, rank)
 
 
 #: Flags of the last process alone; exit codes; the message of all.
@@ -504,11 +524,15 @@ DEVICES = """
 4 cuda 3 -> cuda:3
 4 cuda s3 -> cuda:3
 4 auto 2 -> cuda:2
-4 cuda:1 3 -> cuda:1
+4 cuda:1 0 -> cuda:1
 4 cuda:1 s0 -> cuda:1
+4 cuda:1 3 -> --device cuda:1: all processes of this machine would share GPU 1
+4 cuda:1 s3 -> --device cuda:1: all processes of this machine would share GPU 1
 4 cuda 0 -> cuda:0
 1 cuda s3 -> cuda:0
 1 auto s3 -> cuda:0
+1 cuda:0 s3 -> cuda:0
+1 cuda:1 s3 -> process 3 asks for GPU 1 of 1
 0 cuda 0 -> --device cuda: torch finds no CUDA device
 0 cuda:1 0 -> --device cuda:1: torch finds no CUDA device
 2 cuda 3 -> process 3 asks for GPU 3 of 2
