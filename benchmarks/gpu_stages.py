@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.nn.utils import parameters_to_vector
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from benchmarks.gpu_check import Check, Found
+from benchmarks.measure import time_product
 from benchmarks.programs import Program, TwoCopies, read_workload
 from cli.terminal import said
 from continual_datasets.samplers import Batching
@@ -68,11 +68,8 @@ def find_device(check: Check) -> None:
     check.note(**{"attention in bf16": choices})
     size = 64 if check.tiny else 8192
     for name in _PRECISIONS:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        square = torch.randn(size, size, device=device).to(dtype)
-        timer = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
-        seconds = timer.blocked_autorange(min_run_time=0.01 if check.tiny else 0.3).median
+        seconds = statistics.median(time_product(size, name, device, 0.01 if check.tiny else 0.3))
         check.note(**{f"{name} TFLOP/s": 2e-12 * size**3 / seconds})
 
 

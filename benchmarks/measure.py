@@ -84,10 +84,8 @@ def measure_stages(bench: Bench) -> Report:
 
     amp, device = bench.workload.settings.precision.amp, ours.processes.device
     size, gmacs = _SQUARE[device.type], count_gmacs(ours.model, images[:1])
-    square = torch.rand(size, size, device=device).to(AMP_DTYPES.get(amp or "", torch.float32))
-    product = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
     stages = {
-        f"product of {size} x {size}": _summary(product.blocked_autorange(min_run_time=2).times),
+        f"product of {size} x {size}": _summary(time_product(size, amp, device, 2)),
         **bench.take_turns(turn),
     }
     passes = [2e9 * len(images) * gmacs[name] for name in ("query", "prompted", "backward")]
@@ -96,6 +94,15 @@ def measure_stages(bench: Bench) -> Report:
         if flop:
             stage |= {"flop": flop, "flop_per_second": flop / stage["median"]}
     return stages
+
+
+def time_product(
+    size: int, amp: str | None, device: torch.device, min_run_time: float
+) -> list[float]:
+    """Seconds of the product of a square matrix of so many rows with itself, each repetition."""
+    square = torch.rand(size, size, device=device).to(AMP_DTYPES.get(amp or "", torch.float32))
+    product = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
+    return product.blocked_autorange(min_run_time=min_run_time).times
 
 
 def measure_step(bench: Bench) -> Report:
