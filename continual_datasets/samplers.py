@@ -82,8 +82,9 @@ class Batching:
         A divisor of `read_every`: a run resumes from steps that are read, and gives the same
         numbers only if it computes the same passes.
         """
-        most, every = _MOST_AHEAD // max(1, self.train_batches[0]), self.read_every
-        return max(n for n in range(1, every + 1) if every % n == 0 and n <= max(1, most))
+        own, every = self.train_batches[0], self.read_every
+        divisors = (n for n in range(1, every + 1) if every % n == 0)
+        return max(n for n in divisors if n == 1 or n * own <= _MOST_AHEAD)
 
     @property
     def pass_sizes(self) -> set[int]:

@@ -51,8 +51,9 @@ def apply(
             for module in model.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = False  # type: ignore[assignment]
-    for name in ("query", "encode_prompted") if settings.compile else ():
-        setattr(model, name, Compiled(getattr(model, name), batch_sizes, on_cuda))
+    if settings.compile:
+        for name in ("query", "encode_prompted"):
+            setattr(model, name, Compiled(getattr(model, name), batch_sizes, on_cuda))
 
 
 def _round_frozen_weights(model: PromptedVisionTransformer, dtype: torch.dtype) -> None:

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-#: Tokens at block 0, (B, T, D), to outputs behind the last block.
-Pass = Callable[[Tensor], Tensor]
-
 #: Number of a block and the tokens that leave the block before it, to the tokens that enter it;
 #: their number may differ. For prompts in deeper blocks.
 BlockInput = Callable[[int, Tensor], Tensor]
