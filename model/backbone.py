@@ -1,10 +1,11 @@
-"""Any plain timm ViT as the frozen backbone: names, construction, weights, identity.
+"""A timm ViT as the frozen backbone: names, construction, weights, identity.
 
 Source of the default: l2p-pytorch loads Google's `ViT-B_16.npz` (ImageNet-21k, neither AugReg nor
 fine-tuned) under the name `vit_base_patch16_224`. In timm 1.x that bare name means another network.
 """
 
 import hashlib
+import inspect
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,6 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -25,8 +25,10 @@ from cli import kinds
 from cli.flags import between
 from cli.options import near
 from cli.paths import open_regular
-from cli.settings import SHARE, ModelSettings
+from cli.settings import SHARE, ModelSettings, Settings
 from cli.terminal import one_line, printable, reason
+from continual_datasets.transforms import NORMS
+from model.families import Backbone, Family, family_of, family_of_name, model_names
 from utils import is_out_of_memory
 
 #: Bare names that meant other weights in l2p-pytorch than they mean in timm today.
@@ -51,23 +53,32 @@ def _one_of(names: str) -> Any:
     return Annotated[str, (f"must be one of {', '.join(known)}", lambda x: x in known)]
 
 
-#: Arguments of timm's constructor that `--model-kwargs` may give, by their type and range.
+#: Arguments of timm's constructors that `--model-kwargs` may give, by their type and range.
 _ARGUMENTS: dict[Any, str] = {
     _Size | _Pair: "patch_size",
     _Size: "embed_dim num_heads",
     _Count: "depth",
-    _Few: "reg_tokens",
+    _Few: "reg_tokens num_reg_tokens",
     _Factor: "mlp_ratio",
     _Factor | None: "init_values",
     _Rate: "pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate",
     bool: "qkv_bias qk_norm scale_attn_norm scale_mlp_norm proj_bias no_embed_class pre_norm "
-    "final_norm fix_init",
+    "final_norm fix_init swiglu_mlp scale_mlp scale_attn_inner use_abs_pos_emb use_rot_pos_emb "
+    "use_rel_pos_bias use_shared_rel_pos_bias",
     _one_of("learn none"): "pos_embed",
     _one_of("reset skip jax moco"): "weight_init",
     _one_of("layernorm rmsnorm simplenorm"): "norm_layer embed_norm_layer",
     _one_of("gelu gelu_tanh quick_gelu relu relu6 leaky_relu elu selu silu mish"): "act_layer",
+    _one_of("cat mixed dinov3"): "rope_type",
 }
-VIT_ARGUMENTS = {name: kind for kind, names in _ARGUMENTS.items() for name in names.split()}
+
+
+def arguments_of(family: Family) -> dict[str, Any]:
+    """What `--model-kwargs` may give to a ViT of a family, by type and range."""
+    known = {name: kind for kind, names in _ARGUMENTS.items() for name in names.split()}
+    takes = inspect.signature(family.kind).parameters.keys() - {*family.unsupported}
+    return {name: kind for name, kind in known.items() if name in takes}
+
 
 #: What to give instead of others.
 _INSTEAD = {
@@ -78,7 +89,7 @@ _INSTEAD = {
     "checkpoint_path",
     "nothing, images have three channels": "in_chans",
     "nothing, the data decide": "num_classes",
-    "nothing, L2P needs the class token": "class_token",
+    "nothing, the model decides": "class_token",
     "nothing, layers are timm's own": "block_fn mlp_layer attn_layer embed_layer",
 }
 
@@ -92,19 +103,42 @@ def resolve_name(name: str) -> str:
     return ORIGINAL_TAGS.get(name, name)
 
 
+def own_norm(name: str) -> str:
+    """What `--norm` must be for the pixels that timm's weights of a model were trained on.
+
+    Raises WeightsError if timm does not know the name.
+    """
+    _check_name(name)
+    cfg: Any = timm.get_pretrained_cfg(resolve_name(name))
+    own = tuple(cfg.mean), tuple(cfg.std)
+    if own == ((0,) * 3, (1,) * 3):
+        return "none"
+    return next((n for n, norm in NORMS.items() if norm == own), ",".join(map(str, sum(own, ()))))
+
+
+def with_own_norm(settings: Settings) -> Settings:
+    """Settings with the model's own mean and deviation in the place of `--norm model`.
+
+    They are what files store, whatever timm says later. Raises WeightsError as `own_norm`.
+    """
+    if settings.transforms.norm != "model":
+        return settings
+    return settings.replace(norm=own_norm(settings.model.model))
+
+
 def build_backbone(
     settings: ModelSettings, input_size: int = 224, *, pretrained: bool = False
-) -> VisionTransformer:
+) -> Backbone:
     """The timm ViT that the settings name, without classifier; with their weights if `pretrained`.
 
     Raises:
         WeightsError: If timm does not know the name, an argument is not allowed, or the weights
-            cannot be fetched; if it is no plain ViT with a class token; if the patch size does not
-            divide `input_size`, the pixels a side; if the weight file does not fit.
+            cannot be fetched; if it is no ViT of a family; if the patch size does not divide
+            `input_size`, the pixels a side; if the weight file does not fit.
     """
     name, fetched = settings.model, pretrained and settings.pretrained is True
-    _check_name(name)
-    if problems := list(_argument_problems(settings.model_kwargs)):
+    family = _check_name(name)
+    if problems := list(_argument_problems(settings.model_kwargs, family)):
         raise WeightsError("; ".join(problems))
     drops = {"pos_drop_rate": settings.drop, "proj_drop_rate": settings.drop}
     kwargs: dict[str, Any] = {"num_classes": 0, "img_size": input_size, **drops}
@@ -112,16 +146,14 @@ def build_backbone(
     try:
         with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
             os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # timm 1.0.20 loads unsafely
-            vit = timm.create_model(resolve_name(name), pretrained=fetched, **kwargs)
+            vit: Any = timm.create_model(resolve_name(name), pretrained=fetched, **kwargs)
+        family_of(vit)  # not so with TIMM_USE_NAFLEX=1
+        if rope := getattr(vit, "rope", None):
+            rope.aug_active = False  # random rotations in training, which some models bring along
     except Exception as error:  # timm checks little, and a damaged file can raise anything
         if is_out_of_memory(error):
             raise
         raise WeightsError(_why_not_built(settings, fetched, error)) from error
-    if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
-        raise WeightsError(
-            f"--model {name} is no plain vision transformer with a class token "
-            f"({type(vit).__name__}): choose one of timm's vit_* or deit_* models"
-        )
     height, width = vit.patch_embed.patch_size
     if input_size % height or input_size % width:
         below, above = input_size // height * height, -(-input_size // height) * height
@@ -134,33 +166,39 @@ def build_backbone(
     return vit
 
 
-def _check_name(name: str) -> None:
-    """Makes sure that a name is one of timm's: no file, folder or address, which may hold code."""
+def _check_name(name: str) -> Family:
+    """The family of a name of timm: of no file, folder or address, which may hold code."""
     bare, _, tag = name.partition(".")
-    if timm.is_model(bare):
-        try:
-            timm.get_pretrained_cfg(resolve_name(name))
-        except RuntimeError:
-            tags = [one.partition(".")[2] for one in timm.list_models(f"{bare}.*", pretrained=True)]
-            hint = near(tag, tags or ["none"], most=99)
-            raise WeightsError(
-                f"--model {printable(name)}: timm has no weights of this tag{hint}"
-            ) from None
-        return
-    models = timm.list_models(["vit_*", "deit_*"])
-    hint = near(bare, models) or ": choose a vit_* or deit_* model"
-    if {*name} & set(":/"):
-        hint = ": give the name of a model, and a file of weights with --pretrained PATH"
-    raise WeightsError(f"--model {printable(name)} is no model of timm{hint}")
+    known = timm.is_model(bare)
+    if not known or (family := family_of_name(bare)) is None:
+        problem, hint = "is no model of timm", near(bare, model_names())
+        if known:
+            module = timm.model_entrypoint(bare).__module__.rpartition(".")[2]
+            problem = f"takes no prompts: it is of timm's {module}, no ViT with plain blocks, EVA's"
+            problem += " or BEiT's"
+        elif {*name} & set(":/"):
+            hint = ": give the name of a model, and a file of weights with --pretrained PATH"
+        hint = hint or ": choose one of --list_models"
+        raise WeightsError(f"--model {printable(name)} {problem}{hint}")
+    try:
+        timm.get_pretrained_cfg(resolve_name(name))
+    except RuntimeError:
+        tags = [one.partition(".")[2] for one in timm.list_models(f"{bare}.*", pretrained=True)]
+        hint = near(tag, tags or ["none"], most=99)
+        raise WeightsError(
+            f"--model {printable(name)}: timm has no weights of this tag{hint}"
+        ) from None
+    return family
 
 
-def _argument_problems(arguments: Mapping[str, Any]) -> Iterator[str]:
+def _argument_problems(arguments: Mapping[str, Any], family: Family) -> Iterator[str]:
     """What of `--model-kwargs` is not allowed: unknown, not for the command line, out of range."""
-    known = {name: value for name, value in arguments.items() if name in VIT_ARGUMENTS}
-    yield from (f"--model-kwargs: {problem}" for problem in kinds.problems(VIT_ARGUMENTS, known))
+    allowed = arguments_of(family)
+    known = {name: value for name, value in arguments.items() if name in allowed}
+    yield from (f"--model-kwargs: {problem}" for problem in kinds.problems(allowed, known))
     for name in (name for name in arguments if name not in known):
         instead = next((flag for flag, names in _INSTEAD.items() if name in names.split()), None)
-        hint = near(name, [*VIT_ARGUMENTS]) or ": it takes arguments of the network alone"
+        hint = near(name, [*allowed]) or ": it takes arguments of the network alone"
         hint = f": give {instead}" if instead else hint
         yield f"--model-kwargs {printable(name)} is not allowed{hint}"
 
@@ -179,10 +217,7 @@ def _why_not_built(settings: ModelSettings, fetched: bool, error: Exception) -> 
         )
     given = " ".join(f"{key}={value}" for key, value in kwargs.items())
     with_kwargs = f" with --model-kwargs {printable(given)}" if kwargs else ""
-    return (
-        f"timm cannot build --model {settings.model}{with_kwargs} as a plain ViT (vit_*, deit_*): "
-        f"{reason(error)}"
-    )
+    return f"timm cannot build --model {settings.model}{with_kwargs}: {reason(error)}"
 
 
 def _cached_weights(name: str) -> Path | None:
@@ -212,7 +247,7 @@ class _NumbersOnCPU(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), **device})
 
 
-def identify(vit: VisionTransformer, name: str, source: str) -> dict[str, str]:
+def identify(vit: Backbone, name: str, source: str) -> dict[str, str]:
     """Which network a ViT is, wherever it was loaded from, for result files and checkpoints.
 
     Returns `name` (of timm, with tag), `source` (a file's name, `timm` or `random`), and `sha256`
@@ -225,14 +260,14 @@ def identify(vit: VisionTransformer, name: str, source: str) -> dict[str, str]:
     return {"name": resolve_name(name), "source": source, "sha256": digest.hexdigest()}
 
 
-def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
+def load_backbone_file(vit: Backbone, path: Path) -> None:
     """Loads Google's `.npz` or a state dict into a ViT, but for the classifier; runs no code.
 
     Positions are resampled where the grid differs. Raises WeightsError if there is no such file, or
     it is damaged or does not fit, naming file, tensor, expected and found.
     """
     if not path.is_file():
-        raise WeightsError(f"there is no weight file {path}")
+        raise WeightsError(f"there is no weight file {path}: give its place with --pretrained")
     load = _load_npz if path.suffix == ".npz" else _load_state_dict
     try:
         load(vit, path)
@@ -242,17 +277,18 @@ def load_backbone_file(vit: VisionTransformer, path: Path) -> None:
         raise WeightsError(f"{path} is damaged or does not fit --model: {reason(error)}") from error
 
 
-def _load_state_dict(vit: VisionTransformer, path: Path) -> None:
+def _load_state_dict(vit: Backbone, path: Path) -> None:
     with open_regular(path) as file, catch_warnings():
         simplefilter("ignore")  # of a pickle, or of TorchScript, that is rejected
         check_checksums(file)
         state = timm.models.load_state_dict(str(path), weights_only=True)
-    assert all(isinstance(value, Tensor) for value in state.values()), "no state dict in it"
-    state = {n: v for n, v in checkpoint_filter_fn(state, vit).items() if not n.startswith("head")}
+        assert all(isinstance(value, Tensor) for value in state.values()), "no state dict in it"
+        state = family_of(vit).checkpoint_filter(state, vit)
+    state = {name: value for name, value in state.items() if not name.startswith("head")}
     copy_state(dict(vit.named_parameters()), state, str(path))
 
 
-def _load_npz(vit: VisionTransformer, path: Path) -> None:
+def _load_npz(vit: Any, path: Path) -> None:
     """Loads an `.npz` by timm, after depth, heads and width, which timm would not compare."""
     with np.load(path) as arrays:
         for name in arrays.files:

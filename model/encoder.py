@@ -1,7 +1,8 @@
 """The blocks of a timm vision transformer, with outputs only for the tokens used downstream.
 
 Keys and values of the last block come from all tokens, but its outputs are computed only for the
-tokens that are used: of the 222 tokens of ViT-B/16 the query uses one, the head 25.
+tokens that are used: of the 222 tokens of ViT-B/16 the query uses one, the head 25. That is for
+timm's plain block; one of another kind is computed whole.
 
 Shapes: B images, T tokens, R tokens used downstream, D width, H heads.
 """
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from model.families import Backbone, family_of
 
 #: Number of a block and the tokens that leave the block before it, to the tokens that enter it;
 #: their number may differ. For prompts in deeper blocks.
@@ -23,7 +26,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def encode(
-    vit: VisionTransformer,
+    vit: Backbone,
     tokens: Tensor,
     used: slice,
     *,
@@ -37,17 +40,20 @@ def encode(
     """
     *earlier, last = vit.blocks
     recompute = recompute and torch.is_grad_enabled()
+    arguments = family_of(vit).block_arguments(vit)
     x = tokens
     for number, block in enumerate(earlier):
         x = block_input(number, x)
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-    return _run_for(last, block_input(len(earlier), x), used)
+        more = arguments(number, x)
+        x = checkpoint(block, x, use_reentrant=False, **more) if recompute else block(x, **more)
+    x = block_input(len(earlier), x)
+    return _run_for(last, x, used, **arguments(len(earlier), x))
 
 
-def _run_for(block: Any, x: Tensor, used: slice) -> Tensor:
+def _run_for(block: Any, x: Tensor, used: slice, **more: Any) -> Tensor:
     """Output of one block for some of its tokens, (B, R, D)."""
     if used == slice(None) or not _is_timms_own(block):
-        return block(x)[:, used]
+        return block(x, **more)[:, used]
     kept = x[:, used]  # (B, R, D)
     kept = kept + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), used)))
     return kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))

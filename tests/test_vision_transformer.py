@@ -263,7 +263,7 @@ def test_weight_decay_spares_class_token_and_positions():
         (lambda: no_prompts(head_type="prompt"),
          "--head_type prompt pools prompt tokens, but --prompt_pool is off: use --head_type token"),
         (lambda: no_prompts(head_type="token+prompt"), "--head_type token+prompt pools prompt"),
-        (lambda: prompted(tiny_vit(class_token=False, global_pool="avg")), "no class token"),
+        (lambda: prompted(torch.nn.Module()), "Module is no vision transformer that takes prompts"),
         (lambda: prompted(freeze=("blocks", "block_", "layers")),
          "--freeze block_ layers matches no parameter: names start with blocks, cls_token"),
     ],

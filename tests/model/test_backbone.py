@@ -1,4 +1,3 @@
-import inspect
 import os
 import pickle
 import re
@@ -11,25 +10,26 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from cli.settings import ModelSettings
 from helpers.hostile_values import nested
 from helpers.pickled_code import Payload
 from helpers.tiny_model import differing, randomize, snapshot
 from model.backbone import (
-    VIT_ARGUMENTS,
     WEIGHT_SUFFIXES,
     WeightsError,
+    arguments_of,
     build_backbone,
     identify,
     load_backbone_file,
     without_memory,
 )
+from model.families import FAMILIES
 
 close = torch.testing.assert_close
 
 NAME = "vit_tiny_patch16_224"
+VIT_ARGUMENTS = arguments_of(FAMILIES[0])
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
@@ -71,11 +71,11 @@ def test_build_backbone_sets_dropout_where_the_original_had_it():
         (f"{NAME}.augreg_in21", {}, r"no weights of this tag: did you mean augreg_in21k\?$"),
         (f"{NAME}.nonsense", {}, r"no weights of this tag: there are .*augreg_in21k_ft_in1k"),
         ("vit\x1b[31m", {}, r"--model vit\\x1b\[31m is no model"),
-        (NAME, {"embed_dim": 16}, f"build --model {NAME} with --model-kwargs embed_dim=16 as"),
-        ("resnet18", {}, r"--model resnet18.*vit_\*.*deit_\*"),
-        ("swin_tiny_patch4_window7_224", {}, r"--model swin_tiny.*vit_\*.*deit_\*"),
-        ("vit_relpos_small_patch16_224", {}, r"--model vit_relpos.*vit_\*.*deit_\*"),
-        ("vit_base_patch16_siglip_224", {}, "is no plain vision transformer with a class token"),
+        (NAME, {"embed_dim": 16}, f"build --model {NAME} with --model-kwargs embed_dim=16: "),
+        ("resnet18", {}, "resnet18 takes no prompts: it is of timm's resnet, .* --list_models$"),
+        ("vit_relpos_small_patch16_224", {}, "_relpos, .*: did you mean vit_.*small_patch16_224"),
+        ("samvit_base_patch16", {}, "vision_transformer_sam, .*: did you mean vit_base_patch16"),
+        ("vit_base_resnet26d_224", {}, "takes no prompts: it is of .* vision_transformer_hybrid"),
         (NAME, 225, "--input-size 225 .*by the patch size 16: use 224 or 240$"),
         (NAME, 17, "--input-size 17 is not divisible by .* 16: use 16 or 32$"),
         (NAME, 10, "--input-size 10 is not divisible by .* 16: use 16$"),
@@ -107,20 +107,25 @@ def test_model_kwargs_are_arguments_of_the_network_alone(instead, name, monkeypa
             build(model_kwargs={**SMALL, name: value})
 
 
-def test_model_kwargs_that_are_allowed_are_arguments_of_timm():
-    known = inspect.signature(VisionTransformer).parameters
-    assert [name for name in VIT_ARGUMENTS if name not in known] == []
-
-
 WRONG = [None, "x", "", [], [1], {}, (8, 8, 8), float("nan"), float("inf"), -1, 10**9, 10**400, 2.5]
 
 
-@pytest.mark.parametrize("name", VIT_ARGUMENTS)
-def test_model_kwargs_of_wrong_type_or_size_are_errors_that_name_them(name, monkeypatch):
+#: Arguments of plain ViTs, and those of the other families alone, by a model that takes them.
+MODELS = (NAME, "eva02_tiny_patch14_224", "beit_base_patch16_224")
+TAKEN = [
+    (model, name)
+    for family, model in zip(FAMILIES, MODELS, strict=True)
+    for name in arguments_of(family)
+    if model == NAME or name not in VIT_ARGUMENTS
+]
+
+
+@pytest.mark.parametrize(("model", "name"), TAKEN)
+def test_model_kwargs_of_wrong_type_or_size_are_errors_that_name_them(model, name):
     """Whatever is let through, timm rejects or runs on an image."""
     for value in [*WRONG, nested(3000)]:
         with suppress(WeightsError), without_memory():
-            vit = build(input_size=16, model_kwargs={**SMALL, name: value})
+            vit = build(model, 16, model_kwargs={**SMALL, name: value})
             vit.forward_features(torch.empty(1, 3, 16, 16))
             assert value is None or isinstance(value, str) or abs(value) < 10, (name, value)
 
@@ -140,7 +145,7 @@ def test_model_kwargs_that_are_names_run_an_image(name):
     ("kwargs", "message"),
     [
         ({"num_heads": 0}, "num_heads is 0: must be at least 1 and at most 65536"),
-        ({"num_heads": 3}, "num_heads=3 .*as a plain ViT.*divisible by num_heads"),
+        ({"num_heads": 3}, "num_heads=3 .*divisible by num_heads"),
         ({"num_heads": True}, "num_heads is True: must be a whole number"),
         ({"depth": 10**9}, "depth is 1000000000: must be at least 1 and at most 256"),
         ({"depth": 10**5000}, "depth is a huge number: must be a whole number"),
