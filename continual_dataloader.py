@@ -98,7 +98,7 @@ class Loaders:
         self._pins = data.pin_mem and self._device.type == "cuda"  # batches in page-locked memory
         self._cached: dict[int, list[list[Tensor]]] = {}
         self._free_bytes = round(data.test_cache * 10**9)
-        self._any_keys: list[Key] = [TrainKey(stream.tasks[0].index, 0, 0)]
+        self._any_keys: list[Key] = [TrainKey(stream.tasks[-1].index, 0, 0)]
         self._keys: list[list[Key]] = []  # of the current pass: a DataLoader's sampler is for life
         self._current: object = None
         passes = [*map(self.train, stream.tasks), *map(self.test, stream.test_sets)]

@@ -13,25 +13,25 @@ torch and timm take seconds to import, so they are imported where a run needs th
 
 from __future__ import annotations
 
-import atexit
 import functools
 import gc
 import logging
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import configurations, terminal
+from cli import terminal
+from cli.imports import quick_imports
 from cli.parser import parse
 from cli.paths import command
 from cli.settings import Settings
+from experiment import listing
 from experiment import signals as stop_signals
 from experiment.signals import StopSignals, interruptible
 
 if TYPE_CHECKING:
-    from continual_datasets.scenarios import TaskClasses
+    from experiment.checkpoints import Checkpoint
     from experiment.session import Session
     from training.state import Run
     from utils import Processes
@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     with StopSignals() as signals:  # not idle: an interrupted import leaves half a module
         try:
             settings, problems = parse(sys.argv[1:] if argv is None else argv)
-            if settings.run.list:
-                print(configurations.list_text())
-                return terminal.exit_code(0)
+            if settings.run.list or settings.run.list_models is not None:
+                return listing.show(settings.run)
             session = _import_session()(signals)
         except KeyboardInterrupt:
             print("interrupted before anything ran", file=sys.stderr)
@@ -75,8 +74,8 @@ def train(settings: Settings, session: Session) -> None:
     saved = resume.find(settings, session.processes)  # None: the run starts at its first task
     session.signals.saved |= saved is not None and settings.run.resume == "auto"
     batch = saved.batch_of(settings, session.processes.world_size) if saved else None
-    run = assemble(settings, session.processes, global_batch=batch)
-    state = resume.restore(run, saved)
+    run = assemble(settings, session.processes, session.ancestor, global_batch=batch)
+    state = resume.restore(run, saved, session.ancestor)
     if settings.run.seeds and saved and saved.is_complete(run.stream.num_tasks):
         logger.info("This seed is complete already")
         return
@@ -129,7 +128,7 @@ def evaluate(settings: Settings, session: Session) -> int:
     run = assemble(
         settings,
         session.processes,
-        task_classes=first.class_order,
+        first,
         weights_follow=evaluate_checkpoints.has_whole_model(settings, first),
     )
     rendezvous.check_same_checkpoints(session.checkpoints.values())
@@ -139,16 +138,16 @@ def evaluate(settings: Settings, session: Session) -> int:
 def assemble(
     settings: Settings,
     processes: Processes,
+    stored: Checkpoint | None = None,
     *,
     global_batch: int | None = None,
-    task_classes: TaskClasses | None = None,
     weights_follow: bool = False,
 ) -> Run:
     """Turns data into a stream of tasks, and puts prompts and head around a timm ViT.
 
-    The global batch, the images of a step, is `--batch-size` of each process unless given; the
-    settings decide the classes of tasks likewise. Pretrained weights are not needed where all
-    weights follow from a checkpoint.
+    The global batch, the images of a step, is `--batch-size` of each process unless given. A stored
+    checkpoint, which the run evaluates or continues, has the classes of tasks. Pretrained weights
+    are not needed where all weights follow from it.
 
     Raises:
         DataError: If the data are missing or damaged.
@@ -157,16 +156,17 @@ def assemble(
     from timm.utils import random_seed
 
     from continual_datasets.samplers import Batching
-    from experiment import build, precision, rendezvous
+    from experiment import build, continuation, network, precision, rendezvous
     from model.backbone import build_backbone, identify
 
     batch = global_batch or settings.optimizer.batch_size * processes.world_size
     random_seed(settings.run.seed)
-    stream = build.build_stream(settings, batch, processes.device, task_classes)
+    task_classes, earlier = continuation.lineage(settings, stored)
+    stream = build.build_stream(settings, batch, processes.device, task_classes, earlier)
     size = settings.transforms.input_size
     vit = build_backbone(settings.model, size, pretrained=not weights_follow)
     identity = identify(vit, settings.model.model, settings.model.weight_source)
-    model = build.build_model(settings, vit, stream.num_classes).to(processes.device)
+    model = network.build_model(settings, vit, stream.num_classes).to(processes.device)
     sizes = Batching(settings, processes, batch).pass_sizes
     precision.apply(settings.precision, model, sizes, weights_follow)
     run = build.build_run(settings, processes, batch, stream, model, identity)
@@ -176,18 +176,9 @@ def assemble(
 
 @functools.cache
 def _import_session() -> type[Session]:
-    """Imports what runs a command line, without the garbage collector: a quarter of the time.
-
-    What is imported stays to the end, so the collector need not look through it later, either.
-    """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings come with a trace of C++
-    gc.disable()
-    try:
+    """Imports what runs a command line."""
+    with quick_imports():
         from experiment.session import Session
-    finally:
-        gc.enable()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # else extension modules report leaks
     return Session
 
 

@@ -16,9 +16,11 @@ _REJECTED = (
     ("diversify shared_prompt_pool shared_prompt_key", "prompt_pool", "leave it on"),
     ("shared_prompt_key", "prompt_key", "leave it on"),
     ("replay_batch", "buffer_size|buffer_per_class", "give one of them"),
+    ("earlier_data", "continue_from|eval", "leave it out"),
     ("checkpoint", "eval", "give it too, to evaluate the checkpoint"),
-    ("tensorboard wandb seeds", "output_dir", "give the folder to write into"),
+    ("save_predictions tensorboard wandb seeds", "output_dir", "give the folder to write into"),
     ("lr_noise", "sched!=constant", "choose a schedule"),
+    ("buffer_size buffer_per_class", "head!=ncm", "its means count each image once; leave it out"),
 )
 
 #: The same for settings that are not rejected. Of the optimizers, only common ones are listed.
@@ -44,6 +46,10 @@ _NEEDS = (
     ("momentum", "opt!=adam,adamw,nadam,nadamw,radam,adamax,adadelta,adagrad,adafactor,lamb,lion"),
     ("opt_eps", "opt!=sgd,sgdw,momentum,nesterov,lion"),
     ("remode recount", "reprob"),
+    ("scale ratio crop_rule hflip train_interpolation train_resize train_jpeg", "augment"),
+    ("color_jitter aa reprob remode recount", "augment"),
+    ("head_init opt opt_eps opt_betas lr lr_scale sched lr_noise clip_grad", "head!=ncm"),
+    ("momentum weight_decay reinit_optimizer smoothing train_mask", "head!=ncm"),
     ("steps_per_task", "gaussian_reading=paper"),
     ("shuffle", "class_order=none"),
     ("shuffle", "scenario!=domain-incremental,dataset-incremental"),

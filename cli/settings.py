@@ -33,6 +33,25 @@ SEED: Range = ("must be in [0, 2^32)", lambda x: 0 <= x < 2**32)
 AREA: Range = ("must be two rising shares of the image, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1)
 RATIO: Range = ("must be two rising numbers in [0.01, 100]", lambda x: 0.01 <= x[0] <= x[1] <= 100)
 
+#: Names of `--norm`; anything else is three means and three deviations, see `norm_numbers`.
+NORM_NAMES = ("none", "half", "imagenet", "model")
+
+
+def norm_numbers(text: str) -> tuple[float, ...]:
+    """Mean and standard deviation of three channels, such as `0.5,0.5,0.5,0.2,0.2,0.2`; else ()."""
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        return ()
+    in_range = all(0 <= one <= 1 for one in numbers) and all(numbers[3:])
+    return numbers if in_range and len(numbers) == 6 else ()
+
+
+NORM: Range = (
+    f"must be {', '.join(NORM_NAMES)} or six numbers in [0, 1] with commas",
+    lambda text: text in NORM_NAMES or bool(norm_numbers(text)),
+)
+
 #: Other names of settings, which the original has: the setting's name, and its value for each
 #: value of the other name; None: the same values.
 LEGACY_FLAGS: dict[str, tuple[str, dict[bool, str] | None]] = {
@@ -54,6 +73,9 @@ class RunSettings:
     """Run."""
 
     list: bool = command(False, "show the configurations and overlays, then stop")
+    list_models: tuple[str, ...] | None = command(
+        None, "show the models that --model takes, all or those like 'vit_*'", at_least_one=False
+    )
     output_dir: PathStr = compute("./output", "folder of what a run writes; empty: write nothing")
     seed: int = place(42, "seed of class order, initial values and augmentation", range=SEED)
     seeds: tuple[int, ...] | None = command(None, "train once for each, in its folder", range=SEED)
@@ -61,6 +83,9 @@ class RunSettings:
     dist_url: str = command("env://", "rendezvous of the processes; env://: what the launcher sets")
     local_rank: int | None = command(None, "", range=NATURAL)  # passed by torch.distributed.launch
     resume: PathStr | None = command(None, "a saved state: auto (newest in --output_dir) or a path")
+    continue_from: PathStr | None = place(
+        None, "learn more after a finished run: its folder, or a checkpoint of a task"
+    )
     save_every: float = command(300.0, "seconds between two states inside an epoch", range=POSITIVE)
     dry_run: bool = command(False, "check data and weights, run one step, leave no results, stop")
     eval: bool = command(False, "evaluate the task checkpoints of --output_dir")
@@ -75,6 +100,7 @@ class OutputSettings:
 
     print_freq: int = compute(10, "steps between two progress lines of a log", range=COUNT)
     plots: bool = command(True, "draw figures at the end of a run")
+    save_predictions: bool = command(False, "write what is predicted for each test image")
     tensorboard: bool = command(False, "log to TensorBoard, in --output_dir/tensorboard")
     wandb: bool = command(False, "log to Weights & Biases, if wandb is installed")
 
@@ -85,17 +111,23 @@ class DataSettings:
 
     dataset: str = flag(
         "CIFAR100",
-        "CIFAR10, CIFAR100, MNIST, FashionMNIST, SVHN, NotMNIST, Flowers102, CORe50, Imagenet-R, "
-        "digits (ships with scikit-learn) or ImageFolder; several, separated by commas, are "
-        "learned one after the other; 5-datasets: five of them as in the original",
+        "CIFAR10, CIFAR100, MNIST, FashionMNIST, KMNIST, SVHN, NotMNIST, Flowers102, CORe50, "
+        "Imagenet-R, digits (ships with scikit-learn) or ImageFolder; several, separated by "
+        "commas, are learned one after the other; 5-datasets: five of them as in the original",
     )
     data_path: PathStr = place(
         "/local_datasets/",
         "folder of the data; ImageFolder: with [<domain>/]train/<class>/* and val/ or test/",
     )
+    earlier_data: tuple[PathStr, ...] | None = place(
+        None, "folders of the data of the runs that this one continues; none: where they were"
+    )
     domains: tuple[str, ...] | None = flag(None, "domains to learn, in this order; none: all")
     file_lists: PathStr | None = flag(
         None, "CORe50: folder of published file lists that define the domains; none: its sessions"
+    )
+    images_per_class: int | None = flag(
+        None, "training images of each class to use, drawn by --seed; none: all", range=COUNT
     )
     skip_damaged: bool = flag(False, "leave out damaged image files")
     num_workers: int = compute(4, "DataLoader worker processes; 0: none", range=between(0, 512))
@@ -124,8 +156,11 @@ class TaskSettings:
         "200 episodes, or as many as there are data sets or domains",
         range=STEPS,
     )
-    classes_per_task: int | None = flag(
-        None, "classes of a task; none: all classes, evenly", range=COUNT
+    classes_per_task: tuple[int, ...] | None = flag(
+        None, "classes of a task, or of each task in turn; none: all classes, evenly", range=COUNT
+    )
+    first_task_classes: int | None = flag(
+        None, "classes of the first task; none: as many as the others have", range=COUNT
     )
     shuffle: bool = flag(True, "shuffle the classes by --seed before the split")
     class_order: PathStr | None = flag(None, "file of the class order: ids or names, JSON or text")
@@ -176,7 +211,9 @@ class ReplaySettings:
 class ModelSettings:
     """Model."""
 
-    model: str = flag("vit_base_patch16_224", "any plain timm ViT, with or without a weights tag")
+    model: str = flag(
+        "vit_base_patch16_224", "a ViT of timm, see --list_models, with or without a weights tag"
+    )
     model_kwargs: dict[str, Any] = flag(
         {}, "arguments of timm's constructor, name=value", at_least_one=False
     )
@@ -187,6 +224,9 @@ class ModelSettings:
     drop_path: float = flag(0.0, "stochastic depth, in training", range=SHARE)
     global_pool: str = flag(
         "token", "token: final norm, then mean; avg: mean, then fc_norm", choices=("token", "avg")
+    )
+    head: str = flag(
+        "linear", "linear: trained by gradients; ncm: nearest class mean, of frozen features"
     )
     head_type: str = flag("prompt", "what the head pools: token, gap, prompt or token+prompt")
     head_init: str = flag(
@@ -250,7 +290,8 @@ class PromptSettings:
     )
     embedding_key: str = flag(
         "cls",
-        "the query: class token, or mean, maximum, maximum + 2 * mean of the patches",
+        "the query: class token (without one, timm's pooled feature), or mean, maximum, maximum "
+        "+ 2 * mean of the patches",
         choices=("cls", "mean", "max", "mean_max"),
     )
     pull_constraint: bool = flag(True, "pull selected keys towards the query")
@@ -313,6 +354,7 @@ class TransformSettings:
     """Image transforms."""
 
     input_size: int = flag(224, "pixels a side; the patch size must divide it", range=PIXELS)
+    augment: bool = flag(True, "random crops and flips in training; false: as test images")
     scale: tuple[float, float] = flag((0.08, 1.0), "range of the crop's area", range=AREA)
     ratio: tuple[float, float] = flag((3 / 4, 4 / 3), "range of width/height", range=RATIO)
     crop_rule: str = flag(
@@ -338,8 +380,9 @@ class TransformSettings:
     recount: int = flag(1, "number of erased boxes", range=between(1, 100))
     norm: str = flag(
         "none",
-        "pixel values: none ([0, 1], the original), half ([-1, 1]) or imagenet",
-        choices=("none", "half", "imagenet"),
+        "pixel values: none ([0, 1], the original), half ([-1, 1]), imagenet, model (what "
+        "timm's weights of --model had), or mean and deviation: 0.5,0.5,0.5,0.2,0.2,0.2",
+        range=NORM,
     )
 
 

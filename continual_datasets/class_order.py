@@ -92,28 +92,53 @@ def _class_id(entry: Any, ids_by_name: Mapping[str, int], only_names: bool) -> i
     return by_name
 
 
-def check_split(num_classes: int, num_tasks: int, classes_per_task: int | None = None) -> int:
-    """Classes of each task where all have equally many; None: all classes are used.
+def task_sizes(
+    num_classes: int,
+    num_tasks: int | None,
+    classes_per_task: Sequence[int] | None = None,
+    first: int | None = None,
+) -> list[int]:
+    """Classes of each task, from the settings of these names.
+
+    `classes_per_task` has the sizes of all tasks, or one size of each but the `first`; without it,
+    all classes are used. With both, the number of tasks may be None; else None is 10.
 
     Raises:
         ValueError: If there are not enough classes, or some are left over; saying what would fit.
     """
-    if num_tasks > num_classes:
+    sizes, rest = list(classes_per_task or ()), num_classes - (first or 0)
+    left = "" if first is None else f" left by --first_task_classes {first}"
+    if len(sizes) > 1:
+        if (wanted := sum(sizes)) > num_classes:
+            raise ValueError(
+                f"--classes_per_task {' '.join(map(str, sizes))} adds up to {wanted} classes, more "
+                f"than the {num_classes} there are: give fewer"
+            )
+        return sizes
+    if num_tasks is None and sizes and first is not None:
+        num_tasks = 1 + math.ceil(rest / sizes[0])
+    num_tasks = num_tasks or 10
+    others = num_tasks - (first is not None)
+    if others > rest:
         raise ValueError(
-            f"--num_tasks {num_tasks} exceeds the {num_classes} classes: every task needs at least "
-            "one"
+            f"--num_tasks {num_tasks} exceeds the {max(rest, 0)} classes{left}: every task needs "
+            "at least one"
         )
-    per_task = classes_per_task or num_classes // num_tasks
-    if classes_per_task is None and num_classes % num_tasks:
-        fitting = [str(n) for n in range(1, num_classes + 1) if num_classes % n == 0]
+    if others == 0:
+        return [num_classes - rest]
+    per_task = sizes[0] if sizes else rest // others
+    if not sizes and rest % others:
+        fitting = [str(n + num_tasks - others) for n in range(1, rest + 1) if rest % n == 0]
+        each = ", or as many sizes as tasks" * (first is None)
         raise ValueError(
-            f"{num_classes} classes cannot be split evenly over --num_tasks {num_tasks}: choose "
-            f"one of {', '.join(fitting)}, or give --classes_per_task {per_task}"
+            f"{rest} classes{left} cannot be split evenly over --num_tasks {num_tasks}: choose "
+            f"one of {', '.join(fitting)}, or give --classes_per_task {per_task}{each}"
         )
-    if num_tasks * per_task > num_classes:
+    if (wanted := others * per_task) > rest:
+        fewer = max(1, rest // per_task + num_tasks - others)
         raise ValueError(
-            f"--num_tasks {num_tasks} x --classes_per_task {per_task} = {num_tasks * per_task} "
-            f"exceeds the {num_classes} classes: lower --num_tasks to "
-            f"{max(1, num_classes // per_task)} or --classes_per_task to {num_classes // num_tasks}"
+            f"{others} tasks with --classes_per_task {per_task} are {wanted} classes, more than "
+            f"the {rest}{left}: give at most --num_tasks {fewer} or --classes_per_task "
+            f"{rest // others}"
         )
-    return per_task
+    return [num_classes - rest] * (first is not None) + [per_task] * others

@@ -78,6 +78,14 @@ class ImageSource(ABC):
     def image(self, index: int) -> Any:
         """The image of a number from 0 to n - 1."""
 
+    def select(self, which: NDArray[Any]) -> "ImageSource":
+        """Some of the images: by their numbers, or a mask."""
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> str:
+        """The path of an image's file, or its number if it is in memory."""
+        return str(index)
+
     def digest(self) -> str:
         """Identifies the images without opening files.
 
@@ -108,6 +116,10 @@ class ArraySource(ImageSource):
     ) -> None:
         super().__init__(targets, classes)
         self.images = images
+
+    def select(self, which: NDArray[Any]) -> "ArraySource":
+        """Some of the images: by their numbers, or a mask."""
+        return ArraySource(self.images[which], self.targets[which], self.classes)
 
     def image(self, index: int) -> Any:
         """An image, as RGB."""
@@ -163,7 +175,11 @@ class FileSource(ImageSource):
 
     def image(self, index: int) -> Any:
         """Opens an image, see `open_image`."""
-        return open_image(os.path.join(self.folder, os.fsdecode(self._names[index])))
+        return open_image(self.name_of(index))
+
+    def name_of(self, index: int) -> str:
+        """The whole path of an image."""
+        return os.path.join(self.folder, os.fsdecode(self._names[index]))
 
     def digests(self) -> tuple[str, str]:
         """SHA-256 of the labels and of the paths, without the folder in front of all of them."""
@@ -178,19 +194,20 @@ class FileSource(ImageSource):
 class ConcatSource(ImageSource):
     """The images of several sources, one source behind the other.
 
-    To the class ids of every part its offset is added; without offsets all parts have the same
-    classes.
+    `class_ids` has for each part the ids that its classes get; None: all parts have the same.
     """
 
     def __init__(
         self,
         parts: Sequence[ImageSource],
         classes: Iterable[str],
-        label_offsets: Sequence[int] | None = None,
+        class_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        offsets = [0] * len(parts) if label_offsets is None else label_offsets
-        shifted = [part.targets + offset for part, offset in zip(parts, offsets, strict=True)]
-        super().__init__(np.concatenate(shifted), classes)
+        targets = [part.targets for part in parts]
+        if class_ids is not None:
+            ids = (np.array(own, dtype=np.int64) for own in class_ids)
+            targets = [own[part] for own, part in zip(ids, targets, strict=True)]
+        super().__init__(np.concatenate(targets), classes)
         self.by_class = any(part.by_class for part in parts)
         self._parts = list(parts)
         self._firsts = np.cumsum([0, *map(len, parts)])
@@ -198,8 +215,17 @@ class ConcatSource(ImageSource):
 
     def image(self, index: int) -> Any:
         """An image of a part."""
+        part, index = self._part_of(index)
+        return part.image(index)
+
+    def name_of(self, index: int) -> str:
+        """The name that its part gives an image."""
+        part, index = self._part_of(index)
+        return part.name_of(index)
+
+    def _part_of(self, index: int) -> tuple[ImageSource, int]:
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        return self._parts[which].image(index - int(self._firsts[which]))
+        return self._parts[which], index - int(self._firsts[which])
 
     def digests(self) -> tuple[str, str]:
         """SHA-256 of the labels and those of the parts; and of the pixels of the parts."""
@@ -226,7 +252,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with open_regular(path) as file, Image.open(file) as image:
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except Exception as error:  # damaged files make decoders raise anything, struct.error included
         reason = f"cannot be read as an image ({error or type(error).__name__})"
         if isinstance(error, UnidentifiedImageError):
@@ -237,7 +263,8 @@ def open_image(path: str | Path) -> Image.Image:
         raise DataError(f"{path}: {reason}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB, see `open_image`; raises ValueError if its values have no range."""
     if image.mode.startswith("I"):
         values = np.asarray(image)  # (H, W)
         if values.min() < 0 or values.max() > 65535:

@@ -14,7 +14,8 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from cli.settings import TransformSettings
 from continual_datasets import device_transforms
 from continual_datasets.device_transforms import Place
 from continual_datasets.images import ArraySource, ImageSource, Parts
-from continual_datasets.transforms import NORMS, Transform, build_transform
+from continual_datasets.transforms import Transform, build_transform, norm_of
 
 #: Part of a GPU's free memory that images may take unless they are asked for.
 _SHARE_OF_MEMORY = 0.25
@@ -54,10 +55,12 @@ class ImagePipeline:
         self.train_transform: Transform = build_transform(True, options)
         self.test_transform: Transform = build_transform(False, options)
         if self.on_device:
-            self.train_transform = partial(device_transforms.random_crop, options=options)
             self.test_transform = partial(device_transforms.central_crop, options=options)
+            self.train_transform = self.test_transform
+            if options.augment:
+                self.train_transform = partial(device_transforms.random_crop, options=options)
         self._full = torch.tensor(255.0, device=device)  # by a number CUDA would multiply by 1/255
-        norm = NORMS[options.norm]
+        norm = norm_of(options)
         self._norm = [torch.tensor(part, device=device).view(3, 1, 1) for part in norm]
         self.graph_sizes: set[int] = set()
         self._graphs: dict[tuple[bool, torch.Size], RecordedGraph] = {}
@@ -78,7 +81,8 @@ class ImagePipeline:
     def _to_input(self, batch: Tensor, train: bool) -> Tensor:
         if self._images is not None:
             options = self._options
-            filter_name = options.train_interpolation if train else options.test_interpolation
+            augmented = train and options.augment
+            filter_name = options.train_interpolation if augmented else options.test_interpolation
             batch = device_transforms.cropped(self._images, batch, options.input_size, filter_name)
         if batch.is_floating_point():
             return batch
@@ -129,21 +133,23 @@ class PlacedSource(ImageSource):
 def build_pipeline(
     on_device: bool | str,
     options: TransformSettings,
-    parts: Parts,
+    runs: Sequence[Parts],
     device: torch.device,
-) -> tuple[ImagePipeline, Parts]:
+) -> tuple[ImagePipeline, Sequence[Parts]]:
     """Chooses where all images of a run are preprocessed: stored on the device, or by the workers.
 
+    `runs` has its data, and those of the runs that it continues.
+
     Returns:
-        The pipeline, and the parts to use instead.
+        The pipeline, and the data to use instead.
 
     Raises:
         ValueError: If `on_device` is true, but the images cannot be stored there; `auto` stores
             them on a GPU where that is possible.
     """
     if on_device is False or (on_device == "auto" and device.type == "cpu"):
-        return ImagePipeline(options, device), parts
-    sources = [source for split in parts for source in split.values()]
+        return ImagePipeline(options, device), runs
+    sources = [source for split in chain(*runs) for source in split.values()]
     arrays = [source for source in sources if isinstance(source, ArraySource)]
     reason = why_not_on_device(options)
     if len(arrays) < len(sources):
@@ -155,14 +161,16 @@ def build_pipeline(
         raise ValueError(f"--data_on_device true: {reason}; leave it out")
     if on_device == "auto" and (reason := reason or _too_large(arrays, device)):
         logger.info("Images are not stored on %s: %s", device, reason)
-        return ImagePipeline(options, device), parts
+        return ImagePipeline(options, device), runs
     placed = map(PlacedSource, arrays, accumulate(map(len, arrays), initial=0))
-    train, test = (dict(zip(split, placed, strict=False)) for split in parts)
-    return ImagePipeline(options, device, store(arrays, device)), (train, test)
+    found = [tuple(dict(zip(split, placed, strict=False)) for split in parts) for parts in runs]
+    return ImagePipeline(options, device, store(arrays, device)), cast(list[Parts], found)
 
 
 def why_not_on_device(options: TransformSettings) -> str | None:
     """Names the options that only the transforms of the workers know; None if there are none."""
+    if not options.augment:
+        return None
     names = ["--aa", "--color-jitter", "--reprob", "--train_resize", "--train_jpeg"]
     if options.train_interpolation not in device_transforms.FILTERS:
         names.append("--train-interpolation")

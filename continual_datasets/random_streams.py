@@ -21,6 +21,7 @@ class Stream(IntEnum):
     REPLAY = 5
     REPLAY_AUGMENTATION = 6
     TEST_ORDER = 7
+    TRAINING_PART = 8
 
 
 def random_words(seed: int, stream: Stream, *place: int, num_words: int) -> list[int]:

@@ -9,7 +9,7 @@ Source: Wang et al., CVPR 2022, section 5.1.
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from cli.flags import choose
 from cli.parser import shown
 from cli.settings import FLAGS, Settings
 from continual_datasets import task_splits
-from continual_datasets.class_order import check_split, read_class_order
+from continual_datasets.class_order import read_class_order, task_sizes
 from continual_datasets.images import ConcatSource, ImageSource, Parts
 from continual_datasets.pipeline import ImagePipeline
 from continual_datasets.readers import registry
@@ -106,6 +106,15 @@ class Scenario:
         """Reads the data; ValueError if something is wrong with them."""
         return registry.load_parts(self.settings.data.dataset, self._path)
 
+    def part(self) -> Parts:
+        """Reads the data, or as much of them as `--images_per_class` allows; raises as `load`."""
+        number, seed = self.settings.data.images_per_class, self.settings.run.seed
+        return task_splits.fewer_images(self.load(), number, seed)
+
+    def class_names(self, parts: Parts) -> list[str]:
+        """The names of the classes of the stream, by class id."""
+        return next(iter(parts[0].values())).classes
+
     def build(self, source: StreamSource) -> TaskStream:
         """Splits the data into a stream of tasks; ValueError if they do not fit the settings."""
         raise NotImplementedError
@@ -157,24 +166,46 @@ def find_scenario(settings: Settings) -> Scenario:
 class ClassIncremental(Scenario):
     """A task is a portion of the classes, tested on its classes and those of each task so far."""
 
-    own_flags = ("classes_per_task", "class_order")
+    own_flags = ("classes_per_task", "first_task_classes", "class_order")
+
+    def problems(self) -> Iterator[str]:
+        """Those of every scenario, and sizes of tasks that contradict each other."""
+        yield from super().problems()
+        tasks = self.settings.tasks
+        number = len(sizes := tasks.classes_per_task or ())
+        if number > 1 and (tasks.first_task_classes or tasks.num_tasks not in (None, number)):
+            yield (
+                f"--classes_per_task {shown(sizes)} are the sizes of all {number} tasks: give no "
+                f"--first_task_classes, and --num_tasks {number} or none"
+            )
 
     def num_tasks(self) -> int:
-        """What `--num_tasks` says, or 10 as the original."""
-        return self.settings.tasks.num_tasks or 10
+        """What the settings say, or 10 as the original; it may follow from the classes."""
+        tasks, sizes = self.settings.tasks, self.settings.tasks.classes_per_task or ()
+        if tasks.num_tasks is None and tasks.first_task_classes and len(sizes) == 1:
+            return len(self._sizes(self.num_classes()))
+        return tasks.num_tasks or (len(sizes) if len(sizes) > 1 else 10)
 
     def check_classes(self) -> None:
-        """Whether the classes can be split so."""
-        per_task = self.settings.tasks.classes_per_task
-        check_split(self.num_classes(), self.num_tasks(), per_task)
+        """Whether the classes can be split so; a file of the class order may leave some out."""
+        num_classes = self.num_classes()
+        if self.settings.tasks.class_order is None:
+            self._sizes(num_classes)
 
     def build(self, source: StreamSource) -> TaskStream:
         """See `task_splits.by_classes`."""
         train, test = source.only_part()
+        groups = None if self.is_joint else source.task_classes
         order = self.class_order(train.classes, source.task_classes)
-        size = check_split(len(order), self.num_tasks(), self.settings.tasks.classes_per_task)
-        groups = [order[task * size : (task + 1) * size] for task in range(self.num_tasks())]
+        if groups is None:
+            rest = iter(order)
+            groups = [[*islice(rest, size)] for size in self._sizes(len(order))]
         return task_splits.by_classes(train, test, groups, source.transforms)
+
+    def _sizes(self, num_classes: int) -> list[int]:
+        tasks = self.settings.tasks
+        given = tasks.num_tasks, tasks.classes_per_task, tasks.first_task_classes
+        return task_sizes(num_classes, *given)
 
 
 @scenario("dataset-incremental")
@@ -190,15 +221,18 @@ class DatasetIncremental(Scenario):
         """As many as there are data sets."""
         return len(registry.find_sources(self.settings.data.dataset))
 
+    def class_names(self, parts: Parts) -> list[str]:
+        """Those of every data set, each behind the name of its set."""
+        return [f"{name}/{c}" for name, part in parts[0].items() for c in part.classes]
+
     def build(self, source: StreamSource) -> TaskStream:
         """Class ids of a data set follow those of the one before."""
         train, test = source.parts
-        classes = [f"{name}/{c}" for name, part in train.items() for c in part.classes]
-        firsts = accumulate((len(part.classes) for part in train.values()), initial=0)
-        first = dict(zip(train, firsts, strict=False))
+        classes, first = self.class_names(source.parts), count()
+        ids = {name: [next(first) for _ in part.classes] for name, part in train.items()}
 
         def shifted(parts: Mapping[str, ImageSource]) -> dict[str, ImageSource]:
-            return {k: ConcatSource([part], classes, [first[k]]) for k, part in parts.items()}
+            return {k: ConcatSource([part], classes, [ids[k]]) for k, part in parts.items()}
 
         return task_splits.by_parts(shifted(train), shifted(test), source.transforms)
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cli.kinds import Natural
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -80,13 +82,30 @@ class Task:
     test_sets: tuple[TestSet, ...]  # what to evaluate after it; nothing where it is empty
 
 
+@dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """A finished run that another one continues, as files hold it."""
+
+    checkpoint: str  # the file from which the other started
+    sha256: str  # of that file
+    config: dict[str, Any]  # settings of the run
+    class_names: list[str]  # by class id
+    tasks: list[list[Natural]]  # class ids of each of its own tasks
+    test_sets: list[str]  # names of its own test sets
+
+
 @dataclass(frozen=True)
 class TaskStream:
-    """All tasks in the order in which they are learned."""
+    """All tasks in the order in which they are learned.
+
+    Those of earlier runs come first. They have no training images; a test set of theirs has images
+    if its data are at hand.
+    """
 
     tasks: tuple[Task, ...]
     train: ImageSource  # all training images of the run
     pipeline: ImagePipeline  # how the images are preprocessed
+    earlier: tuple[Earlier, ...] = ()  # runs that this one continues, in order
 
     @cached_property
     def train_digest(self) -> str:
@@ -108,6 +127,11 @@ class TaskStream:
     def num_tasks(self) -> int:
         """T, the number of tasks."""
         return len(self.tasks)
+
+    @property
+    def num_earlier(self) -> int:
+        """How many of the tasks were learned in earlier runs."""
+        return sum(len(one.tasks) for one in self.earlier)
 
     @property
     def num_classes(self) -> int:

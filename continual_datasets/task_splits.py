@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from continual_datasets.images import ConcatSource, DataError, ImageSource
+from continual_datasets.images import ConcatSource, DataError, ImageSource, Parts
 from continual_datasets.pipeline import ImagePipeline
 from continual_datasets.random_streams import Stream, generator
 from continual_datasets.stream import Subset, Task, TaskStream, TestSet, task_name
@@ -144,6 +144,20 @@ def draw(indices: ImageIds, number: int, seed: int, episode: int) -> ImageIds:
     rng = generator(seed, Stream.SCHEDULE, episode, 1)
     rounds = -(-number // len(indices))
     return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:number]
+
+
+def fewer_images(parts: Parts, number: int | None, seed: int) -> Parts:
+    """Leaves so many training images of each class of a part, at random; None or too few: all."""
+    if number is None:
+        return parts
+    fewer = {}
+    for part, (name, source) in enumerate(parts[0].items()):
+        kept = np.zeros(len(source), bool)
+        for class_id in _classes_in(source):
+            rng = generator(seed, Stream.TRAINING_PART, part, class_id)
+            kept[rng.permutation(images_of([class_id], source))[:number]] = True
+        fewer[name] = source.select(kept)
+    return fewer, parts[1]
 
 
 def held_out(source: ImageSource, indices: ImageIds | None = None) -> Subset:

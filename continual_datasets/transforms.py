@@ -29,16 +29,24 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import get_dimensions
 
-from cli.settings import TransformSettings
+from cli.settings import TransformSettings, norm_numbers
 
 Transform = Callable[[Image.Image], Tensor]
 
-#: Mean and standard deviation of `--norm`. `none` feeds plain [0, 1], as the original does.
+#: Mean and deviation of names of `--norm`. `none` feeds plain [0, 1], as the original does.
 NORMS: dict[str, tuple[Sequence[float], ...]] = {
     "none": (),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
+
+
+def norm_of(options: TransformSettings) -> tuple[Sequence[float], ...]:
+    """Mean and deviation of `--norm`, (3,) each; nothing for plain [0, 1]; `model` has none."""
+    numbers = norm_numbers(options.norm)
+    return NORMS.get(options.norm, (numbers[:3], numbers[3:]))
+
+
 #: Numbers in a policy that would take forever, or that are not finite.
 _ENDLESS = re.compile(r"nan|inf|-[nwd]\d{3}|(?<![.\d])\d{4}")
 
@@ -63,19 +71,20 @@ def policy_problem(policy: str) -> str | None:
 def build_transform(train: bool, options: TransformSettings) -> Transform:
     """Builds the transform from a PIL image to its pixels.
 
-    In training the image is augmented: random crop, flip and whatever `options` ask for. A test
-    image is resized and cut in the centre, as in the original: the short side to 256/224 of the
-    input size; up to 32 pixels the whole image is resized instead.
+    In training, unless `options.augment` is off, the image is augmented: random crop, flip and
+    whatever `options` ask for. A test image is resized and cut in the centre, as in the original:
+    the short side to 256/224 of the input size; up to 32 pixels the whole image is resized instead.
 
     Returns:
         Function from a PIL image to uint8 pixels (3, S, S); with random erasing, which fills with
         normal noise, to the finished input: a float tensor (3, S, S).
     """
+    train = train and options.augment
     steps = _train_steps(options) if train else _test_steps(options)
     steps.append(_to_pixels)
     if train and options.reprob:
         steps.append(_to_floats)
-        if norm := NORMS[options.norm]:
+        if norm := norm_of(options):
             steps.append(transforms.Normalize(*norm))
         mode, count = options.remode, options.recount
         steps.append(RandomErasing(options.reprob, mode=mode, min_count=count, device="cpu"))
@@ -159,7 +168,7 @@ def _policies(options: TransformSettings) -> list[Any]:
         "color_jitter": options.color_jitter or None,
         "auto_augment": options.aa,
         "interpolation": options.train_interpolation,
-        "mean": (NORMS[options.norm] or NORMS["half"])[0],
+        "mean": (norm_of(options) or NORMS["half"])[0],
     }
     _, policies, _ = transforms_imagenet_train(
         options.input_size, **arguments, force_color_jitter=True, separate=True

@@ -1,12 +1,11 @@
-"""The parts of a run, each built from its settings: stream, model, optimizer, loaders."""
+"""The parts of a run but its model (`network`): stream, optimizer, loaders."""
 
-import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -15,16 +14,15 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from cli.settings import OptimizerSettings, Settings
 from continual_dataloader import Loaders
 from continual_datasets import task_splits
+from continual_datasets.continuation import all_classes, joined, own_ids, stream_of_earlier
 from continual_datasets.images import ArraySource, DataError
 from continual_datasets.pipeline import ImagePipeline, build_pipeline
 from continual_datasets.readers import registry
 from continual_datasets.replay import ReplayBuffer
 from continual_datasets.samplers import Batching
 from continual_datasets.scenarios import Scenario, StreamSource, TaskClasses, find_scenario
-from continual_datasets.stream import TaskStream
-from experiment import image_check, precision
-from model import backbone
-from prompt import find_selection_rule
+from continual_datasets.stream import Earlier, TaskStream
+from experiment import continuation, image_check, precision
 from reports import metrics
 from reports.metrics import SELECTIONS
 from training.objective import Objective
@@ -41,10 +39,18 @@ def build_stream(
     global_batch: int,
     device: torch.device,
     task_classes: TaskClasses | None = None,
+    earlier: Sequence[Earlier] = (),
 ) -> TaskStream:
-    """Turns data into a stream of tasks; arguments as in `assemble` of main.py.
+    """Turns data into a stream of tasks, behind those of the runs that it continues.
 
     With `--speed_test_only` it has the classes of the data, but no images of theirs.
+
+    Args:
+        settings: Of the run.
+        global_batch: Images of all processes in a training step.
+        device: Where images may be stored.
+        task_classes: Class ids of each task of this run; None: as the settings say.
+        earlier: The runs that this one continues.
 
     Raises:
         DataError: If the data are missing or damaged, do not fit the settings, or the file of
@@ -54,16 +60,31 @@ def build_stream(
         scenario = find_scenario(settings)
         if settings.run.speed_test_only:
             return _blank_stream(scenario, device)
-        on_device, parts = settings.data.data_on_device, scenario.load()
-        parts = image_check.without_damaged(parts, settings)
-        pipeline, parts = build_pipeline(on_device, settings.transforms, parts, device)
-        stream = scenario.stream(StreamSource(parts, pipeline, global_batch, task_classes))
+        found = [continuation.find_data(one, settings) for one in earlier]
+        own = image_check.without_damaged(scenario.part(), settings)
+        pipeline, (own, *others) = build_pipeline(
+            settings.data.data_on_device,
+            settings.transforms,
+            [own, *(data for _, data in found)],
+            device,
+        )
+        names = scenario.class_names(own)
+        classes = all_classes(earlier[-1].class_names, names) if earlier else names
+        if earlier and task_classes is not None:
+            task_classes = own_ids(task_classes, classes, names)
+        stream = scenario.stream(StreamSource(own, pipeline, global_batch, task_classes))
+        if not settings.run.eval:
+            _check_steps(settings.optimizer, stream, global_batch)
+            stream = task_splits.evaluate_every(stream, settings.tasks.eval_every)
+        if not earlier:
+            return stream
+        streams = [
+            stream_of_earlier(one, kind, StreamSource(parts, pipeline, global_batch))
+            for one, (kind, _), parts in zip(earlier, found, others, strict=True)
+        ]
+        return joined(earlier, [*streams, stream], classes, settings.replay.has_buffer)
     except ValueError as error:
         raise DataError(str(error)) from error
-    if settings.run.eval:
-        return stream
-    _check_steps(settings.optimizer, stream, global_batch)
-    return task_splits.evaluate_every(stream, settings.tasks.eval_every)
 
 
 def _blank_stream(scenario: Scenario, device: torch.device) -> TaskStream:
@@ -78,36 +99,15 @@ def _blank_stream(scenario: Scenario, device: torch.device) -> TaskStream:
     return task_splits.by_parts({"": source}, {"": source}, pipeline)
 
 
-def build_model(
-    settings: Settings, vit: VisionTransformer, num_classes: int
-) -> PromptedVisionTransformer:
-    """Puts the prompt pool and the head around a backbone.
-
-    Raises:
-        ValueError: If head, pool and frozen names contradict.
-    """
-    pool, model = None, settings.model
-    if settings.prompts.prompt_pool:
-        rule = find_selection_rule(settings.prompts.diversify)
-        pool = rule(settings.prompts, vit.embed_dim)
-        if settings.prompts.prompt_key and not settings.prompts.pull_constraint:
-            # Nothing else gives the keys a gradient.
-            model = dataclasses.replace(model, freeze=(*model.freeze, "prompt.prompt_key"))
-    key = settings.prompts.embedding_key
-    return PromptedVisionTransformer(vit, num_classes, pool, model, key)
-
-
-def outline(settings: Settings, num_classes: int = 2) -> PromptedVisionTransformer:
-    """The model that the settings describe, without memory for its weights."""
-    with backbone.without_memory():
-        vit = backbone.build_backbone(settings.model, settings.transforms.input_size)
-        return build_model(settings, vit, num_classes)
-
-
 def make_optimizer(
     settings: OptimizerSettings, model: PromptedVisionTransformer, lr: float
 ) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters; weight decay spares what timm spares."""
+    """An optimizer over the trainable parameters; weight decay spares what timm spares.
+
+    Without any, as where the head learns without gradients, it is one with nothing to do.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        return torch.optim.SGD([{"params": []}], lr)
     groups = partial(
         param_groups_weight_decay,
         weight_decay=settings.weight_decay,

@@ -7,6 +7,7 @@ Namespace) are read too: the Namespace is taken as plain values.
 
 import argparse
 import dataclasses
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,17 +16,20 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cli import kinds
 from cli.kinds import Finite, Natural
-from cli.parser import read_mapping, shown
+from cli.parser import UsageError, read_mapping, shown
 from cli.paths import open_regular
-from cli.settings import FLAGS, plain
+from cli.settings import FLAGS, Settings, names_of, plain
 from cli.terminal import printable, reason
-from continual_datasets.images import join_names
+from continual_datasets.images import join_names, sha256
 from continual_datasets.readers import registry
+from continual_datasets.replay import ReplayBuffer
+from continual_datasets.stream import Earlier
 from experiment.run_record import resolved
 from model import backbone
 from reports import files, metrics
@@ -35,6 +39,11 @@ FORMAT = "l2p checkpoint 3"
 #: The earlier ones have no buffer.
 _FORMATS = (FORMAT, "l2p checkpoint 2", "l2p checkpoint 1")
 _NAME = re.compile(r"task(\d+)_checkpoint\.pth")
+
+#: Settings of a command, which are never taken from a checkpoint.
+OF_A_COMMAND = (*names_of("compute"), "tf32", "continue_from")
+
+logger = logging.getLogger(__name__)
 
 
 #: Types of what files hold, see `cli.kinds`.
@@ -76,6 +85,8 @@ class StoredModel:
     #: Accuracy matrix so far for each selection, percent, None where not evaluated.
     accuracy: dict[str, _Matrix] = field(default_factory=dict)
     buffer: _Numbers | None = None  # numbers of the training images to replay; None without replay
+    buffer_digest: str | None = None  # identifies these images, see `buffer_digest`
+    earlier: list[Earlier] = field(default_factory=list)  # runs that this one continues
     path: Path = Path()  # of the file that it was read from
 
 
@@ -98,6 +109,8 @@ def stored_model(run: Run) -> dict[str, Any]:
         "backbone": run.backbone,
         "accuracy": {name: metrics.to_lists(matrix) for name, matrix in run.matrices.items()},
         "buffer": None if run.buffer is None else torch.from_numpy(run.buffer.indices),
+        "buffer_digest": buffer_digest(run),
+        "earlier": [dataclasses.asdict(one) for one in run.stream.earlier],
     }
 
 
@@ -108,6 +121,15 @@ def check_same_run(run: Run, stored: StoredModel) -> None:
         CheckpointError: Naming what differs.
     """
     path, other_data = stored.path, f"{stored.path} was trained on other data:"
+    old, new = ([one.sha256 for one in own] for own in (stored.earlier, run.stream.earlier))
+    if old != new:
+        if not old:
+            raise CheckpointError(f"{path} continues no other run: leave --continue_from out")
+        parent = stored.earlier[-1]
+        raise CheckpointError(
+            f"{path} continues {parent.checkpoint} with the sha256 {parent.sha256[:12]}: give the "
+            "same --continue_from"
+        )
     found = [test_set.name for test_set in run.stream.test_sets]
     if stored.test_sets not in (None, found):
         names = join_names(stored.test_sets or [])
@@ -123,10 +145,15 @@ def check_same_run(run: Run, stored: StoredModel) -> None:
             f"{other_data} it knows {len(wanted)} classes, --data-path has {len(found)}; expected "
             f"the class {one!r}, found {other!r}"
         )
-    old, own = stored.backbone, run.backbone
+    check_same_backbone(run.backbone, stored)
+
+
+def check_same_backbone(own: dict[str, str], stored: StoredModel) -> None:
+    """Makes sure that a file belongs to this backbone, by its sha256; raises CheckpointError."""
+    old = stored.backbone
     if old is not None and old["sha256"] != own["sha256"]:
         raise CheckpointError(
-            f"{path} was trained on the backbone {old['name']} ({old['source']}, sha256 "
+            f"{stored.path} was trained on the backbone {old['name']} ({old['source']}, sha256 "
             f"{old['sha256'][:12]}), found {own['name']} ({own['source']}, {own['sha256'][:12]}): "
             "give the same weights with --pretrained"
         )
@@ -144,6 +171,39 @@ def find(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def in_folder(output_dir: Path, flag: str) -> dict[int, Path]:
+    """Task checkpoints as `find`; raises UsageError if there are none, naming a flag."""
+    if paths := find(output_dir):
+        return paths
+    problem = (
+        f"{flag} finds no checkpoint in {output_dir / 'checkpoint'}: expected "
+        "task1_checkpoint.pth, task2_checkpoint.pth, ...; name the folder of a run"
+    )
+    for seed in sorted(output_dir.glob("seed*/checkpoint"))[:1]:
+        problem += f", such as {seed.parent}"
+    raise UsageError([problem])
+
+
+def find_one(place: Path, flag: str, task: int | None = None) -> Checkpoint:
+    """Reads a checkpoint: a file, or in the folder of a run that after a task (None: the last).
+
+    Raises:
+        UsageError: If there is none, naming a flag.
+        CheckpointError: If it is damaged, or no checkpoint of a task.
+    """
+    if not place.exists():
+        raise UsageError([f"{flag} {place}: neither the folder of a run nor a checkpoint"])
+    if place.is_dir():
+        paths = in_folder(place, flag)
+        if task is not None and task not in paths:
+            known = ", ".join(map(str, paths))
+            raise UsageError([f"--checkpoint {task}: {place} has those of the tasks {known}"])
+        return load(paths[max(paths) if task is None else task])
+    if task is not None:
+        raise UsageError([f"--checkpoint {task} needs the folder of a run, {place} is none"])
+    return load(place)
+
+
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint of this program or of l2p-pytorch onto the CPU.
 
@@ -155,8 +215,9 @@ def load(path: Path) -> Checkpoint:
     content = read(path)
     mark, args = content.get("format"), content.get("args")
     if mark in _FORMATS:
-        content = content if mark == FORMAT else upgraded(content)
-        return from_entries(Checkpoint, content, path, original=False, path=path)
+        content = upgraded(content)
+        found = from_entries(Checkpoint, content, path, original=False, path=path)
+        return dataclasses.replace(found, earlier=stored_lineage(found))
     if isinstance(args, argparse.Namespace) and "head.weight" in content["model"]:
         if (match := _NAME.fullmatch(path.name)) is None:
             raise CheckpointError(
@@ -164,8 +225,8 @@ def load(path: Path) -> Checkpoint:
                 "task1_checkpoint.pth, task2_checkpoint.pth, ..."
             )
         found = {"model": content["model"], "config": vars(args), "task": int(match[1])}
-        absent = ("class_order", "class_names", "test_sets", "backbone", "buffer")
-        found |= {**dict.fromkeys(absent), "accuracy": {}}
+        absent = ("class_order", "class_names", "test_sets", "backbone", "buffer", "buffer_digest")
+        found |= {**dict.fromkeys(absent), "accuracy": {}, "earlier": []}
         return from_entries(Checkpoint, found, path, original=True, path=path)
     if str(mark).startswith("l2p run state"):
         raise CheckpointError(
@@ -182,7 +243,8 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, dict) and "use_prompt_mask" in config:
         config = {**config, "diversify": "mask" if config["use_prompt_mask"] else "none"}
         del config["use_prompt_mask"]
-    return {"buffer": None, "test_sets": None, **content, "config": config}
+    absent = dict.fromkeys(("buffer", "buffer_digest", "test_sets"))
+    return {**absent, "earlier": [], **content, "config": config}
 
 
 def write(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
@@ -236,6 +298,39 @@ def from_entries(kind: type, content: Mapping[str, Any], source: Path, **known: 
     return kind(**found, **known)
 
 
+def stored_lineage(stored: StoredModel) -> list[Earlier]:
+    """The runs that the run of a file continues, of plain values; raises as `from_entries`."""
+    entries: Any = stored.earlier
+    return [from_entries(Earlier, one, stored.path) for one in entries]
+
+
+def restore_buffer(buffer: ReplayBuffer, stored: StoredModel) -> None:
+    """Puts the images of a stored buffer into a buffer; CheckpointError if there are no such."""
+    indices = stored.buffer.numpy() if stored.buffer is not None else buffer.indices
+    if len(np.intersect1d(indices, np.arange(len(buffer.targets)))) < len(indices):
+        raise CheckpointError(f"{stored.path} is damaged: its replay buffer has unknown images")
+    buffer.indices = indices
+
+
+def buffer_digest(run: Run) -> str | None:
+    """Identifies the images to replay by their classes, and names of folder and file or numbers."""
+    if run.buffer is None:
+        return None
+    indices, train = run.buffer.indices, run.stream.train
+    names = [Path(train.name_of(index)).parts[-2:] for index in indices.tolist()]
+    return sha256(train.targets[indices], repr(names).encode())
+
+
+def compare_accuracy(name: str, stored: metrics.Matrix, found: metrics.Matrix) -> None:
+    """Logs whether the accuracies of test sets, as far as they were found, are those stored."""
+    differences = np.abs(stored - found)[np.isfinite(found)]
+    if len(differences) and not differences.any():
+        logger.info("Reproduces the stored accuracies (%s-wise)", name)
+    elif len(differences):
+        worst = np.nanmax(differences)
+        logger.warning("Differs from the stored accuracies (%s-wise) by up to %.4f", name, worst)
+
+
 def stored_settings(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The settings in a file; raises CheckpointError if some of them can be none."""
     settings, problems = read_mapping({k: v for k, v in config.items() if k in FLAGS})
@@ -251,6 +346,12 @@ def stored_matrices(run: Run, stored: StoredModel) -> dict[str, metrics.Matrix]:
         if name not in run.matrices or run.matrices[name].shape != matrix.shape:
             raise CheckpointError(f"{stored.path}: its accuracy matrices are of another run")
     return matrices
+
+
+def given_settings(settings: Settings) -> dict[str, Any]:
+    """What a command line sets; not `--norm model`, of which a checkpoint has the numbers."""
+    given = {name: settings[name] for name in settings.given.explicit}
+    return {name: value for name, value in given.items() if (name, value) != ("norm", "model")}
 
 
 def other_settings(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 import utils
@@ -25,8 +24,8 @@ from cli.parser import UsageError
 from cli.paths import open_regular
 from cli.settings import Settings, names_of
 from cli.terminal import reason, said
-from experiment import checkpoints
-from experiment.checkpoints import CheckpointError, StoredModel
+from experiment import checkpoints, continuation
+from experiment.checkpoints import Checkpoint, CheckpointError, StoredModel
 from experiment.run_record import resolved
 from reports import files
 from training.state import Evaluation, Run, TrainState
@@ -47,7 +46,7 @@ _OF_STEPS = {"lr", "initial_lr", "step", "lookahead_step", "fused"}
 #: follows from some of them (images of a step, learning rate, backbone, class order) is compared.
 _FREE = (
     *names_of("compute"), "data_path", "pretrained", "batch_size", "lr", "lr_scale", "class_order",
-    "replay_batch", "file_lists",
+    "replay_batch", "file_lists", "earlier_data", "continue_from",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ def load(path: Path) -> RunState:
     found = checkpoints.read(path)
     if found.get("format") == _FIRST_FORMAT:
         found = {"train_digest": None, **checkpoints.upgraded(found), "format": FORMAT}
-    found = {"test_digest": None, **found}  # added later
+    found = {"test_digest": None, "buffer_digest": None, "earlier": [], **found}  # added later
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no state of a run (a checkpoint of a task can only be evaluated): "
@@ -154,7 +153,10 @@ def load(path: Path) -> RunState:
     position = _train_state(state.position, path, optimizer=None)
     reports = [_train_state(one, path, **_PLACE) for one in state.reports]
     config = {**Settings().stored(), **checkpoints.stored_settings(state.config, path)}
-    return dataclasses.replace(state, position=position, reports=reports, config=config)
+    earlier = checkpoints.stored_lineage(state)
+    return dataclasses.replace(
+        state, position=position, reports=reports, config=config, earlier=earlier
+    )
 
 
 def _differences(settings: Settings, world_size: int, state: RunState) -> Iterator[str]:
@@ -176,14 +178,16 @@ def _differences(settings: Settings, world_size: int, state: RunState) -> Iterat
             yield f"{what}, where the run has {old_value:g}"
 
 
-def restore(run: Run, state: RunState | None) -> TrainState:
+def restore(run: Run, state: RunState | None, ancestor: Checkpoint | None = None) -> TrainState:
     """Brings model and results to where a state was saved; returns where training starts.
+
+    Without a state that is where the run that it continues ended, or its first task.
 
     Raises:
         CheckpointError, WeightsError: If the state is of another run, or does not fit the model.
     """
     if state is None:
-        return TrainState()
+        return TrainState() if ancestor is None else continuation.begin(run, ancestor)
     checkpoints.check_same_run(run, state)
     if state.num_images != (found := _num_images(run)):
         raise CheckpointError(
@@ -208,11 +212,8 @@ def restore(run: Run, state: RunState | None) -> TrainState:
     run.reports[:] = state.reports
     if (run.buffer is None) != (state.buffer is None):
         raise CheckpointError(f"{state.path}: its replay buffer is of another run")
-    if run.buffer is not None and state.buffer is not None:
-        indices = state.buffer.numpy()
-        if len(np.intersect1d(indices, np.arange(len(run.buffer.targets)))) < len(indices):
-            raise CheckpointError(f"{state.path} is damaged: its replay buffer has unknown images")
-        run.buffer.indices = indices
+    if run.buffer is not None:
+        checkpoints.restore_buffer(run.buffer, state)
     return dataclasses.replace(state.position, optimizer=state.optimizer)
 
 
@@ -222,7 +223,7 @@ def copy_task_checkpoints(state: RunState, output_dir: Path) -> None:
     if path.parent.name != "checkpoint":
         return
     for number, source in checkpoints.find(path.parent.parent).items():
-        if number <= len(state.reports):
+        if number <= state.position.task:
             with open_regular(source) as file:
                 files.write_bytes(checkpoints.task_path(output_dir, number), file.read())
 
@@ -251,7 +252,7 @@ def _try_optimizer(run: Run, state: RunState) -> None:
 def _is_within(run: Run, state: RunState) -> bool:
     """Whether a run has the task, epoch, step and test sets where a state was saved."""
     position, tasks = state.position, run.stream.tasks
-    for number, one in enumerate([*state.reports, position]):
+    for number, one in enumerate([*state.reports, position], start=run.stream.num_earlier):
         if one.task != number or number > len(tasks):
             return False
         sets = tasks[number].test_sets if number < len(tasks) else ()

@@ -27,7 +27,7 @@ from continual_datasets.images import (
 logger = logging.getLogger(__name__)
 
 #: Suffixes of the images that are read, for messages; and of others that older Pythons do not know.
-_EXTENSIONS = ", ".join(IMG_EXTENSIONS)
+EXTENSIONS = ", ".join(IMG_EXTENSIONS)
 _NEW_FORMATS = (".avif", ".heic", ".heif", ".jxl")
 
 #: Training and test images of a data set.
@@ -121,6 +121,14 @@ def _fail(error: OSError) -> None:
     raise error
 
 
+def images_below(folder: Path) -> tuple[list[str], list[str]]:
+    """Paths of the images in a folder and its sub-folders, sorted; and of images not read."""
+    files = files_below(folder)
+    images = [name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+    rest = sorted(set(files).difference(images))
+    return images, [name for name in rest if _is_unread_image(folder / name)]
+
+
 def gather(root: Path, classes: Sequence[str], parents: Sequence[str] = ("",)) -> FileSource:
     """The images in the folders of classes and their sub-folders, one folder behind the other.
 
@@ -135,11 +143,9 @@ def gather(root: Path, classes: Sequence[str], parents: Sequence[str] = ("",)) -
     folders = {os.path.join(x, name): i for x in parents for i, name in enumerate(classes)}
     names, targets, empty, left_out = [], [], [], []
     for folder, class_id in folders.items():
-        files = [f"{folder}/{name}" for name in files_below(root / folder)]
-        images = [name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        rest = sorted(set(files).difference(images))
-        left_out += [name for name in rest if _is_unread_image(root / name)]
-        names += images
+        images, unread = images_below(root / folder)
+        left_out += [f"{folder}/{name}" for name in unread]
+        names += [f"{folder}/{name}" for name in images]
         targets += [class_id] * len(images)
         empty += [] if images else [folder]
     if empty:
@@ -148,7 +154,7 @@ def gather(root: Path, classes: Sequence[str], parents: Sequence[str] = ("",)) -
             advice = f"convert those of other formats, {len(left_out)} such as {left_out[0]}"
         raise DataError(
             f"no image in {root}/{join_names(empty)} ({len(empty)} of {len(folders)} folders; "
-            f"looked for {_EXTENSIONS}): {advice}"
+            f"looked for {EXTENSIONS}): {advice}"
         )
     return FileSource(names, targets, classes, root, left_out)
 
@@ -175,7 +181,7 @@ def warn_left_out(parts: Parts) -> None:
         where, example = os.path.commonpath([x for x, _ in left_out]), Path(*min(left_out))
         logger.warning(
             "left out %d images in %s, such as %s: only %s are read, convert the others",
-            *(len(left_out), where, example, _EXTENSIONS),
+            *(len(left_out), where, example, EXTENSIONS),
         )
 
 
@@ -183,8 +189,8 @@ def common_classes(folders: Sequence[Path], layout: str, pattern: str = ".*") ->
     """The classes that all folders have, in the order of the first.
 
     Raises:
-        DataError: Saying that the layout is expected, if a folder has no class, or only one; or
-            naming what only one of two folders has, or links to nothing.
+        DataError: Saying that the layout is expected, if a folder has no class; or naming what
+            only one of two folders has, or links to nothing.
     """
     found = {folder: folders_in(folder, pattern) for folder in folders}
     links = sorted(x for folder in folders for x in folder.iterdir() if x.is_symlink())
@@ -206,8 +212,6 @@ def common_classes(folders: Sequence[Path], layout: str, pattern: str = ".*") ->
                 f"the classes of {first} and {other} differ ({'; '.join(problems)}): "
                 "both need the same class folders"
             )
-    if len(classes) == 1:
-        raise DataError(f"only one class ({classes[0]}) in {first}, at least two needed; {layout}")
     return classes
 
 

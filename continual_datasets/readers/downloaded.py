@@ -122,7 +122,7 @@ class Cifar(Downloaded):
 
 
 class Mnist(Downloaded):
-    """MNIST or Fashion-MNIST: 60,000 and 10,000 grey images of 28x28 pixels."""
+    """MNIST, Fashion-MNIST or KMNIST: 60,000 and 10,000 grey images of 28x28 pixels."""
 
     num_classes = 10
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, FashionMNIST
 
 from continual_datasets.images import DataError, Parts, os_errors_as_data_errors
 from continual_datasets.readers import by_hand, downloaded
@@ -23,6 +23,7 @@ SOURCES: dict[str, Reader] = {
         downloaded.Cifar(CIFAR100, 100),
         downloaded.Mnist(MNIST, downloaded.DIGITS),
         downloaded.Mnist(FashionMNIST, FashionMNIST.classes, "Fashion-MNIST"),
+        downloaded.Mnist(KMNIST, KMNIST.classes, "Kuzushiji-MNIST"),
         downloaded.Svhn(),
         by_hand.NotMnist(),
         downloaded.Flowers102(),

@@ -12,19 +12,22 @@ from cli import configurations
 from cli.settings import FLAGS, plain
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import find_scenario
-from experiment import build
+from experiment import build, network
 from helpers.command_lines import SHALLOW, rejections, settings_of
 from helpers.tables import assert_says, cases
 from helpers.true_formats import write
 from prompt import find_selection_rule
 
 OVERLAYS = (
-    "linear_probe ft_seq single_prompt joint no_class_mask replay_small replay_large diversified"
+    "linear_probe ncm ft_seq single_prompt joint no_class_mask replay_small replay_large "
+    "diversified"
 ).split()
 
 #: Overlays that are rejected together.
 CONTRADICTORY = ({"joint", "replay_small"}, {"joint", "replay_large"},
-                 {"linear_probe", "diversified"}, {"ft_seq", "diversified"})  # fmt: skip
+                 {"linear_probe", "diversified"}, {"ft_seq", "diversified"},
+                 {"ncm", "diversified"}, {"ncm", "ft_seq"}, {"ncm", "replay_small"},
+                 {"ncm", "replay_large"})  # fmt: skip
 
 #: What the configurations come to. T tasks; M prompts of L tokens, of which K are chosen;
 #: coefficient of the pull term; position embeddings of prompts. Rate: what the optimizer gets.
@@ -47,6 +50,7 @@ cifar100_gaussian_l2p          CIFAR100   200 10 10 4    1 none     0.015   128 
 cifar100_gaussian_l2p_released CIFAR100   200 10 10 4    1 none     0.015   128    16 jax     161380
 imagenet_r_l2p                 Imagenet-R  10 10 10 4    1 none   0.00375   192   own jax     238280
 digits_l2p                     digits       5 10  1 4  0.1 class 0.001875    16    16 port      3850
+small_datasets_l2p             small        5 20 10 4  0.1 class  0.00625    16    16 port     34610
 """.strip("\n").splitlines()  # fmt: skip
 TABLE = {row.split()[0]: row.split()[1:] for row in ROWS}
 CONFIGS = tuple(TABLE)
@@ -56,6 +60,7 @@ EITHER = (*CONFIGS, *OVERLAYS)
 FIVE = {
     "port": ["SVHN", "MNIST", "CIFAR10", "NotMNIST", "FashionMNIST"],
     "official": ["CIFAR10", "MNIST", "SVHN", "NotMNIST", "FashionMNIST"],
+    "small": ["digits", "MNIST", "FashionMNIST", "KMNIST", "SVHN"],
     "paper": ["CIFAR10", "MNIST", "FashionMNIST", "SVHN", "NotMNIST"],
 }
 
@@ -85,10 +90,13 @@ cifar100_gaussian_l2p_released: &gaussian
    gaussian_reading: released}
 cifar100_gaussian_l2p: {<<: *gaussian, gaussian_reading: paper, epochs: 1}
 imagenet_r_l2p: {<<: *jax, epochs: 50}
-digits_l2p:
+digits_l2p: &small
   {scale: [0.8, 1.0], hflip: 0.0, input_size: 32, model: vit_tiny_patch16_224, num_workers: 0,
    model_kwargs: {patch_size: 8, embed_dim: 128, depth: 6, num_heads: 4},
    pretrained: assets/glyph_vit.safetensors, output_dir: ./output/digits_l2p}
+small_datasets_l2p:
+  {<<: *small, shuffle: false, epochs: 3, diversify: frequency,
+   output_dir: ./output/small_datasets_l2p}
 """)
 
 #: Configurations that differ in backbone, scenario or in what is frozen.
@@ -174,7 +182,7 @@ def test_resolved_settings_are_those_of_the_table(name, data):
     found = (prompts.initializer, prompts.prompt_key_init, settings.model.head_init)
     assert found == START[start]
     num_classes = 50 if names == "CORe50" else registry.count_classes(settings.data.dataset, data)
-    trained = build.outline(settings, num_classes).parameters()
+    trained = network.outline(settings, num_classes).parameters()
     found = {
         "T": find_scenario(settings).num_tasks(),
         "M": prompts.size,
@@ -206,7 +214,7 @@ def test_optimizers_of_the_release():
         optimizer = settings_of(name, "--batch-size 16").optimizer
         assert optimizer.learning_rate(global_batch=128) == pytest.approx(0.015)
     settings = settings_of("core50_l2p", SHALLOW)
-    optimizer = build.make_optimizer(settings.optimizer, build.outline(settings), lr=0.015)
+    optimizer = build.make_optimizer(settings.optimizer, network.outline(settings), lr=0.015)
     for group in optimizer.param_groups:
         assert (group["nesterov"], group["momentum"], group["lr"]) == (True, 0.9, 0.015)
 
@@ -233,21 +241,23 @@ def test_overlays_go_with_every_configuration_and_with_each_other(data):
 @pytest.mark.parametrize("name", VARIED.split())
 def test_overlays_change_what_is_trained(name):
     """The head alone, everything, or one prompt that has no use for its key."""
-    pool = build.outline(settings_of(name, SHALLOW))
-    probe = build.outline(settings_of(name, "linear_probe", SHALLOW))
+    pool = network.outline(settings_of(name, SHALLOW))
+    probe = network.outline(settings_of(name, "linear_probe", SHALLOW))
     assert probe.prompt is None
     assert trained_names(probe) == {"head.weight", "head.bias"}
-    fine_tuned = build.outline(settings_of(name, "ft_seq", SHALLOW))
+    means = network.outline(settings_of(name, "ncm", SHALLOW))
+    assert (means.prompt, trained_names(means), means.head_observes) == (None, set(), True)
+    fine_tuned = network.outline(settings_of(name, "ft_seq", SHALLOW))
     assert fine_tuned.prompt is None
     assert all(p.requires_grad for p in fine_tuned.parameters())
     assert len(trained_names(fine_tuned)) > 2
     settings = settings_of(name, "single_prompt", SHALLOW)
-    single = build.outline(settings)
+    single = network.outline(settings)
     assert single.prompt.prompt.shape[:2] == (1, pool.prompt.prompt.shape[1])
     assert not single.prompt.prompt_key.requires_grad
     assert not settings.prompts.pull_constraint
     assert trained_names(single) == trained_names(pool) - {"prompt.prompt_key"}
-    diversified = build.outline(settings_of(name, "diversified", SHALLOW))
+    diversified = network.outline(settings_of(name, "diversified", SHALLOW))
     assert type(diversified.prompt) is find_selection_rule("frequency")
 
 
@@ -286,8 +296,8 @@ cifar100_gaussian_l2p --num_tasks 19
   19 tasks x 5 steps = 95 positions .. 100 classes .. --num_tasks .. --steps_per_task
 core50_l2p --domains s1 s3 s1
   --domains s1 s3 s1: s3 is no domain, the domains are s1, s2, s4, s5, s6, s8, s9, s11
---num_tasks 1 --buffer_size 200
-  --buffer_size and --buffer_per_class replay earlier tasks: one task has none
+--earlier_data DATA
+  --earlier_data needs --continue_from or --eval: leave it out
 --buffer_size 99
   --buffer_size 99 is smaller .. give at least 100, an image for each
 --scenario domain-incremental --dataset ImageFolder --data-path DOMAINS --buffer_size 1
@@ -309,6 +319,14 @@ cifar100_l2p_official_v2 replay_small --replay_batch 20
   --sched step with --decay-rate 10 cannot be computed: OverflowError
 --sched step --warmup-epochs 0 --decay-epochs 1 --decay-rate 100 --lr 100
   --sched step with --decay-rate 100 makes the learning rate 1e+10
+--head nearest
+  --head nearest is unknown: choose one of linear, ncm
+ncm ft_seq
+  --head ncm takes means of features that do not change, and blocks, .. would train: turn off
+--head ncm
+  --head ncm takes means .. and prompt would train: turn off --prompt_pool
+ncm replay_small
+  --buffer_per_class needs --head other than ncm: its means count each image once; leave it out
 --diversify mask --size 49
   --diversify mask .. 10 tasks .. --size 49 is too small, use at least 50 .. --top_k
 """

@@ -123,6 +123,10 @@ def test_ranges_hold_what_they_say():
         "SHARE": ([0, 0.99], [-0.1, 1, nan]),
         "SEED": ([0, 2**32 - 1], [-1, 2**32]),
         "AREA": ([(0.1, 0.1), (0.5, 1)], [(0, 1), (0.5, 0.4), (0.5, 1.1), (nan, 1)]),
+        "NORM": (
+            ["none", "model", "0.4,0.5,0.6,0.2,0.2,0.2"],
+            ["cifar", "0.5", "0.5,0.5,0.5,0.2,0,0.2", "0.5,0.5,nan,0.2,0.2,0.2"],
+        ),
         "RATIO": ([(1, 1), (0.5, 2)], [(0, 1), (2, 1), (1, inf), (nan, 1), (inf, inf)]),
     }.items():
         text, holds = getattr(settings, name)
@@ -145,7 +149,8 @@ def test_every_number_has_a_range_that_ends(word):
             one.read([word] * several)
 
 
-PATHS = "output_dir resume checkpoint data_path file_lists class_order pretrained".split()
+PATHS = "output_dir resume continue_from checkpoint data_path file_lists class_order pretrained"
+PATHS = PATHS.split()
 
 
 def is_path(one):
@@ -165,7 +170,9 @@ def test_every_path_may_begin_in_the_home_folder(monkeypatch):
         ["out"],
     ]
     assert found == paths
-    assert [name for name, one in settings.FLAGS.items() if is_path(one)] == PATHS
+    found = [name for name, one in settings.FLAGS.items() if is_path(one)]
+    assert [name for name in found if name != "earlier_data"] == PATHS  # which takes several
+    assert settings.FLAGS["earlier_data"].read(["~/a", "b"]) == ("/home/somebody/a", "b")
     for name in PATHS:
         one = settings.FLAGS[name]
         assert one.read(["~/a/~"]) == "/home/somebody/a/~"

@@ -20,7 +20,7 @@ def test_dashes_underscores_and_an_equals_sign_are_the_same():
     for name, one in FLAGS.items():
         words = ["0.2", "0.9"] if one.most_values == 2 else ["0.25" if one.accepts("0.25") else "7"]
         words = [one.choices[0]] if one.choices else ["false"] if one.is_switch else words
-        words = ["a=1"] if name == "model_kwargs" else words
+        words = {"model_kwargs": ["a=1"], "norm": ["half"]}.get(name, words)
         expected = one.read(words)
         assert expected != one.default or one.choices or one.is_switch
         for spelling in spellings(name):
@@ -196,11 +196,12 @@ def test_mapping_is_read_as_the_command_line():
         "lr": 0.5, "use-prompt-mask": True, "scale": (0.5, 1), "top_k": "x", "learning_rate": 1,
         "seeds": None, 3: 4, "train_mask": False, "opt_eps": "1e-5", "freeze": [],
         "model_kwargs": {"depth": 3, "qkv_bias": False}, "pretrained": "w.npz",
+        "classes_per_task": 10,
     })  # fmt: skip
     assert values == {
         "lr": 0.5, "diversify": "mask", "scale": (0.5, 1.0), "seeds": None, "train_mask": False,
         "opt_eps": 1e-5, "freeze": (), "model_kwargs": {"depth": 3, "qkv_bias": False},
-        "pretrained": "w.npz",
+        "pretrained": "w.npz", "classes_per_task": (10,),
     }  # fmt: skip
     assert problems == [
         "--learning_rate is no option: did you mean --lr?",

@@ -38,14 +38,16 @@ def test_every_setting_is_declared_once_with_a_help_and_a_sound_default():
 def test_roles_part_the_settings():
     roles = {role: list(names_of(role)) for role in ("method", "place", "compute", "command")}
     assert sorted(name for names in roles.values() for name in names) == sorted(FLAGS)
-    assert set(roles["place"]) == {"seed", "data_path", "pretrained"}
+    assert set(roles["place"]) == {
+        *("seed", "data_path", "pretrained", "continue_from", "earlier_data")
+    }
     assert set(roles["compute"]) == set(
         "output_dir device num_workers pin_mem print_freq compile grad_checkpointing "
         "data_on_device eval_batch_size test_cache".split()
     )
     assert set(roles["command"]) == set(
         "eval checkpoint speed_test speed_test_only local_rank dist_url resume save_every list "
-        "seeds dry_run plots tensorboard wandb".split()
+        "list_models seeds dry_run plots save_predictions tensorboard wandb".split()
     )
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from continual_datasets.class_order import check_split, read_class_order
+from continual_datasets.class_order import read_class_order, task_sizes
 from continual_datasets.scenarios import find_scenario
 from helpers.command_lines import settings_of
 
@@ -87,17 +87,31 @@ def test_read_class_order_rejects_what_is_no_regular_file(tmp_path, make):
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
-    ((100, 10), 10), ((100, 10, None), 10), ((100, 7, 14), 14), ((5, 5), 1), ((7, 1), 7),
+    ((100, 10), [10] * 10), ((100, 10, None), [10] * 10), ((100, 7, [14]), [14] * 7),
+    ((5, 5), [1] * 5), ((7, 1), [7]), ((100, 3, (50, 30, 10)), [50, 30, 10]),
+    ((100, 6, None, 50), [50, *[10] * 5]), ((100, 3, (20,), 50), [50, 20, 20]),
+    ((100, 1, (10,), 100), [100]), ((100, 1, None, 50), [50]),
     ((100, 7), "100 classes cannot be split evenly over --num_tasks 7: choose one of "
-     "1, 2, 4, 5, 10, 20, 25, 50, 100, or give --classes_per_task 14"),
-    ((100, 6, 20), "--num_tasks 6 x --classes_per_task 20 = 120 exceeds the 100 classes: lower "
-     "--num_tasks to 5 or --classes_per_task to 16"),
+     "1, 2, 4, 5, 10, 20, 25, 50, 100, or give --classes_per_task 14, or as many sizes as tasks"),
+    ((100, 10, None, 50), "50 classes left by --first_task_classes 50 cannot be split evenly over "
+     "--num_tasks 10: choose one of 2, 3, 6, 11, 26, 51, or give --classes_per_task 5"),
+    ((100, 6, (20,)), "6 tasks with --classes_per_task 20 are 120 classes, more than the 100: give "
+     "at most --num_tasks 5 or --classes_per_task 16"),
+    ((100, 6, (20,), 50), "5 tasks with --classes_per_task 20 are 100 classes, more than the 50 "
+     "left by --first_task_classes 50: give at most --num_tasks 3 or --classes_per_task 10"),
+    ((100, 3, (50, 50, 10)), "--classes_per_task 50 50 10 adds up to 110 classes, more than the "
+     "100 there are: give fewer"),
+    ((100, 6, None, 96), "--num_tasks 6 exceeds the 4 classes left by --first_task_classes 96"),
+    ((100, 1, None, 120), "--num_tasks 1 exceeds the 0 classes left by --first_task_classes 120"),
+    ((100, None, (10,), 50), [50, *[10] * 5]), ((100, None, (10,), 100), [100]),
+    ((100, None, (15,), 50), "4 tasks with --classes_per_task 15 are 60 classes, more than the 50 "
+     "left by --first_task_classes 50: give at most --num_tasks 4 or --classes_per_task 12"),
     ((10, 11), "--num_tasks 11 exceeds the 10 classes"),
 ])  # fmt: skip
-def test_check_split_returns_classes_per_task_or_says_what_would_fit(arguments, expected):
-    if isinstance(expected, int):
-        assert check_split(*arguments) == expected
+def test_task_sizes_are_returned_or_what_would_fit(arguments, expected):
+    if isinstance(expected, list):
+        assert task_sizes(*arguments) == expected
         return
     with pytest.raises(ValueError) as caught:
-        check_split(*arguments)
+        task_sizes(*arguments)
     assert str(caught.value).startswith(expected)

@@ -158,7 +158,7 @@ def test_images_of_a_stream_are_those_of_the_workers(device):
     sources = [make_source(shape, seed) for seed, shape in enumerate(shapes)]
     made = []
     for on_device in (True, False):
-        pipeline, placed = build_pipeline(on_device, options, parts_of(*sources), device)
+        pipeline, (placed,) = build_pipeline(on_device, options, [parts_of(*sources)], device)
         assert pipeline.on_device is on_device
         pipeline.graph_sizes = {24, 12} if device.type == "cuda" else set()
         stream, found = by_parts(*placed, pipeline), []
@@ -173,6 +173,18 @@ def test_images_of_a_stream_are_those_of_the_workers(device):
     device, workers = made
     assert device[1] == workers[1]
     assert_same(device[0], workers[0])
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_training_images_without_augmentation_are_those_of_a_test(on_device):
+    options = replace(make_options(48, "bilinear"), test_interpolation="bicubic", augment=False)
+    options = replace(options, **({} if on_device else {"reprob": 1.0, "aa": "v0"}))
+    same = [make_source((40, 30, 3))] * 2
+    pipeline, (placed,) = build_pipeline(on_device, options, [parts_of(*same)], CPU)
+    stream = by_parts(*placed, pipeline)
+    train, _ = load(stream, *train_keys(0, 0, range(12)))
+    test, _ = load(stream, *(HeldOutKey(0, i) for i in range(12)))
+    assert torch.equal(pipeline.to_input(train, True), pipeline.to_input(test, False))
 
 
 def test_full_batches_have_a_graph_each(monkeypatch):
@@ -209,11 +221,11 @@ def test_reason_against_images_on_the_device_is_named(changes, reason):
     parts = parts_of(make_source((60, 64, 3)), make_source((8, 8)))
     options = TransformSettings(**changes)
     if reason is None:
-        assert build_pipeline(True, options, parts, CPU)[0].on_device
+        assert build_pipeline(True, options, [parts], CPU)[0].on_device
         return
     with pytest.raises(ValueError, match=f"^--data_on_device true: {reason} the loader's workers"):
-        build_pipeline(True, options, parts, CPU)
-    assert not build_pipeline("auto", options, parts, META)[0].on_device
+        build_pipeline(True, options, [parts], CPU)
+    assert not build_pipeline("auto", options, [parts], META)[0].on_device
 
 
 def test_images_in_files_and_by_default_on_the_cpu_are_loaded_by_workers(caplog):
@@ -221,13 +233,13 @@ def test_images_in_files_and_by_default_on_the_cpu_are_loaded_by_workers(caplog)
     parts = parts_of(make_source((8, 8)), FileSource(["a.png"], [0], ["name0"]))
     options = make_options(16)
     with pytest.raises(ValueError, match="the images are files, which are read when they are"):
-        build_pipeline(True, options, parts, CPU)
+        build_pipeline(True, options, [parts], CPU)
     for given, device in (("auto", CPU), (False, META), ("auto", META)):
         assert caplog.text == ""
-        built, same = build_pipeline(given, options, parts, device)
+        built, (same,) = build_pipeline(given, options, [parts], device)
         assert (built.on_device, same) == (False, parts)
     assert "Images are not stored on meta: the images are files" in caplog.text
-    assert not build_pipeline("auto", options, (parts[0], {}), CPU)[0].on_device
+    assert not build_pipeline("auto", options, [(parts[0], {})], CPU)[0].on_device
 
 
 def test_images_may_take_a_quarter_of_the_free_memory(monkeypatch, caplog):
@@ -236,7 +248,7 @@ def test_images_may_take_a_quarter_of_the_free_memory(monkeypatch, caplog):
     for free in (4 * 14_400, 4 * 14_400 - 1):
         assert caplog.text == ""
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**12))
-        built, _ = build_pipeline("auto", make_options(24), parts, META)
+        built, _ = build_pipeline("auto", make_options(24), [parts], META)
         assert built.on_device == (free == 4 * 14_400)
     assert "Images are not stored on meta: they take 0.0 GB" in caplog.text
-    assert build_pipeline(True, make_options(24), parts, META)[0].on_device
+    assert build_pipeline(True, make_options(24), [parts], META)[0].on_device

@@ -441,7 +441,6 @@ LAYOUT_PROBLEMS = [
     ("CORe50", shutil.rmtree, "s7", "no session s7 in {root}; ", "s1/o1/C_"),
     ("CORe50", shutil.rmtree, "s9/o2", "only in {root}/s1: o2"),
     ("CORe50", empty_folder, "s1", "no class folder in {root}/s1; "),
-    ("Imagenet-R", all_but_first, "", "only one class (n01443537)", "hendrycks"),
     ("Imagenet-R", empty_folder, "", "no class folder in {root}", "hendrycks"),
     ("Imagenet-R", split_already, "", "ImageFolder --data-path {root} to use"),
     ("ImageFolder", all_in_one, "val", "{root}/val holds all images in one folder, images: move"),

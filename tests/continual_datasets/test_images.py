@@ -136,7 +136,8 @@ def test_concat_source_joins_images_and_shifts_labels():
     empty = ArraySource(np.zeros((0, 4, 4), dtype=np.uint8), [], ["even", "odd"])
     parts = [empty, grey_source(10, 11), grey_source(21), empty, grey_source(30, 31, 32), empty]
     names = [f"class {i}" for i in range(6)]
-    joined = ConcatSource(parts, names, label_offsets=[0, 4, 0, 0, 2, 0])
+    ids = [[0, 1], [4, 5], [0, 1], [0, 1], [2, 3], [0, 1]]
+    joined = ConcatSource(parts, names, class_ids=ids)
     assert (len(joined), joined.classes) == (6, names)
     assert joined.targets.dtype == np.int64
     assert joined.targets.tolist() == [4, 5, 1, 2, 3, 2]
@@ -150,7 +151,7 @@ def test_concat_source_joins_images_and_shifts_labels():
             joined[index]
     assert ConcatSource(parts, ["even", "odd"]).targets.tolist() == [0, 1, 1, 0, 1, 0]
     with pytest.raises(ValueError):
-        ConcatSource(parts, names, label_offsets=[0])
+        ConcatSource(parts, names, class_ids=[[0, 1]])
 
 
 def test_digest_covers_labels_pixels_and_their_shape():

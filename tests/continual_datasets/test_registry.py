@@ -33,6 +33,7 @@ def test_aliases_and_letter_case():
         "Split-CIFAR10": "CIFAR10", "split-cifar100": "CIFAR100", "Fashion-MNIST": "FashionMNIST",
         "Flower102": "Flowers102", "Flowers-102": "Flowers102", "OxfordFlowers102": "Flowers102",
         "ImageNetR": "Imagenet-R", "split-imagenet-r": "Imagenet-R",
+        "Kuzushiji-MNIST": "KMNIST",
     }  # fmt: skip
     for label, name in {**labels, **dict(zip(SOURCES, SOURCES, strict=True))}.items():
         for spelled in (label, label.lower(), label.upper()):
@@ -173,7 +174,8 @@ def assert_read(splits, name, times=1):
 #: Data sets; how many times the tiny data (several megabytes); where they are; the first class.
 @pytest.mark.parametrize(("name", "times", "folder", "first_class"), [
     ("CIFAR10", 15, "", "airplane"), ("CIFAR100", 4, "", "class_00"), ("MNIST", 60, "", "0"),
-    ("FashionMNIST", 1, "", "T-shirt/top"), ("SVHN", 15, "", "0"), ("SVHN", 1, "SVHN", "0"),
+    ("FashionMNIST", 1, "", "T-shirt/top"), ("KMNIST", 1, "", "o"),
+    ("SVHN", 15, "", "0"), ("SVHN", 1, "SVHN", "0"),
 ])  # fmt: skip
 def test_arrays_are_read_in_their_order_and_take_less_than_twice_the_data(
     tmp_path, monkeypatch, name, times, folder, first_class

@@ -38,6 +38,11 @@ def built(line, train, test, task_classes=None):
 FOUND = f"""
 --scenario class-incremental -> class-incremental 10 100
 --dataset digits --num_tasks 5 -> class-incremental 5 10
+--classes_per_task 10 -> class-incremental 10 100
+--classes_per_task 50 10 10 -> class-incremental 3 100
+--first_task_classes 50 --classes_per_task 10 -> class-incremental 6 100
+--first_task_classes 50 --classes_per_task 10 --num_tasks 3 -> class-incremental 3 100
+--first_task_classes 50 --num_tasks 6 -> class-incremental 6 100
 {SEVERAL} -> dataset-incremental 3 30
 {SEVERAL} --scenario dataset-incremental -> dataset-incremental 3 30
 --dataset MNIST --scenario dataset-incremental -> dataset-incremental 1 10
@@ -86,6 +91,7 @@ def test_unknown_names_are_rejected():
 #: Flag with a value, and the scenarios that have it.
 OWN_FLAGS = {
     "--classes_per_task 2": ["class-incremental"],
+    "--first_task_classes 2": ["class-incremental"],
     "--class_order order.txt": ["class-incremental", "gaussian"],
     "--domains a b": ["domain-incremental"],
     "--gaussian_reading released": ["gaussian"],
@@ -136,6 +142,10 @@ after the other: leave --scenario out
 --dataset CORe50 --file_lists x --num_tasks 5
   --file_lists x: needs --scenario domain-incremental
 --dataset CORe50 --scenario domain-incremental --file_lists x
+--classes_per_task 50 10 10 --num_tasks 5
+  --classes_per_task 50 10 10 are the sizes of all 3 tasks: give no --first_task_classes, and \
+--num_tasks 3 or none
+--classes_per_task 50 10 10 --num_tasks 3
 --scenario joint --buffer_size 200
   --joint learns all tasks at once and has nothing to replay: leave the buffer out
 """
@@ -241,7 +251,8 @@ DOMAINS = {name: make_source(3, seed=i) for i, name in enumerate(("sun", "rain",
 #: Settings and what they split; how many images the joint task has, its classes and test sets.
 JOINT = {
     "classes": ("--num_tasks 3 --no-shuffle", (TRAIN, TEST), 48, (0, 1, 2, 3, 4, 5), 3),
-    "some": ("--num_tasks 3 --classes_per_task 1", (TRAIN, TEST, [[4, 2, 0]]), 24, (4, 2, 0), 3),
+    "some": ("--num_tasks 3 --classes_per_task 1", (TRAIN, TEST, [[4], [2], [0]]), 24,
+             (4, 2, 0), 3),
     "data sets": (SEVERAL, make_parts(), 39, (*range(9), 10, 11), 3),
     "domains": ("--scenario domain-incremental --dataset CORe50", (DOMAINS, {"all": TEST}),
                 54, tuple(range(6)), 1),
@@ -272,6 +283,23 @@ def test_classes_that_fill_no_task_are_left_out():
     stream = stream_of("--dataset digits --num_tasks 3 --classes_per_task 2 --no-shuffle")
     assert stream.class_order == [[0, 1], [2, 3], [4, 5]]
     assert (stream.classes, stream.num_classes) == ((0, 1, 2, 3, 4, 5), 10)
+    for sizes, order in {
+        "--classes_per_task 4 1 2": [[0, 1, 2, 3], [4], [5, 6]],
+        "--first_task_classes 4 --classes_per_task 3": [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]],
+    }.items():
+        assert stream_of(f"--dataset digits --no-shuffle {sizes}").class_order == order
+
+
+def test_images_per_class_leaves_test_images_in_every_scenario(tmp_path):
+    write("domains", tmp_path)
+    domains = f"--dataset ImageFolder --data-path {tmp_path} --scenario domain-incremental"
+    gaussian = "--dataset digits --scenario gaussian --num_tasks 20 --gaussian_reading released"
+    for line in ("--dataset digits --num_tasks 5", gaussian, domains):
+        whole, fewer = stream_of(line), stream_of(line, "--images_per_class 1")
+        assert fewer.class_order == whole.class_order
+        assert fewer.test_digest == whole.test_digest
+        for task in fewer.tasks:
+            assert sorted(task.data.source.targets[task.data.indices]) == sorted(task.classes)
 
 
 def test_scenario_that_is_registered_runs_through_the_same_build(monkeypatch):

@@ -124,6 +124,7 @@ DOWNLOADS = {
     "CIFAR100": ([ARCHIVE], ".", "www.cs.toronto.edu", (200, 100)),
     "MNIST": (IDX, "MNIST/raw", "ossci-datasets", (50, 20)),
     "FashionMNIST": (IDX, "FashionMNIST/raw", "fashion-mnist", (50, 20)),
+    "KMNIST": (IDX, "KMNIST/raw", "codh.rois.ac.jp", (50, 20)),
     "SVHN": (["train_32x32.mat", "test_32x32.mat"], "SVHN", "ufldl.stanford.edu", (50, 20)),
     "Flowers102": (["102flowers.tgz", "imagelabels.mat", "setid.mat"], "flowers-102",
                    "robots.ox.ac.uk", (204, 102)),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from continual_datasets import task_splits
-from continual_datasets.images import ArraySource, DataError
+from continual_datasets.images import ArraySource, DataError, FileSource
 from helpers.witnessed_loaders import make_source, make_stream, rows, without
 
 TRAIN, TEST = make_source(7), make_source(5, seed=1)  # as of `make_stream`
@@ -32,6 +32,23 @@ def test_class_incremental_splits_classes_and_keeps_ids():
         assert task.test_sets[0] is stream.tasks[0].test_sets[0]
     fewer = task_splits.by_classes(TRAIN, TEST, [(4,), (2,), (0,)], stream.pipeline)
     assert (fewer.classes, fewer.num_classes, fewer.pipeline) == ((0, 2, 4), 6, stream.pipeline)
+
+
+def test_fewer_images_of_each_class_follow_from_the_seed(tmp_path):
+    """A class with fewer keeps all; which they are does not depend on where images are."""
+    few, test = TRAIN.select(np.r_[:20]), {"all": TEST}
+    fewer, same = task_splits.fewer_images(({"all": TRAIN, "few": few}, test), 4, 0)
+    counts = [np.bincount(one.targets).tolist() for one in fewer.values()]
+    assert counts == [[4] * 6, np.minimum(np.bincount(few.targets), 4).tolist()]
+    assert (same, fewer["all"].classes) == (test, TRAIN.classes)
+    names = [f"{i}.png" for i in range(len(TRAIN))]
+    files = FileSource(names, TRAIN.targets, TRAIN.classes, tmp_path)
+    parts = {"all": files, "again": files}, {}
+    first, same, other = (task_splits.fewer_images(parts, 4, seed)[0] for seed in (0, 0, 1))
+    assert first["all"].names == same["all"].names == sorted(first["all"].names, key=names.index)
+    assert len({tuple(one.names) for one in (*first.values(), *other.values())}) == 4
+    rows = [names.index(name) for name in first["all"].names]
+    assert np.array_equal(fewer["all"].images, TRAIN.images[rows])
 
 
 @pytest.mark.parametrize("split", ["training", "test"])

@@ -2,14 +2,17 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
 import main
 from cli import paths
+from cli.settings import Settings
 from experiment import describe
 from helpers.tables import cases
+from model.backbone import with_own_norm
 from prompt import SELECTION_RULES, Prompt
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -76,6 +79,9 @@ linear_probe joint --seed 7 --output_dir=
   , 16 pixels, no prompts; head pools token$
   Trains: +number of params: 68 \(head 68\)$
   Output: +none: nothing is written$
+ncm --num_tasks 4
+  Trains: +number of params: 0 \(head ncm learns without gradients\)$
+  Training: +2 epochs a task, 8 images a step$
 --num_tasks 4 --no-train_mask
 --min-lr 0.5
   ^Without effect: --min-lr 0.5 \(needs --sched cosine or tanh or poly or plateau\)$
@@ -131,6 +137,8 @@ def test_end_tells_where_everything_is_and_an_evaluation_what_it_evaluates(
     assert sorted(named) == sorted(path.name for path in folder.iterdir())
     called = paths.command("main.py")
     assert f"{called} '{folder}'/config.yaml runs it again" in end
+    assert f"\nPredict:        {paths.command('predict.py', folder)} IMAGES ...\n" in end
+    assert f"{called} --continue_from '{folder}' --data-path NEW_DATA ...\n" in end
     again = end.rpartition(f"Evaluate again: {called} ")[2]
     assert again.startswith(f"--eval --output_dir '{folder}' --device cpu ")
     assert main.main(shlex.split(again)) == 0
@@ -139,6 +147,15 @@ def test_end_tells_where_everything_is_and_an_evaluation_what_it_evaluates(
     found = lines(text)
     assert list(found) == ["Data", "Tasks", "Model", "Votes", "Precision", "Processes"]
     assert found["Votes"] == "vote group of 8"
+
+
+def test_pixels_that_timms_weights_were_not_trained_on_are_named():
+    name = "vit_small_patch16_dinov3.lvd1689m"
+    run = SimpleNamespace(settings=Settings(), backbone={"name": name, "source": "timm"})
+    wanted = f"--norm none; {name} was pretrained with --norm imagenet (--norm model)"
+    assert describe._pixels(run) == wanted
+    run.settings = with_own_norm(Settings().replace(model=name, norm="model"))
+    assert describe._pixels(run) == ""
 
 
 def test_duration_is_said_as_people_say_it():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import os
 import random
 import shutil
@@ -150,6 +151,7 @@ OTHERS = [
     "--use_prompt_mask",
     "--no-reinit_optimizer --opt sgd --lr 0.1 --freeze",
     "linear_probe",
+    "ncm --epochs 2",
     "--batch-size 1 --epochs 1 --embedding_key max",
     "--buffer_size 7 --vote_group_size 4 --replay_batch 6 --batch-size 6 --drop_last",
     "--amp fp16",
@@ -164,9 +166,9 @@ def test_run_stopped_at_every_boundary_ends_as_if_never_stopped(
     """Each command goes from one boundary to the next."""
     tried = {words.split()[0] for words in " ".join(USUAL + OTHERS).split("--sched ")[1:]}
     assert tried | {"constant"} == set(FLAGS["sched"].choices)
-    monkeypatch.setattr(session, "validate", lambda *_: None)  # takes longest, and all is sound
+    monkeypatch.setattr(session, "validate", lambda *_, **__: None)  # takes longest; all is sound
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    argv, places, rates = [*command, *flags.split()], [], set()
+    argv, places, rates = [*command, *flags.split(), "--save_predictions"], [], set()
     assert main.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
 
     def note(state, update):
@@ -534,7 +536,7 @@ def test_other_pixels_under_the_same_labels_are_other_images(
 FREE = {
     "output_dir", "device", "num_workers", "pin_mem", "print_freq", "data_path", "pretrained",
     "class_order", "file_lists", "compile", "grad_checkpointing", "data_on_device",
-    "eval_batch_size", "test_cache",
+    "eval_batch_size", "test_cache", "continue_from", "earlier_data",
 }  # fmt: skip
 
 #: May differ if images of a step, replayed ones, votes and rate stay the same.
@@ -681,6 +683,29 @@ def make_older(path, mark, use_prompt_mask=False):
     config = {k: v for k, v in content["config"].items() if k not in NEWER}
     assert len(config) == len(content["config"]) - len(NEWER)
     edit(path, buffer=None, format=mark, config={**config, "use_prompt_mask": use_prompt_mask})
+
+
+def test_state_without_predictions_resumes_to_results_without_them(
+    command, half, monkeypatch, capsys
+):
+    """Inside the last evaluation, where earlier versions stored none."""
+    with monkeypatch.context() as patch:
+        stop_when(patch, lambda state, _: state.task == len(state.evaluations) == 1)
+        assert start(command, half) == STOPPED
+    position = torch.load(newest(half), weights_only=True)["position"]
+    (first,) = position["evaluations"]
+    for images, code in ((first["images"].float(), 1), (None, 0)):
+        position["evaluations"] = [{**first, "images": images}]
+        before(half).unlink(missing_ok=True)
+        edit(newest(half), position=position)
+        capsys.readouterr()
+        assert start([*command, "--save_predictions"], half) == code
+        said = capsys.readouterr().out
+        assert "is damaged" in said or "predictions.csv is not written: the run resumed" in said
+    results = json.loads((half / "results.json").read_text())
+    assert results["batch"].keys() == results["instance"].keys() >= {"accuracy_matrix"}
+    assert "confusion_matrix" not in results["batch"]
+    assert not (half / "predictions.csv").exists()
 
 
 def test_state_of_the_first_format_resumes(command, whole, half, capsys):
