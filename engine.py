@@ -137,7 +137,7 @@ def train_step(
     update.begin()
     found = run.objective(images, targets, target.allowed, target.task_id, target.query, *flags)
     loss = found.loss * (len(images) / target.global_size)
-    if len(images):  # this process may have none
+    if loss.requires_grad:  # this process has images, and something trains by gradients
         update.backward(loss)
     stopping = loss.new_full((1,), float(target.stop))
     sums = sum_over_processes(torch.cat([loss.detach()[None], stopping, found.counts]))
@@ -154,10 +154,12 @@ def evaluate_till_now(
     """Evaluates the test sets of the task learned last, and fills column `task.index` of matrices.
 
     Those that `state` has are left out; without `update` nothing is saved between two test sets.
+    After the last task, and with `--eval`, the results of each image are kept.
     """
+    each_image = run.settings.run.eval or task.index == len(run.stream.tasks) - 1
     for test_set in task.test_sets[len(state.evaluations) :]:
         start = time.monotonic()
-        result = evaluate(run, run.test_loader(test_set), test_set)
+        result = evaluate(run, run.test_loader(test_set), test_set, each_image)
         for name in SELECTIONS:
             run.matrices[name][test_set.index, task.index] = result.stats[name]["Acc@1"]
         batch, alone = result.stats["batch"], result.stats["instance"]

@@ -33,6 +33,7 @@ from experiment import rendezvous
 from experiment.signals import StopSignals
 from experiment.training_run import recorded, save_checkpoint
 from experiment.validate import validate
+from model.backbone import with_own_norm
 from training.evaluation import evaluate
 from training.losses import class_mask
 from training.queries import with_queries
@@ -42,7 +43,7 @@ from utils import Processes, find_launch
 
 #: Defaults of a workload, and of its data: two digits, one after the other.
 _WORKLOAD: dict[str, Any] = {"model": "vit_tiny_patch16_224", "pretrained": False, "epochs": 1}
-_DIGITS = {"dataset": "digits", "num_tasks": 2, "classes_per_task": 1}
+_DIGITS = {"dataset": "digits", "num_tasks": 2, "classes_per_task": (1,)}
 #: The same with --synthetic: random images in place of Split CIFAR-100.
 _RANDOM = {"dataset": "CIFAR100", "num_tasks": 10, "data_path": "."}
 #: Settings of the baseline, which switch off what changes only how fast the program computes.
@@ -86,6 +87,7 @@ def read_workload(
         if find_launch() is not None:
             found.append("a launcher started this: the baseline is a single process")
     validate(settings, [*problems, *found])
+    settings = with_own_norm(settings)
     return Workload(settings, rendezvous.join(settings), synthetic)
 
 

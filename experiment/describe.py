@@ -21,12 +21,13 @@ from training.state import Run
 _POOL = {"prompt_key": "keys", "prompt": "prompts"}
 
 #: Lines that describe an evaluation.
-_EVALUATED = ("Data", "Tasks", "Model", "Votes", "Precision", "Processes")
+_EVALUATED = ("Data", "Tasks", "Continues", "Model", "Votes", "Precision", "Processes")
 
 #: What a folder of results holds, in the order in which people look at it.
 _CONTENT = {
     "results.json": "accuracies, metrics, prompt usage, versions",
     "plots": "figures, PNG and SVG; begin with overview.png",
+    "predictions.csv": "class, predictions and prompts of each test image",
     "log_stats.txt": "a JSON object for each task",
     "config.yaml": "every setting: {main} {folder}/config.yaml runs it again",
     "log.txt": "what was printed",
@@ -47,7 +48,8 @@ def describe(run: Run) -> None:
     if settings.run.eval:
         _log_lines("L2P: evaluation of checkpoints", {name: lines[name] for name in _EVALUATED})
         return
-    command = command_words(settings.command()) or "the defaults"
+    usual = "the settings of the run that it continues" if run.stream.earlier else "the defaults"
+    command = command_words(settings.command()) or usual
     del lines["Votes"]  # which are named in "Training"
     _log_lines(f"L2P: {command}, seed {settings.run.seed}", lines)
     _warn(run)
@@ -68,12 +70,15 @@ def conclude(
     logger.info("Time: %s; %s since this start", stages, _duration(total))
     folder, main = shlex.quote(str(output_dir)), command("main.py")
     lines = [
-        f"  {name:15s}{text.format(folder=folder, main=main)}"
+        f"  {name:16s}{text.format(folder=folder, main=main)}"
         for name, text in _CONTENT.items()
         if (output_dir / name).exists()
     ]
     logger.info("%s", "\n".join([f"Written to {output_dir}:", *lines]))
     logger.info("Compare runs:   %s OTHER_FOLDER ...", command("summarize.py", output_dir))
+    logger.info("Predict:        %s IMAGES ...", command("predict.py", output_dir))
+    more = ("--continue_from", output_dir, "--data-path")
+    logger.info("Learn more:     %s NEW_DATA ...", command("main.py", *more))
     computed = [name for name in names_of("compute") if name in settings.given.explicit]
     flags = {**{name: settings[name] for name in computed}, "output_dir": output_dir}
     words = [word for name, value in flags.items() for word in (f"--{name}", *words_of(value))]
@@ -105,17 +110,18 @@ def _lines(run: Run) -> dict[str, str]:
     others = ", ".join(f"{name} {shown(value)}" for name, value in numerics.items() if value)
     return {
         "Data": f"{settings.data.dataset}: {num_train} training images, {num_test} test images in "
-        + _count(len(stream.test_sets), "test set"),
+        + _count(sum(len(row.data) > 0 for row in stream.test_sets), "test set"),
         "Tasks": f"{_tasks(run)}; {_order(run)}",
+        "Continues": _earlier(run),
         "Replay": _replay(run),
         "Model": f"{_network(run)}, {settings.transforms.input_size} pixels{prompts}; "
         f"head pools {settings.model.head_type}",
+        "Pixels": _pixels(run),
         "Votes": votes,
         "Backbone": f"weights {vit['source']}, sha256 {vit['sha256'][:12]}; {state}",
         "Trains": _trained(run),
-        "Training": f"{optimizer.opt}, learning rate {optimizer.learning_rate(run.global_batch):g} "
-        f"(--lr {optimizer.lr:g}, scaled {optimizer.lr_scale}), {optimizer.sched}; "
-        f"{_count(optimizer.epochs, 'epoch')} a task, {run.global_batch} images a step"
+        "Training": _optimizer(run)
+        + f"{_count(optimizer.epochs, 'epoch')} a task, {run.global_batch} images a step"
         + (f", {votes}" if votes else ""),
         "Precision": f"{amp}; {others}",
         "Processes": f"{run.processes.world_size} on {run.processes.device}",
@@ -132,22 +138,40 @@ def _network(run: Run) -> str:
     return printable(f"{name}{kwargs}{weights}")
 
 
+def _pixels(run: Run) -> str:
+    """How the pixels differ from those that timm's weights were trained on, if they do."""
+    norm, name = run.settings.transforms.norm, run.backbone["name"]
+    if run.backbone["source"] != "timm" or (own := backbone.own_norm(name)) == norm:
+        return ""
+    return f"--norm {norm}; {name} was pretrained with --norm {own} (--norm model)"
+
+
 def _tasks(run: Run) -> str:
-    sizes = [len(task.classes) for task in run.stream.tasks]
+    sizes = [len(task.classes) for task in run.stream.tasks[run.stream.num_earlier :]]
     classes = " to ".join(str(size) for size in sorted({min(sizes), max(sizes)}))
     scenario = find_scenario(run.settings)
     name = f"{scenario.name} (joint)" if scenario.is_joint else scenario.name
-    return f"{len(sizes)} of {classes} class{'' if max(sizes) == 1 else 'es'}, {name}"
+    more = " more" * (run.stream.num_earlier > 0)
+    return f"{len(sizes)}{more} of {classes} class{'' if max(sizes) == 1 else 'es'}, {name}"
 
 
 def _order(run: Run) -> str:
     """The order of the classes, task by task, or that of the tasks if all have the same classes."""
-    order, names = run.stream.class_order, run.stream.train.classes
+    tasks, names = run.stream.tasks[run.stream.num_earlier :], run.stream.train.classes
+    order = [task.classes for task in tasks]
     comma = ", " if any(" " in name for name in names) else " "
     what, words = "classes", " | ".join(comma.join(names[c] for c in task) for task in order)
     if len(order) > 1 and all(sorted(classes) == sorted(order[0]) for classes in order):
-        what, words = "order", " ".join(task.name for task in run.stream.tasks)
+        what, words = "order", " ".join(task.name for task in tasks)
     return f"{what} {textwrap.shorten(printable(words), 100, placeholder=' ...')}"
+
+
+def _earlier(run: Run) -> str:
+    """What the run continues."""
+    if not run.stream.earlier:
+        return ""
+    parent, tasks = run.stream.earlier[-1], _count(run.stream.num_earlier, "task")
+    return f"{parent.checkpoint}, sha256 {parent.sha256[:12]}, {tasks}"
 
 
 def _replay(run: Run) -> str:
@@ -156,7 +180,10 @@ def _replay(run: Run) -> str:
     replay, replayed = run.settings.replay, run.settings.replayed_per_group
     size = f"{replay.buffer_size or replay.buffer_per_class} images"
     each = "" if replay.buffer_size else " of each class"
-    return f"{size}{each}, {replayed} replayed images with each vote group from the second task on"
+    since = " from the second task on"
+    if run.stream.earlier:
+        since = f"; {len(run.buffer)} images of earlier tasks are stored"
+    return f"{size}{each}, {replayed} replayed images with each vote group{since}"
 
 
 def _trained(run: Run) -> str:
@@ -167,7 +194,19 @@ def _trained(run: Run) -> str:
             part = name.removeprefix("prompt.").split(".")[0]
             sizes[_POOL.get(part, part)] += parameter.numel()
     parts = ", ".join(f"{part} {size}" for part, size in sizes.items())
+    if not sizes:
+        parts = f"head {run.settings.model.head} learns without gradients"
     return f"number of params: {sizes.total()} ({parts})"
+
+
+def _optimizer(run: Run) -> str:
+    """The optimizer and its learning rate, where there is something for it to do."""
+    if not any(p.requires_grad for p in run.model.parameters()):
+        return ""
+    optimizer = run.settings.optimizer
+    rate = f"{optimizer.learning_rate(run.global_batch):g}"
+    scaled = f"(--lr {optimizer.lr:g}, scaled {optimizer.lr_scale})"
+    return f"{optimizer.opt}, learning rate {rate} {scaled}, {optimizer.sched}; "
 
 
 def _warn(run: Run) -> None:
@@ -196,16 +235,19 @@ def _warn(run: Run) -> None:
 
 def warn_of_single_classes(run: Run) -> None:
     """Logs that a run learns nothing where every task is one class: at its start and its end."""
-    tasks, num_tasks = run.settings.tasks, run.stream.num_tasks
-    if not tasks.train_mask or any(len(task.classes) > 1 for task in run.stream.tasks):
+    tasks, learned = run.settings.tasks, run.stream.tasks[run.stream.num_earlier :]
+    num_tasks = len(learned)
+    if not tasks.train_mask or run.model.head_observes:
         return
-    fewer = "fewer --num_tasks"
+    if any(len(task.classes) > 1 for task in learned):
+        return
+    fewer = "fewer --num_tasks, or "
     if tasks.scenario == "class-incremental":
-        fewer = f"--num_tasks {max(num_tasks // 2, 1)} --classes_per_task 2"
+        fewer = f"--num_tasks {num_tasks // 2} --classes_per_task 2, or " * (num_tasks > 1)
     logger.warning(
-        "WARNING: each of %d tasks is a single class, and --train_mask lets training predict no "
-        "other: there is nothing to learn. Give %s, or the overlay no_class_mask (--no-train_mask)",
-        *(num_tasks, fewer),
+        "WARNING: %s a single class, and --train_mask lets training predict no other: there is "
+        "nothing to learn. Give %sthe overlay no_class_mask (--no-train_mask)",
+        *("the task is" if num_tasks == 1 else f"each of {num_tasks} tasks is", fewer),
     )
 
 

@@ -25,13 +25,14 @@ def try_out(run: Run, saved: RunState | None) -> None:
         NonFiniteLossError: See `engine.train_one_epoch`.
     """
     describe.describe(run)
-    first = 0 if saved is None else saved.position.task
+    earlier = run.stream.num_earlier
+    first = earlier if saved is None else saved.position.task
     tasks = run.stream.tasks[first:]
     if not tasks:
         logger.info("Dry run: the run is complete already (%s)", saved and saved.path)
         return
-    task, test_set = tasks[0], run.stream.test_sets[0]
-    if run.buffer is not None and first == 0:  # the second task takes more memory
+    task, test_set = tasks[0], next(row for row in run.stream.test_sets if len(row.data))
+    if run.buffer is not None and first == earlier and len(tasks) > 1:  # the next takes more memory
         run.buffer.add(task.data.indices)
         task = tasks[1]
     start = time.monotonic()

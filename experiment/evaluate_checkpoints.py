@@ -9,28 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import engine
 from cli.parser import UsageError
-from cli.settings import Settings, names_of
+from cli.settings import Settings
 from continual_datasets import task_splits
-from experiment import build, checkpoints, describe, run_record
-from experiment.checkpoints import Checkpoint, CheckpointError
+from experiment import checkpoints, describe, network, predictions, run_record
+from experiment.checkpoints import OF_A_COMMAND, Checkpoint, CheckpointError
 from model import backbone
 from reports import files
 from training.state import Run, TrainState
 
 logger = logging.getLogger(__name__)
 
-#: What is never taken from a checkpoint.
-_OF_THIS_COMMAND = (*names_of("compute"), "tf32")
-
 #: What the command line may change although a checkpoint says otherwise: where things are, and how
 #: to compute and evaluate.
 _CHANGEABLE = (
-    *_OF_THIS_COMMAND, "data_path", "pretrained", "file_lists", "batch_size", "vote_group_size",
-    "vote_ties", "task_inc", "amp", "skip_damaged",
+    *OF_A_COMMAND, "data_path", "earlier_data", "pretrained", "file_lists", "batch_size",
+    "vote_group_size", "vote_ties", "task_inc", "amp", "skip_damaged",
 )  # fmt: skip
 
 #: What decides the evaluation of a checkpoint of the original, which ignores `global_pool`.
@@ -55,15 +50,8 @@ def find(settings: Settings) -> tuple[dict[int, Path], Checkpoint]:
         return {first.task: path}, first
     if folder is None:
         raise UsageError(["--eval needs --output_dir, the folder of the run, or --checkpoint"])
-    if paths := checkpoints.find(folder):
-        return paths, checkpoints.load(next(iter(paths.values())))
-    problem = (
-        f"--eval finds no checkpoint in {folder / 'checkpoint'}: expected task1_checkpoint.pth, "
-        "task2_checkpoint.pth, ...; name the run's --output_dir"
-    )
-    for seed in sorted(folder.glob("seed*/checkpoint"))[:1]:
-        problem += f", such as {seed.parent}"
-    raise UsageError([problem])
+    paths = checkpoints.in_folder(folder, "--eval")
+    return paths, checkpoints.load(next(iter(paths.values())))
 
 
 def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
@@ -77,12 +65,12 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
     if checkpoint.original:
         stored = _adopt_original(settings, stored)
     stored = checkpoints.stored_settings(stored, checkpoint.path)
-    given = {name: settings[name] for name in settings.given.explicit}
+    given = checkpoints.given_settings(settings)
     free = (*_CHANGEABLE, "dataset") if checkpoint.original else _CHANGEABLE
     clashes = checkpoints.other_settings(given, stored, free)
     if problems := [f"{flag} contradicts the checkpoint, which has {old}" for flag, old in clashes]:
         raise UsageError(problems)
-    stored = {k: v for k, v in stored.items() if k not in _OF_THIS_COMMAND}
+    stored = {k: v for k, v in stored.items() if k not in OF_A_COMMAND}
     if checkpoint.class_order is not None:
         stored["class_order"] = given["class_order"] = None  # the file may be gone
     return settings.replace(**{**stored, **given})
@@ -91,7 +79,7 @@ def adopt(settings: Settings, checkpoint: Checkpoint) -> Settings:
 def has_whole_model(settings: Settings, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint brings the query's backbone too, so that no other weights are needed."""
     has_pool = settings.prompts.prompt_pool
-    return checkpoint.original and not (has_pool and build.outline(settings).backbone_trains)
+    return checkpoint.original and not (has_pool and network.outline(settings).backbone_trains)
 
 
 def evaluate_and_report(run: Run, paths: dict[int, Path]) -> int:
@@ -113,9 +101,14 @@ def evaluate_and_report(run: Run, paths: dict[int, Path]) -> int:
         earlier = file.with_name(f"{file.stem}_before.json")
         files.write_json(file, run_record.results(run), keep=earlier)
         logger.info("Wrote %s", file)
+        if run.settings.output.save_predictions:
+            name = file.stem.replace("results", "predictions", 1)
+            before = file.with_name(f"{name}_before.csv")
+            predictions.write(run, file.with_name(f"{name}.csv"), keep=before)
     every = run.settings.tasks.eval_every
-    evaluated = task_splits.evaluated_tasks(run.stream.num_tasks, every)
-    missing = sorted({index + 1 for index in evaluated} - paths.keys())
+    first = run.stream.num_earlier
+    evaluated = task_splits.evaluated_tasks(run.stream.num_tasks - first, every)
+    missing = sorted({first + index + 1 for index in evaluated} - paths.keys())
     if run.settings.run.checkpoint or not missing:
         return 0
     names = ", ".join(f"task{number}_checkpoint.pth" for number in missing)
@@ -179,21 +172,10 @@ def _evaluate(run: Run, number: int, path: Path) -> None:
     task, state = run.stream.tasks[number - 1], TrainState(number - 1)
     engine.evaluate_till_now(run, task, state)
     run.reports.append(state)
-    _compare(run, checkpoint, task.index)
-
-
-def _compare(run: Run, checkpoint: Checkpoint, task: int) -> None:
-    """Logs whether the accuracies after a task are those that the run stored."""
-    for name, matrix in checkpoints.stored_matrices(run, checkpoint).items():
-        stored = matrix[:, task]
-        found = run.matrices[name][:, task]
-        if np.array_equal(stored, found, equal_nan=True):
-            logger.info("Reproduces the stored accuracies (%s-wise)", name)
-        else:
-            worst = np.nanmax(np.abs(stored - found))
-            logger.warning(
-                "Differs from the stored accuracies (%s-wise) by up to %.4f", name, worst
-            )
+    for name, stored in checkpoints.stored_matrices(run, checkpoint).items():
+        found = run.matrices[name]
+        found[:, : run.stream.num_earlier] = stored[:, : run.stream.num_earlier]
+        checkpoints.compare_accuracy(name, stored[:, task.index], found[:, task.index])
 
 
 def _result_file(folder: Path, settings: Settings) -> Path:

@@ -134,7 +134,8 @@ def _attention(run: Run) -> str | None:
     dtype = torch.float32 if amp is None else AMP_DTYPES[amp]
     shape = (1, heads, tokens, vit.embed_dim // heads)
     q = torch.empty(shape, dtype=dtype, device=run.device, requires_grad=True)
-    return SDPBackend(choose(q, q, q)).name
+    bias = q.new_empty(tokens, tokens) if hasattr(vit, "rel_pos_bias") else None
+    return SDPBackend(choose(q, q, q, bias)).name
 
 
 def _read(path: Path) -> str:

@@ -75,8 +75,8 @@ def _find_damaged(paths: Sequence[str], settings: Settings) -> dict[str, str]:
     try:
         stats = "".join(_of_each(paths, _stat, pool))
         key = images.sha256(os.fsencode(stats))
-        if folder is not None and (stored := _stored(folder / _FILE, key)) is not None:
-            return stored
+        if folder is not None and key in (stored := _stored(folder / _FILE)):
+            return stored[key]
         reasons = _of_each(paths, _problem, pool)
         if len(paths) > _FEW:
             progress = utils.Progress("Checking the images", print_freq=10 * _FEW)
@@ -85,7 +85,7 @@ def _find_damaged(paths: Sequence[str], settings: Settings) -> dict[str, str]:
     finally:
         pool.shutdown(cancel_futures=True)
     if folder is not None and not settings.run.dry_run and (found or len(paths) > _FEW):
-        files.write_json(folder / _FILE, {key: found})
+        files.write_json(folder / _FILE, {**_stored(folder / _FILE), key: found})
     return found
 
 
@@ -96,11 +96,14 @@ def _of_each(
     return chain.from_iterable(pool.map(lambda piece: [look(path) for path in piece], pieces))
 
 
-def _stored(path: Path, key: str) -> dict[str, str] | None:
-    """What an earlier start has found in the same files; None if there is nothing sound."""
+def _stored(path: Path) -> dict[str, dict[str, str]]:
+    """What earlier starts have found, by key, as far as it is sound."""
     with suppress(Exception), open_regular(path) as file:  # a damaged file may raise anything
-        return {str(name): str(reason) for name, reason in json.load(file)[key].items()}
-    return None
+        return {
+            key: {str(name): str(reason) for name, reason in found.items()}
+            for key, found in json.load(file).items()
+        }
+    return {}
 
 
 def _stat(path: str) -> str:

@@ -112,6 +112,7 @@ def check_same_run(run: Run) -> None:
             "the names or content of test images (--data-path)": stream.test_digest[:12],
             "the sizes of image files (--data-path)": sha256(str(sizes).encode())[:12],
             "the order of the classes (--class_order)": stream.class_order,
+            "the run that this one continues": [one.sha256[:12] for one in stream.earlier],
             "the backbone's sha256 (--pretrained)": run.backbone["sha256"][:12],
             "the sha256 of the initial prompts and head": sha256(*parameters)[:12],
         }

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cli.settings import Settings
 from continual_datasets.stream import display_names
 from experiment import hardware
@@ -21,8 +23,8 @@ _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 #: What a run writes into its folder.
 _RUN_FILES = (
-    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "plots", "results.json", "results.png",
-    "tensorboard", "wandb",
+    "checkpoint", "config.yaml", "log.txt", "log_stats.txt", "plots", "predictions.csv",
+    "results.json", "results.png", "tensorboard", "wandb",
 )  # fmt: skip
 
 #: Columns of the printed matrix that stand beside each other.
@@ -42,6 +44,10 @@ def results(run: Run) -> dict[str, Any]:
             "train_digest": stream.train_digest,
             "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         },
+        "continues": [
+            {"checkpoint": one.checkpoint, "sha256": one.sha256, "tasks": len(one.tasks)}
+            for one in stream.earlier
+        ],
         "class_order": stream.class_order,
         "class_names": stream.train.classes,
         "tasks": [task.name for task in stream.tasks],
@@ -123,10 +129,20 @@ def table(run: Run) -> str:
 
 
 def _selection(run: Run, name: str) -> dict[str, Any]:
-    """Accuracy matrix and metrics of a selection after the last finished task."""
-    matrix = run.matrices[name]
-    numbers = metrics.summarize(matrix, run.reports[-1].task)
-    return {"accuracy_matrix": metrics.to_lists(matrix), **numbers}
+    """Accuracy matrix and metrics of a selection after the last finished task.
+
+    Where the predictions of each image are known, after the last task, also those by class.
+    """
+    matrix, last = run.matrices[name], run.reports[-1]
+    numbers = {"accuracy_matrix": metrics.to_lists(matrix), **metrics.summarize(matrix, last.task)}
+    images = [evaluation.images for evaluation in last.evaluations]
+    known = [part[:, :3] for part in images if part is not None]
+    if not known or len(known) < len(images):  # a state of an early version lacks some
+        return numbers
+    targets, *predicted = torch.cat(known).T.numpy()
+    labels = metrics.class_labels(run.stream.train.classes)
+    by_class = metrics.by_class(targets, predicted[SELECTIONS.index(name)], labels)
+    return {**numbers, **by_class}
 
 
 def _log_stats(run: Run, report: TrainState) -> dict[str, Any]:
@@ -155,7 +171,8 @@ def versions() -> dict[str, str]:
 def earlier_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in the folder."""
     found = [output_dir / name for name in _RUN_FILES if os.path.lexists(output_dir / name)]
-    return found + list(output_dir.glob("eval_results*.json"))
+    of_evaluations = ("eval_results*.json", "eval_predictions*.csv")
+    return found + [path for name in of_evaluations for path in output_dir.glob(name)]
 
 
 def set_aside(output_dir: Path) -> Path | None:

@@ -23,11 +23,11 @@ from cli.terminal import printable
 from continual_dataloader import LostWorkerError
 from continual_datasets.images import DataError
 from continual_datasets.readers.storage import take_lock
-from experiment import evaluate_checkpoints, rendezvous, signals
+from experiment import continuation, evaluate_checkpoints, rendezvous, signals
 from experiment.checkpoints import Checkpoint, CheckpointError
 from experiment.signals import Preempted, StopSignals
 from experiment.validate import validate
-from model.backbone import WeightsError
+from model.backbone import WeightsError, with_own_norm
 from reports import files
 from training.state import NonFiniteLossError
 from utils import LostProcessError, Processes
@@ -58,11 +58,13 @@ class Session:
         processes: This process among all, after `begin`.
         checkpoints, first: With `--eval` what is evaluated, after `begin`; see
             `evaluate_checkpoints.find`.
+        ancestor: With `--continue_from` what it names, after `begin`.
     """
 
     processes: Processes
     checkpoints: dict[int, Path]
     first: Checkpoint
+    ancestor: Checkpoint | None = None
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
@@ -81,10 +83,17 @@ class Session:
         self.signals.idle = True
         self.dist_url = settings.run.dist_url
         self.signals.check()
+        num_earlier = 0
         if settings.run.eval and not problems:
             self.checkpoints, self.first = evaluate_checkpoints.find(settings)
             settings = evaluate_checkpoints.adopt(settings, self.first)
-        validate(settings, problems)
+            num_earlier = sum(len(one.tasks) for one in self.first.earlier)
+        elif settings.run.continue_from is not None and not problems:
+            self.ancestor = continuation.find(settings)
+            settings, problems = continuation.adopt(settings, self.ancestor)
+            num_earlier = self.ancestor.task
+        validate(settings, problems, num_earlier=num_earlier)
+        settings = with_own_norm(settings)
         self.processes = rendezvous.join(settings, self.signals.suspended)
         utils.setup_logging(printable)
         return settings

@@ -11,7 +11,7 @@ import utils
 from cli import configurations
 from cli.paths import command
 from cli.terminal import tolerated
-from experiment import checkpoints, describe, live_log, resume, run_record
+from experiment import checkpoints, describe, live_log, predictions, resume, run_record
 from experiment.live_log import LiveLog
 from experiment.resume import RunState
 from experiment.signals import Preempted, StopSignals
@@ -120,7 +120,8 @@ class Checkpointer(Monitor):
         """Saves the model before the step whose loss is not finite."""
         if self.output_dir is not None:
             path = self.output_dir / "checkpoint" / "last_finite_checkpoint.pth"
-            save_checkpoint(self.run, path, len(self.run.reports))
+            task = self.run.stream.num_earlier + len(self.run.reports)
+            save_checkpoint(self.run, path, task)
             logger.error("Saved the state before that step to %s", path)
         wait_for_all()
 
@@ -194,6 +195,8 @@ def _report(run: Run, checkpointer: Checkpointer, to_load: float, of_run: float)
     if (output_dir := run.output_dir) is None:
         return
     run_record.write(run, output_dir)
+    if run.settings.output.save_predictions:
+        predictions.write(run, output_dir / "predictions.csv")
     start = time.monotonic()
     if run.settings.output.plots:
         again = f"draw them again: {command('plots.py', output_dir)}"

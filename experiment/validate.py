@@ -6,6 +6,7 @@ A check yields a line for each problem; a ValueError ends it, and its text is on
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import timm.optim
@@ -13,6 +14,7 @@ import torch
 
 import utils
 from cli import configurations, needs, terminal
+from cli.flags import choose
 from cli.options import near
 from cli.parser import UsageError, shown
 from cli.settings import FLAGS, OptimizerSettings, Settings
@@ -20,8 +22,9 @@ from continual_datasets import pipeline, transforms
 from continual_datasets.images import DataError
 from continual_datasets.readers import registry
 from continual_datasets.scenarios import Scenario, find_scenario
-from experiment import build, hardware, live_log
+from experiment import build, hardware, live_log, network
 from model.backbone import WEIGHT_SUFFIXES, build_backbone, without_memory
+from model.heads import HEADS
 from prompt import SELECTION_RULES, Prompt, find_selection_rule
 from vision_transformer import PromptedVisionTransformer, find_pooling
 
@@ -31,6 +34,8 @@ _EXCLUDE = (
     ("eval", "seeds", "are two commands, and --eval evaluates the one run of --output_dir"),
     ("eval", "tensorboard wandb", "exclude each other, since only training is logged"),
     ("dry_run", "speed_test speed_test_only", "are two commands"),
+    ("continue_from", "eval speed_test_only", "are two commands"),
+    ("save_predictions", "dry_run speed_test_only", "exclude each other, nothing is predicted"),
     ("buffer_size", "buffer_per_class", "are two ways to say one thing"),
 )
 
@@ -41,7 +46,13 @@ _HIGHEST_RATE = 1e6
 _COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
 
 
-def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: bool = False) -> None:
+def validate(
+    settings: Settings,
+    problems: Iterable[str] = (),
+    *,
+    elsewhere: bool = False,
+    num_earlier: int = 0,
+) -> None:
     """Checks settings against each other, the files they name, and the environment.
 
     Args:
@@ -49,18 +60,19 @@ def validate(settings: Settings, problems: Iterable[str] = (), *, elsewhere: boo
         problems: What is known to be wrong already.
         elsewhere: Whether the run takes place on another machine, which may have other devices and
             other data.
+        num_earlier: Tasks that the run continues.
 
     Raises:
         UsageError: With everything that is wrong, one problem a line.
     """
     found = [*problems]
-    found += _found_by(_pooling(settings), _prompts(settings), _optimizer(settings.optimizer))
+    found += _found_by(_head(settings), _prompts(settings), _optimizer(settings.optimizer))
     found += _found_by(
         _combinations(settings),
         _schedule(settings.optimizer),
         _transforms(settings),
         _votes(settings),
-        _scenario(settings, elsewhere),
+        _scenario(settings, elsewhere, num_earlier),
         _model(settings, is_sound=not found, elsewhere=elsewhere),
         _commands(settings),
         _output(settings),
@@ -90,7 +102,8 @@ def _combinations(settings: Settings) -> Iterator[str]:
             yield from (f"--{name} and --{one} {reason}: give one" for name in given(others))
 
 
-def _pooling(settings: Settings) -> Iterator[str]:
+def _head(settings: Settings) -> Iterator[str]:
+    choose(HEADS, "--head", settings.model.head)
     find_pooling(settings.model.head_type, settings.prompts.prompt_pool)
     yield from ()
 
@@ -188,7 +201,7 @@ def _votes(settings: Settings) -> Iterator[str]:
         )
 
 
-def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
+def _scenario(settings: Settings, elsewhere: bool, num_earlier: int) -> Iterator[str]:
     """Problems of scenario and data, as far as can be seen without reading any image."""
     order = settings.tasks.class_order
     if order is not None and not elsewhere and not Path(order).is_file():
@@ -199,13 +212,19 @@ def _scenario(settings: Settings, elsewhere: bool) -> Iterator[str]:
     if not all(map(configurations.exists, settings.given.configurations)):
         return  # the missing configuration may name other data
     if elsewhere or settings.run.speed_test_only:
-        yield from () if scenario.tasks_are_folders else _tasks(scenario)
+        with suppress(DataError):  # their number may follow from the classes
+            yield from () if scenario.tasks_are_folders else _tasks(scenario, num_earlier)
         return
     missing, size = list(_missing_data(scenario)), settings.replay.buffer_size
     yield from missing
     try:
-        yield from _tasks(scenario)
-        if size is not None and size < (num_classes := scenario.num_classes()):
+        yield from _tasks(scenario, num_earlier)
+        if (num_classes := scenario.num_classes()) + num_earlier == 1:
+            yield (
+                f"--data-path {settings.data.data_path}: only one class there, at least two "
+                "needed, each in a folder of its own (docs/data.md, Data preparation)"
+            )
+        if size is not None and size < num_classes:
             yield (
                 f"--buffer_size {size} is smaller than the number of classes: give at least "
                 f"{num_classes}, an image for each"
@@ -222,9 +241,9 @@ def _missing_data(scenario: Scenario) -> Iterator[str]:
     path = Path(data.data_path)
     specs = registry.find_sources(data.dataset).values()
     if not path.is_dir() and any(spec.needs_data_path for spec in specs):
-        downloadable = all(spec.downloadable for spec in specs)
+        downloadable = all(spec.downloadable or not spec.needs_data_path for spec in specs)
         hint = ", or an empty one to download it into" if downloadable else ""
-        given = "" if "data_path" in settings.given.explicit else " (the default)"
+        given = " (the default)" if data.data_path == FLAGS["data_path"].default else ""
         yield (
             f"--data-path {path}{given} does not exist: name the folder that holds "
             f"{data.dataset}{hint}"
@@ -235,7 +254,7 @@ def _missing_data(scenario: Scenario) -> Iterator[str]:
         yield f"--output_dir {output_dir} would count as a domain of --data-path {path}"
 
 
-def _tasks(scenario: Scenario) -> Iterator[str]:
+def _tasks(scenario: Scenario, num_earlier: int) -> Iterator[str]:
     """Whether their number fits the data and the pool."""
     settings = scenario.settings
     prompts, wanted = settings.prompts, settings.tasks.num_tasks
@@ -245,11 +264,12 @@ def _tasks(scenario: Scenario) -> Iterator[str]:
             f"--num_tasks {wanted}: the data are {num_parts} tasks ({settings.data.dataset}, "
             f"{scenario.name}), give {num_parts} or none"
         )
-    if num_parts == 1 and settings.replay.has_buffer:
-        yield "--buffer_size and --buffer_per_class replay earlier tasks: one task has none"
     if prompts.prompt_pool:
         rule = SELECTION_RULES.get(prompts.diversify, Prompt)
-        yield from rule.problems(prompts, 1 if scenario.is_joint else num_parts)
+        fixed = "; the pool stays that of --continue_from: start anew with a larger one"
+        number = num_earlier + (1 if scenario.is_joint else num_parts)
+        for problem in rule.problems(prompts, number):
+            yield problem + fixed * (num_earlier > 0)
 
 
 def _model(settings: Settings, is_sound: bool, elsewhere: bool) -> Iterator[str]:
@@ -263,13 +283,14 @@ def _model(settings: Settings, is_sound: bool, elsewhere: bool) -> Iterator[str]
     with without_memory():
         vit = build_backbone(settings.model, settings.transforms.input_size)
         if is_sound:
-            model = build.build_model(settings, vit, num_classes=2)
+            model = network.build_model(settings, vit, num_classes=2)
             yield from _trained(settings, model)
             yield from () if elsewhere else _memory(model)
 
 
 def _memory(model: PromptedVisionTransformer) -> Iterator[str]:
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    tensors = {*model.state_dict(keep_vars=True).values()}  # some are shared
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > found:
         yield (
@@ -280,9 +301,16 @@ def _memory(model: PromptedVisionTransformer) -> Iterator[str]:
 
 def _trained(settings: Settings, model: PromptedVisionTransformer) -> Iterator[str]:
     """Whether something trains, and an optimizer takes its settings."""
-    if not any(p.requires_grad for p in model.parameters()):
+    trained = {n.split(".")[0] for n, p in model.public_parameters() if p.requires_grad}
+    if not trained and not model.head_observes:
         yield f"--freeze {' '.join(settings.model.freeze)} leaves nothing to train"
         return
+    if trained and model.head_observes and not [*model.head.parameters()]:
+        yield (
+            f"--head {settings.model.head} takes means of features that do not change, and "
+            f"{', '.join(sorted(trained))} would train: turn off --prompt_pool, and --freeze the "
+            "rest, as the overlay ncm does"
+        )
     if settings.precision.grad_checkpointing and not (
         settings.prompts.prompt_pool or model.backbone_trains
     ):

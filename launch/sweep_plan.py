@@ -113,6 +113,7 @@ def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[st
             the problems that are known already.
     """
     from experiment.validate import validate
+    from model.backbone import WeightsError, with_own_norm
 
     name, *base = ["--grid", *base] if options.grid else base or [""]
     try:
@@ -126,6 +127,8 @@ def make_sweep(options: SweepOptions, base: Sequence[str], problems: Sequence[st
     for arm, values in arms.items():
         argv = [*base, *_arguments(values)]
         settings, found = parse(argv)
+        with suppress(WeightsError):  # which `validate` reports
+            settings = with_own_norm(settings)
         given = [name for name in _GIVEN if name in settings.given.flags]
         found = [*problems, *found, *(f"--{n}: sweep.py sets it: leave it out" for n in given)]
         is_readable &= not found

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 #: Figures of one run, functions of `figures`.
 RUN_FIGURES = (
     "overview", "accuracy_matrix", "average_accuracy", "forgetting", "prompt_selection",
-    "key_similarity", "training_curves",
+    "key_similarity", "confusion_matrix", "training_curves",
 )  # fmt: skip
 
 #: Figures that compare runs, functions of `comparison_figures`.

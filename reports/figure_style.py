@@ -46,6 +46,7 @@ class Quantity(NamedTuple):
 
 ACCURACY = Quantity("accuracy (%)", "after training task", 1, "viridis", False, 1)
 SHARE = Quantity("selected by (% of images)", "prompt", 0, "Purples", False, 0)
+CONFUSION = Quantity("% of the class", "predicted class", 1, "Purples", False, 0)
 SIMILARITY = Quantity("mean cosine similarity", "key", 0, "RdBu_r", True, 2)
 
 

@@ -87,7 +87,8 @@ def forgetting(results: dict[str, Any]) -> Figure:
     matrices = _matrices(results)
     last = max(metrics.evaluated_tasks(matrices["batch"]))
     if not metrics.has_test_set_per_task(matrices["batch"]):
-        raise NothingToDrawError("these results have no forgetting: tasks have no test sets")
+        why = "there is one task" if matrices["batch"].size == 1 else "tasks have no test sets"
+        raise NothingToDrawError(f"these results have no forgetting: {why}")
     drops = {name: metrics.forgetting_by_task(matrix, last) for name, matrix in matrices.items()}
     if last == 0 or not np.isfinite(list(drops.values())).all():
         raise NothingToDrawError("these results have no forgetting: evaluations are missing")
@@ -132,6 +133,39 @@ def key_similarity(results: dict[str, Any]) -> Figure:
     for row, entry in enumerate(usage):
         for key in np.argsort(-np.array(entry["instance"]), kind="stable")[:top_k]:
             axes.add_patch(Rectangle((key - 0.44, row + 0.56), 0.88, 0.88, fill=False, lw=width))
+    return figure
+
+
+@styled
+def confusion_matrix(results: dict[str, Any]) -> Figure:
+    """How often each class is predicted for the images of each class, after the last task.
+
+    Percent of the images of the class (row). The classes are in the order in which they were
+    learned, with lines between the tasks.
+    """
+    counts = {name: results[name].get("confusion_matrix") for name in SELECTIONS}
+    if not all(counts.values()):
+        raise NothingToDrawError("these results have no predictions by class after the last task")
+    labels, order = metrics.class_labels(results["class_names"]), results["class_order"]
+    learned = dict.fromkeys(labels[class_id] for task in order for class_id in task)
+    classes = [*learned, *(label for label in counts["batch"] if label not in learned)]
+    maps = {name: np.full((len(classes), len(classes)), np.nan) for name in SELECTIONS}
+    for name, matrix in maps.items():
+        for label, found in counts[name].items():
+            shares = [100 * found.get(one, 0) / sum(found.values()) for one in classes]
+            matrix[classes.index(label)] = shares
+    names = [_short(label) for label in classes]
+    figure = _heat_maps(results, maps, names, style.CONFUSION)
+    figure.axes[0].set_ylabel("class" if len(names) <= 20 else "class, in the order of learning")
+    ends = np.cumsum([len(task) for task in order])
+    comes_once = ends[-1] == len(learned) > len(order)
+    for axes in figure.axes[: len(maps)]:
+        if len(names) <= 20:
+            is_wide = max(map(len, names)) * len(names) > 32
+            axes.set_xticks(range(1, len(names) + 1), names, rotation=90 * is_wide)
+        for end in ends[:-1] + 0.5 if comes_once else ():
+            axes.axhline(end, color=PALETTE[1], linewidth=0.6)
+            axes.axvline(end, color=PALETTE[1], linewidth=0.6)
     return figure
 
 
@@ -253,8 +287,13 @@ def _names(results: dict[str, Any]) -> list[str]:
     if number == 1:
         return ["all test images"]
     names = display_names(results.get("test_sets") or [], number, "{}")
-    names = [one_line(name) for name in names]
-    return [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
+    return [_short(name) for name in names]
+
+
+def _short(name: str) -> str:
+    """A name as a label of an axis."""
+    name = one_line(name)
+    return name if len(name) <= 16 else f"{name[:15]}…"
 
 
 def _used_names(results: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ class-incremental literature (average incremental accuracy); l2p-pytorch (its va
 forgetting).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,32 @@ def forgetting_by_task(matrix: Matrix, task: int) -> Matrix:
     where an evaluation since a task was learned is missing. Their mean is the forgetting.
     """
     return _best(matrix, task, last=task) - matrix[:task, task]
+
+
+def class_labels(names: Sequence[str]) -> list[str]:
+    """What results call the classes: by name, or by id where two have one name."""
+    return list(names) if len({*names}) == len(names) else [str(i) for i in range(len(names))]
+
+
+def by_class(
+    targets: NDArray[np.integer], predicted: NDArray[np.integer], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The entries of `results.json` by class, from class ids of n images, (n,) each.
+
+    Returns:
+        `accuracy_by_class`: percent of each class, None where it has no image.
+        `confusion_matrix`: for each class with images, how often each class was predicted; zeros
+        are left out.
+    """
+    pairs, counts = np.unique(np.stack([targets, predicted], axis=1), axis=0, return_counts=True)
+    matrix: dict[str, dict[str, int]] = {}
+    for (target, found), count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        matrix.setdefault(labels[target], {})[labels[found]] = count
+    accuracy = {
+        label: 100 * row.get(label, 0) / sum(row.values()) if (row := matrix.get(label)) else None
+        for label in labels
+    }
+    return {"accuracy_by_class": accuracy, "confusion_matrix": matrix}
 
 
 def to_lists(matrix: Matrix) -> list[list[float | None]]:

@@ -47,17 +47,17 @@ def experiment_named(name: str) -> str:
 
 def experiment_of(settings: dict[str, Any]) -> str | None:
     """The experiment that settings describe; None if no number is quoted for it."""
-    if settings.get("task_inc"):
-        return None  # an easier problem: the task of a test image is given
+    if settings.get("task_inc") or settings.get("first_task_classes"):
+        return None  # other problems: the task of a test image is given, or one task is larger
     names = str(settings.get("dataset")).split(",")
     data = {_plain(name).removeprefix("split") for name in names}
     match settings.get("scenario"):
         case "class-incremental" | "dataset-incremental" | "joint":
             if data in ({"5datasets"}, _FIVE_DATASETS):
                 return "5-datasets"
-            if data == {"cifar100"} and _has(settings, num_tasks=10, classes_per_task=10):
+            if data == {"cifar100"} and _has(settings, num_tasks=10, classes_per_task=[10]):
                 return "Split CIFAR-100"
-            if data == {"imagenetr"} and _has(settings, num_tasks=10, classes_per_task=20):
+            if data == {"imagenetr"} and _has(settings, num_tasks=10, classes_per_task=[20]):
                 return "Split ImageNet-R"
         case "domain-incremental" if data == {"core50"} and settings.get("domains") is None:
             return "CORe50"
@@ -66,7 +66,7 @@ def experiment_of(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _has(settings: dict[str, Any], **values: int) -> bool:
+def _has(settings: dict[str, Any], **values: Any) -> bool:
     """Whether settings have these values or leave them to the data; with --joint any are right."""
     is_joint = settings.get("joint") or settings.get("scenario") == "joint"
     return bool(is_joint) or all(settings.get(n) in (None, value) for n, value in values.items())

@@ -37,6 +37,7 @@ _FORM = {
     "command": {"configurations": [str], "flags": {}},
     "run": {"learning_rate": _NUMBER, "images_per_step": int},
     "backbone": {},
+    "continues": [{"tasks": int}],
     "class_order": [[int]],
     "class_names": [str],
     "test_sets": [str],
@@ -170,13 +171,15 @@ def read(folder: Path) -> StoredRun:
     with _errors_named(folder / "results.json") as path:
         settings, key = _configuration(results)
         command = results.get("command")  # early versions did not store it
+        # With --images_per_class each seed trains on other images of the same data.
+        is_part = settings.get("images_per_class") is not None
         run = StoredRun(
             folder=folder,
             written=path.stat().st_mtime,
             seed=results["seed"],
             name=command_words(command) or "defaults" if command else str(settings["dataset"]),
             key=key,
-            digest=str(results.get("run", {}).get("train_digest") or "") or None,
+            digest=None if is_part else results.get("run", {}).get("train_digest") or None,
             settings=settings,
             matrices=metrics.matrices_of(results),
         )
@@ -318,6 +321,8 @@ def _configuration(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """
     # Early versions lack settings that came later.
     config = needs.effective({**_DEFAULTS, **results["config"]})
+    if isinstance(size := config["classes_per_task"], int):
+        config["classes_per_task"] = [size]
     settings = {name: value for name, value in config.items() if name not in _NOT_CONFIGURATION}
     compared = {name: settings[name] for name in settings.keys() - _COMPARED_OTHERWISE}
     backbone, run = results.get("backbone", {}), results.get("run", {})
@@ -331,6 +336,7 @@ def _configuration(results: dict[str, Any]) -> tuple[dict[str, Any], str]:
         "backbone": weights,
         "data": [str(settings["dataset"]).lower(), names, results.get("test_sets")],
         "tasks": len(order) if settings["class_order"] is None else order,
+        "continues": [one.get("tasks") for one in results.get("continues", [])],
         "steps": [run[name] for name in rate] if is_stored else [settings[n] for n in _RATE],
     }
     settings["backbone"], settings["data"] = weights[:8], str(run.get("train_digest"))[:8]

@@ -1,5 +1,7 @@
 """One evaluation of one test set, batch-wise and instance-wise in one pass.
 
+After the last task the predictions and prompts of each image stay on the device, to be copied once.
+
 The queries of test images come from a frozen network, so they are computed once and cached in
 `Run.queries`. Instance-wise, only the images whose own prompts the vote overruled are computed
 again, gathered over the batches into full ones.
@@ -19,9 +21,9 @@ from torch.nn import functional as F
 import utils
 from continual_datasets.stream import title
 from reports.metrics import SELECTIONS
-from training.losses import class_mask, count_ids, find_hits, restrict
+from training.losses import class_mask, count_ids, find_best, find_hits, restrict
 from training.state import Evaluation, Loader, Run
-from utils import sum_over_processes
+from utils import gather, sum_over_processes
 
 if TYPE_CHECKING:
     from continual_datasets.stream import TestSet
@@ -29,15 +31,18 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def evaluate(run: Run, loader: Loader, test_set: TestSet) -> Evaluation:
+def evaluate(run: Run, loader: Loader, test_set: TestSet, each_image: bool = False) -> Evaluation:
     """Evaluates one test set, in whole vote groups of each process, the same every time.
+
+    `each_image`: whether to keep the predictions of each image.
 
     `Loss` is the mean over vote groups of the group's mean cross-entropy, so it depends neither on
     the batch nor on the processes.
     """
     settings, model = run.settings, run.model.eval()
     classes = test_set.classes if settings.tasks.task_inc else run.stream.classes
-    totals = EvaluationTotals(run, class_mask(classes, model.num_classes, run.device))
+    mask = class_mask(classes, model.num_classes, run.device)
+    totals = EvaluationTotals(run, mask, each_image)
     second = SecondPass(run, totals)
     version, (known, cached) = model.query_version(), run.queries.get(test_set.index, (None, None))
     found = list[Tensor]()
@@ -50,9 +55,11 @@ def evaluate(run: Run, loader: Loader, test_set: TestSet) -> Evaluation:
         out = model(images, query, vote_group_size=settings.vote_group_size)
         overruled = find_overruled(model, out)
         group_sizes = _group_sizes(targets, settings.vote_group_size)
+        first = totals.num_images
+        rows = torch.arange(first, first + len(targets), device=run.device)
         totals.add(out, targets, group_sizes, overruled)
         if "query" in out:
-            second.add(overruled, images, out["query"], targets, group_sizes)
+            second.add(overruled, images, out["query"], targets, group_sizes, rows)
             if query is None:
                 found.append(out["query"])
         if step % run.read_every == 0 or step == len(loader) - 1:
@@ -83,7 +90,7 @@ def find_overruled(model: PromptedVisionTransformer, out: dict[str, Tensor]) -> 
 class EvaluationTotals:
     """Sums over the images of a test set, on the device; `allowed` classes as a mask (C,)."""
 
-    def __init__(self, run: Run, allowed: Tensor) -> None:
+    def __init__(self, run: Run, allowed: Tensor, each_image: bool = False) -> None:
         self.allowed, self.group_size = allowed, run.settings.vote_group_size
         self.num_prompts = size = 0 if run.model.prompt is None else run.model.prompt.size
         # Of each selection the summed `_values`; with a pool also how often each prompt served, in
@@ -91,13 +98,16 @@ class EvaluationTotals:
         self.sizes = [3, 3, *([size, size, 2, size] if size else [])]
         self.sums = torch.zeros(sum(self.sizes), dtype=torch.float64, device=run.device)
         self.num_images = self.num_groups = 0
+        # With `each_image` the rows of `Evaluation.images`, and which predictions change in them.
+        self._images: list[Tensor] | None = [] if each_image else None
+        self._alone: list[tuple[Tensor, Tensor]] = []
         self._num_read, self._correct_read = 0, 0.0
 
     def add(
         self, out: dict[str, Tensor], targets: Tensor, group_sizes: Tensor, overruled: Tensor
     ) -> None:
         """Adds a batch of whole vote groups; instance-wise, without the images overruled, (B,)."""
-        values = self._values(out["logits"], targets, group_sizes)
+        values, predicted = self._values(out["logits"], targets, group_sizes)
         new = [values.sum(dim=0), values.masked_fill(overruled[:, None], 0).sum(dim=0)]
         if self.num_prompts:
             new += [count_ids(out[k], self.num_prompts) for k in ("prompt_idx", "own_prompt_idx")]
@@ -105,12 +115,19 @@ class EvaluationTotals:
             new.append(torch.stack([own.sum(), own.new_full((), own.numel())]))
             new.append(out["similarity"].double().sum(dim=0))  # (M,)
         self.sums += torch.cat(new)
+        if self._images is not None:
+            prompts = [out[k] for k in ("prompt_idx", "own_prompt_idx") if k in out]
+            columns = torch.column_stack([targets, predicted, predicted, *prompts])
+            self._images.append(columns.int())
         self.num_images += len(targets)
         self.num_groups += -(-len(targets) // self.group_size)
 
-    def add_alone(self, logits: Tensor, targets: Tensor, group_sizes: Tensor) -> None:
-        """Adds images that `add` left out: logits with each image's own prompts."""
-        self.sums[3:6] += self._values(logits, targets, group_sizes).sum(dim=0)
+    def add_alone(self, logits: Tensor, targets: Tensor, group_sizes: Tensor, rows: Tensor) -> None:
+        """Adds images that `add` left out: logits with each image's own prompts, number, (B,)."""
+        values, predicted = self._values(logits, targets, group_sizes)
+        self.sums[3:6] += values.sum(dim=0)
+        if self._images is not None:
+            self._alone.append((rows.clone(), predicted))
 
     def newest_accuracy(self) -> tuple[float, int]:
         """Batch-wise accuracy since the last call, in percent, and images; synchronises."""
@@ -129,18 +146,34 @@ class EvaluationTotals:
         for name, (loss, *correct) in zip(SELECTIONS, values[:2], strict=True):
             top1, top5 = (100 * c / total for c in correct)
             stats[name] = {"Acc@1": top1, "Acc@5": top5, "Loss": loss / groups}
+        images = self._all_images()
         if not self.num_prompts:
-            return Evaluation(test_set.index, stats)
+            return Evaluation(test_set.index, stats, images=images)
         *served, (similarity, number), keys = values[2:]
         usage = {n: [int(c) for c in counts] for n, counts in zip(SELECTIONS, served, strict=True)}
         of_keys = [similarities / total for similarities in keys]
-        return Evaluation(test_set.index, stats, usage, similarity / number, of_keys)
+        return Evaluation(test_set.index, stats, usage, similarity / number, of_keys, images)
 
-    def _values(self, logits: Tensor, targets: Tensor, group_sizes: Tensor) -> Tensor:
-        """Of each image its part of the group's mean loss, correct@1 and correct@5, (B, 3)."""
+    def _all_images(self) -> Tensor | None:
+        """`Evaluation.images` of all processes, each of which has a run of the test set."""
+        if self._images is None:
+            return None
+        images = torch.cat([self.allowed.new_zeros(0, dtype=torch.int32), *self._images])
+        for rows, predicted in self._alone:
+            images[rows, 2] = predicted.int()
+        return torch.cat([part for part in gather(images.cpu()) if len(part)])
+
+    def _values(
+        self, logits: Tensor, targets: Tensor, group_sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of each image its part of the group's mean loss, correct@1 and correct@5, (B, 3).
+
+        And the class that is predicted, (B,).
+        """
         logits = restrict(logits, self.allowed)
-        losses = F.cross_entropy(logits, targets, reduction="none").double()  # (B,)
-        return torch.column_stack([losses / group_sizes, find_hits(logits, targets)])
+        losses, best = F.cross_entropy(logits, targets, reduction="none"), find_best(logits)
+        each = torch.column_stack([losses.double() / group_sizes, find_hits(best, targets)])
+        return each, best[:, 0]
 
 
 def _group_sizes(targets: Tensor, group_size: int) -> Tensor:
@@ -159,7 +192,7 @@ class SecondPass:
 
     def __init__(self, run: Run, totals: EvaluationTotals) -> None:
         self._model, self._batching, self._totals = run.model, run.batching, totals
-        self._gathered: list[Tensor] = []  # images, queries, targets, group sizes: a full batch
+        self._gathered: list[Tensor] = []  # the parts of `add`: a full batch
         self._number = 0  # its rows that are in use
 
     def add(self, overruled: Tensor, *batch: Tensor) -> None:
@@ -185,7 +218,8 @@ class SecondPass:
         if (number := self._number) == 0:
             return
         filled = (part[: self._batching.filled(number)] for part in self._gathered)
-        images, query, targets, group_sizes = filled
+        images, query, targets, group_sizes, rows = filled
         logits = self._model(images, query, vote_group_size=1)["logits"]
-        self._totals.add_alone(logits[:number], targets[:number], group_sizes[:number])
+        own = (part[:number] for part in (logits, targets, group_sizes, rows))
+        self._totals.add_alone(*own)
         self._number = 0

@@ -46,16 +46,20 @@ def masked_cross_entropy(
     return (1 - smoothing) * loss - smoothing * spread.mean()
 
 
-def find_hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the target is the first, and among the first five, bool (B, 2)."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+def find_best(logits: Tensor) -> Tensor:
+    """The five classes with the largest logits, or all, best first, (B, 5)."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def find_hits(best: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is the first of the best classes, and among them, bool (B, 2)."""
     hits = best == targets[:, None]
     return torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
     """How often the target is the first, and among the first five, (2,)."""
-    return find_hits(logits, targets).sum(dim=0)
+    return find_hits(find_best(logits), targets).sum(dim=0)
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:

@@ -48,19 +48,28 @@ Stats = Annotated[
 Meter = Annotated[list[Finite], ("must be a sum and a count", lambda x: len(x) == 2 and x[1] > 0)]
 
 
+#: Of each image of a test set: target, prediction batch-wise and instance-wise; with a pool also
+#: its prompts batch-wise and instance-wise, (n, 3 + 2 K).
+Images = Annotated[
+    torch.Tensor, ("must be rows of int32", lambda x: x.dtype == torch.int32 and x.ndim == 2)
+]
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss is not finite; the model has the values before that step."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one evaluation of one test set; the last three are empty without a pool."""
+    """Result of one evaluation of one test set; without a pool, what concerns prompts is empty."""
 
     index: Natural  # row of the test set in the accuracy matrix
     stats: Stats  # of each selection: Acc@1, Acc@5 (percent) and Loss
     usage: dict[str, list[Natural]] = field(default_factory=dict)  # images that each prompt served
     mean_similarity: Finite | None = None  # mean cosine of images and the keys they select alone
     key_similarity: list[Finite] = field(default_factory=list)  # mean cosine to every key, (M,)
+    #: Of each image in the order of the test set; None but after the last task.
+    images: Images | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass

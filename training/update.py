@@ -69,6 +69,9 @@ class OptimizerStep:
 
         Returns the norm of the gradient before clipping, ().
         """
+        if not self.parameters:  # the head learns without gradients
+            self.sound &= loss.isfinite()
+            return loss.new_zeros(())
         sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.limit)

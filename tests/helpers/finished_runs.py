@@ -55,6 +55,7 @@ def made_up(matrices, reports, tasks, test_sets, **settings):
         tasks=[SimpleNamespace(name=name, data=range(16)) for name in tasks],
         test_sets=[SimpleNamespace(name=name) for name in test_sets],
         class_order=[[0]] * len(tasks),
+        earlier=(),
         train=SimpleNamespace(classes=["a"]),
         train_digest="0",
         pipeline=SimpleNamespace(on_device=False),

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import engine
 from cli.settings import FLAGS, PrecisionSettings, Settings
 from continual_datasets.stream import Task, TestSet
-from experiment import build, precision
+from experiment import build, network, precision
 from helpers import reference_run
 from helpers.engine_doubles import Loader, make_run, on
 from training.state import TrainState
@@ -53,7 +53,7 @@ class GoldenRun:
         shape = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
         vit = VisionTransformer(num_classes=0, **{name: config[name] for name in shape})
         vit.load_state_dict(self.under("backbone."))
-        self.model = build.build_model(self.settings, vit, config["num_classes"])
+        self.model = network.build_model(self.settings, vit, config["num_classes"])
         first = self.as_original(dict(self.model.public_parameters())) | self.under("init.")
         self.model.load_original_state(first, name)
         self.model.to(device)

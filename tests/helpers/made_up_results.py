@@ -13,6 +13,9 @@ USAGE = [([20, 20, 0, 0], [20, 15, 4, 1]), ([0, 0, 20, 20], [1, 2, 19, 18]), ([1
 #: Mean similarity of each prompt's key on each test set.
 SIMILARITY = [[0.31, -0.2, 0.0, 0.1], [0.1, 0.2, -0.004, 0.25], [0.0, 0.0, 0.0, 0.0]]
 
+#: Images of each class by prediction; there is none of a cat.
+CONFUSION = {"ant": {"ant": 3, "cat": 1}, "bee": {"bee": 5}}
+
 
 def usage_of(after_task=3, counts=USAGE, similarity=SIMILARITY):
     """How often each prompt was chosen on each test set."""
@@ -39,8 +42,10 @@ def make_results(batch=BATCH, instance=INSTANCE, settings=None, **parts):
     """
     flags = {"seed": 42, "output_dir": "out", **(settings or {})}
     results = {
-        "batch": {"accuracy_matrix": batch},
-        "instance": {"accuracy_matrix": instance},
+        "batch": {"accuracy_matrix": batch, "confusion_matrix": CONFUSION},
+        "instance": {"accuracy_matrix": instance, "confusion_matrix": CONFUSION},
+        "class_names": ["ant", "bee", "cat"],
+        "class_order": [[2, 0], [1]],
         "command": {"configurations": ["digits_l2p"], "flags": flags},
         "run": {"processes": 1, "images_per_step": 16},
         "backbone": {"name": "vit", "sha256": "ab"},
@@ -103,6 +108,8 @@ def old():
         del results[name]
     for name in ("tf32", "norm", "vote_ties"):  # settings that came later
         del results["config"][name]
+    for name in ("batch", "instance"):
+        results[name] = {"accuracy_matrix": results[name]["accuracy_matrix"]}
     for entry in results["prompt_usage"]:
         del entry["key_similarity"]
     return results

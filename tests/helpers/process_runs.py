@@ -18,6 +18,7 @@ from reports.metrics import SELECTIONS
 SMALL = [
     *TINY, "--size", "20", "--embedding_key", "mean", "--norm", "half", "--lr_scale", "global",
     "--no-shuffle", "--dataset", "ImageFolder", "--print_freq", "1",
+    "--save_predictions",
 ]  # fmt: skip
 
 #: What a process says that loses another.
@@ -89,6 +90,8 @@ def assert_equal_runs(folder, reference, stopped=False):
     for selection in SELECTIONS:
         assert two.results[selection] == one.results[selection]
     assert_equal_usage(two.results["prompt_usage"], one.results["prompt_usage"])
+    predictions = [(one / "predictions.csv").read_text() for one in (reference, folder)]
+    assert predictions[0] == predictions[1]
     for line, other in zip(one.stats, two.stats, strict=True):
         assert other == {
             name: pytest.approx(value, rel=1e-6) if "Loss" in name else value

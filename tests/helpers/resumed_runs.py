@@ -41,6 +41,8 @@ def outcome(folder):
     results = json.loads((folder / "results.json").read_text())
     del results["timing"], results["command"]
     found = {"results.json": results, "log_stats.txt": (folder / "log_stats.txt").read_text()}
+    if (table := folder / "predictions.csv").exists():
+        found[table.name] = table.read_text()
     for path in checkpoints.find(folder).values():
         found[path.name] = vars(checkpoints.load(path)).copy()
     state = resume.load(resume.newest_path(folder))

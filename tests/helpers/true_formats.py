@@ -90,6 +90,7 @@ ARRAYS = {
     "CIFAR100": (100, 2, 1, square),
     "MNIST": (10, 5, 2, grey_picture),
     "FashionMNIST": (10, 5, 2, grey_picture),
+    "KMNIST": (10, 5, 2, grey_picture),
     "SVHN": (10, 5, 2, square),
 }
 
@@ -223,6 +224,7 @@ WRITERS = {
     "CIFAR100": write_cifar100,
     "MNIST": write_idx,
     "FashionMNIST": partial(write_idx, name="FashionMNIST"),
+    "KMNIST": partial(write_idx, name="KMNIST"),
     "SVHN": write_svhn,
     "Flowers102": write_flowers102,
     "digits": lambda _: None,  # they come with scikit-learn

@@ -244,6 +244,26 @@ def test_key_similarity_is_signed_and_outlines_the_most_selected():
 # Training
 
 
+def test_confusion_matrix_shows_percent_of_each_class_in_the_order_of_learning():
+    figure = figures.confusion_matrix(make_results(class_order=[[2, 0], [1]]))
+    for axes in panels_of(figure):
+        np.testing.assert_array_equal(shown_in(axes), [[NAN] * 3, [25, 75, 0], [0, 0, 100]])
+        assert ticks(axes.xaxis) == ["cat", "ant", "bee"]
+        assert [line.get_xdata()[0] for line in axes.lines[1:]] == [2.5]
+    assert ticks(figure.axes[0].yaxis) == ["cat", "ant", "bee"]
+    again = figures.confusion_matrix(make_results(class_order=[[1, 0], [0, 1]]))
+    assert [axes.lines[:] for axes in panels_of(again)] == [[], []]
+
+
+def test_confusion_matrix_of_many_classes_numbers_them():
+    names, order = [f"class {i}" for i in range(100)], np.arange(100).reshape(2, -1).tolist()
+    results = make_results(class_names=names, class_order=order)
+    for selection in metrics.SELECTIONS:
+        results[selection]["confusion_matrix"] = {name: {name: 1} for name in names}
+    first, _ = panels_of(figures.confusion_matrix(results))
+    assert (numbers_in(first), ticks(first.yaxis)[-1]) == ([], "100")
+
+
 def test_training_curves_show_each_task_and_its_borders():
     loss, accuracy = figures.training_curves(make_results()).axes
     assert [points(line) for line in loss.lines if line.get_marker() == "."] == [
@@ -402,6 +422,11 @@ GAPS = [[90.0, None, 40.0], [None, None, 60.0], [None, None, 100.0]]
         (figures.overview, [make_results(EMPTY, EMPTY)], "nothing was evaluated yet"),
         (figures.accuracy_matrix, [long_run()], "single test set: see average_accuracy"),
         (figures.forgetting, [joint()], "no forgetting: tasks have no test sets"),
+        (
+            figures.forgetting,
+            [make_results([[90.0]], [[90.0]])],
+            "no forgetting: there is one task",
+        ),
         (figures.forgetting, [make_results(GAPS, GAPS)], "no forgetting: evaluations are missing"),
         (figures.forgetting, [make_results([[90.0, None], [None] * 2])], "evaluations are missing"),
         (figures.prompt_selection, [made.without_pool()], "no prompt usage: the run had no prompt"),
@@ -409,6 +434,7 @@ GAPS = [[90.0, None, 40.0], [None, None, 60.0], [None, None, 100.0]]
         (figures.prompt_selection, [made.whole_pool()], "used the whole pool of 4: nothing was"),
         (figures.key_similarity, [old()], "written before key similarities were stored"),
         (figures.key_similarity, [made.without_pool()], "the run had no prompt pool"),
+        (figures.confusion_matrix, [old()], "no predictions by class after the last task"),
         (figures.training_curves, [old()], "before training curves were stored"),
         (compared.average_accuracy, [[]], "no finished runs"),
         (compared.forgetting, [[AT_ONCE_OF_TWO]], "no finished run has forgetting"),

@@ -128,3 +128,11 @@ def test_lists_hold_plain_numbers_and_none_and_are_read_again(matrix):
     assert found.dtype == np.float64
     assert np.array_equal(found, matrix, equal_nan=True)
     assert metrics.to_lists(metrics.empty_matrix(2, 3)) == 2 * [3 * [None]]
+
+
+def test_by_class_counts_what_is_predicted_for_each_class():
+    """Two classes of one name are called by their ids."""
+    found = metrics.by_class(np.array([0, 2, 2, 2]), np.array([1, 2, 0, 2]), ["ant", "bee", "cat"])
+    assert found["accuracy_by_class"] == {"ant": 0, "bee": None, "cat": 200 / 3}
+    assert found["confusion_matrix"] == {"ant": {"bee": 1}, "cat": {"ant": 1, "cat": 2}}
+    assert metrics.class_labels(["ant", "bee", "ant"]) == ["0", "1", "2"]

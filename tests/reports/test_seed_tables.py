@@ -251,7 +251,7 @@ def test_every_configuration_belongs_to_its_experiment():
     for name in configurations.names():
         if "\ndataset:" in (configurations.CONFIG_DIR / f"{name}.yaml").read_text():
             slug = max(filter(name.startswith, slugs), key=len, default="")
-            assert (slug == "") == (name == "digits_l2p")
+            assert (slug == "") == (name in ("digits_l2p", "small_datasets_l2p"))
             assert experiment_of(name) == experiment_of(name, "joint") == slugs.get(slug)
             assert experiment_of(name, "replay_large", "--task_inc") is None
 
@@ -267,6 +267,8 @@ def test_every_configuration_belongs_to_its_experiment():
         ("--scenario gaussian --num_tasks 7 --joint", "Gaussian CIFAR-100"),
         ("--scenario gaussian --num_tasks 20", None),
         ("--classes_per_task 5", None),
+        ("--classes_per_task 10", "Split CIFAR-100"),
+        ("--first_task_classes 28 --num_tasks 10", None),
         ("--dataset CIFAR10", None),
         ("--dataset CIFAR100,MNIST", None),
         ("--dataset CORe50 --scenario domain-incremental --domains s1 s2", None),

@@ -240,6 +240,8 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_group(tmp_path):
         ([{"run": {"train_digest": digest}} for digest in ("ab", "ab", "cd", None)],
          {" (data ab)": 2, " (data cd)": 1, " (data None)": 1}),
         ([{"run": {"train_digest": digest}} for digest in ("ab", None, "ab")], {"": 3}),
+        ([{"run": {"train_digest": digest}, "config": {"images_per_class": 5}} for digest in "ab"],
+         {"": 2}),
         ([{"run": {"train_digest": digest}} for digest in ("ab", "1-ab", None)], {"": 3}),
         ([{"run": {"train_digest": digest}} for digest in ("1-ab", "2-ab", "ab")],
          {" (data 1-ab)": 1, " (data 2-ab)": 1, " (data ab)": 1}),
@@ -249,14 +251,16 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_group(tmp_path):
          {" --batch_size 16 --lr 0.03 --num_tasks 2": 2}),
         ([{"run": {"images_per_step": number}} for number in (16, 32)], {"": 2}),
         ([{"config": {"prompt_pool": False, "top_k": k}} for k in (3, 4)], {"": 2}),
+        ([{"config": {"classes_per_task": size}} for size in (2, [2])], {"": 2}),
         ([{"class_order": order, "settings": {"class_order": "order.txt"}}
           for order in ([[0], [1]], [[0], [1]], [[1], [0]])],
          {" --class_order order.txt": 2, " --class_order order.txt #2": 1}),
     ],
     ids=["setting", "edited file", "weights drawn for each seed", "end of a checksum", "classes",
-         "images", "images that an early version did not name", "images by labels alone",
-         "pixels", "equal rate and step",
-         "a rate that an early version did not store", "no effect", "class order"],
+         "images", "images that an early version did not name", "a part for each seed",
+         "images by labels alone", "pixels", "equal rate and step",
+         "a rate that an early version did not store", "no effect", "one size of tasks",
+         "class order"],
 )  # fmt: skip
 def test_runs_are_grouped_by_what_their_settings_come_to(tmp_path, runs, expected):
     for seed, parts in enumerate(runs):

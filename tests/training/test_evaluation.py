@@ -138,16 +138,20 @@ def test_sums_of_a_test_set_are_exact_to_12_digits(size):
     targets, overruled = torch.randint(0, 7, (size,), generator=generator), torch.arange(size) > 7
     overruled[0] = True
     each = {"batch": logits, "instance": torch.where(overruled[:, None], -logits, logits)}
-    totals = evaluation.EvaluationTotals(make_run(model), torch.ones(7, dtype=torch.bool))
+    totals = evaluation.EvaluationTotals(make_run(model), torch.ones(7, dtype=torch.bool), True)
     ids = torch.zeros(size, 2, dtype=torch.int64)
     out = {"logits": logits, "prompt_idx": ids, "own_prompt_idx": ids}
     out["similarity"] = torch.rand(size, model.prompt.size, generator=generator)
     group_sizes = evaluation._group_sizes(targets, 4)
     assert group_sizes.tolist() == 8 * [4] + (size - 8) * [size - 8]
-    for _ in range(3):
+    for time in range(3):
         totals.add(out, targets, group_sizes, overruled)
-        totals.add_alone(*(part[overruled] for part in (-logits, targets, group_sizes)))
+        rows = size * time + torch.arange(size)
+        totals.add_alone(*(part[overruled] for part in (-logits, targets, group_sizes, rows)))
     found, double = totals.evaluation(FIRST), out["similarity"].double()
+    predicted = [own.argmax(dim=1) for own in each.values()]
+    images = torch.column_stack([targets, *predicted, ids, ids]).repeat(3, 1)
+    assert found.images.tolist() == images.tolist()
     for name, own in each.items():
         losses = F.cross_entropy(own, targets, reduction="none").double().split(4)
         loss = sum(group.mean().item() for group in losses) / len(losses)

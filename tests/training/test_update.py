@@ -98,6 +98,14 @@ def test_state_of_a_fused_optimizer_loads_into_another_and_back(opt, fused):
     assert values(other)[0] == pytest.approx(values(one)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("amp", [None, "fp16"])
+def test_step_without_parameters_does_nothing_but_check_the_loss(amp):
+    update = make_step(opt=lambda *_, **rate: torch.optim.SGD([{"params": []}], **rate), amp=amp)
+    for loss, sound in ((1.0, True), (float("nan"), False), (1.0, False)):
+        update.begin()
+        assert (update.step(torch.tensor(loss)).item(), update.sound.item()) == (0, sound)
+
+
 # Scaled losses
 
 
