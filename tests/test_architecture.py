@@ -19,7 +19,9 @@ from training import losses, objective
 TESTS = Path(__file__).resolve().parent
 
 #: Commands at the root: what people type; and the files of the method.
-COMMANDS = {"main", "sweep", "plots", "summarize", "benchmark", "run_with_submitit"}
+COMMANDS = {
+    "main", "sweep", "plots", "summarize", "benchmark", "predict", "run_with_submitit"
+}  # fmt: skip
 METHOD = {"engine", "continual_dataloader", "prompt", "vision_transformer", "utils"}
 
 #: Rooms and modules, each of which imports only from those behind it, and from itself.

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 import plots
+import predict
 import summarize
 from benchmark import BenchmarkOptions
 from benchmarks.gpu_check import CheckOptions
@@ -45,7 +46,7 @@ OTHER_FLAGS = set(
 #: Commands with flags of their own alone, and their options.
 OWN_COMMANDS = {
     "plots.py": plots.PlotOptions, "summarize.py": summarize.TableOptions,
-    "benchmarks/gpu_check.py": CheckOptions,
+    "predict.py": predict.PredictOptions, "benchmarks/gpu_check.py": CheckOptions,
 }  # fmt: skip
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

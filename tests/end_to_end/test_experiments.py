@@ -104,8 +104,10 @@ def check(run, images, seen, names=PER_TASK):
         hits = np.nan_to_num(matrix) * np.array(images)[:, None] / 100
         assert np.allclose(hits, hits.round(), atol=1e-6)
         assert ((hits >= 0) & (hits <= np.array(images)[:, None] + 1e-6)).all()
-        assert results[name].keys() - {"accuracy_matrix"} == names
+        by_class = {key: results[name][key] for key in ("accuracy_by_class", "confusion_matrix")}
+        assert results[name].keys() - {"accuracy_matrix", *by_class} == names
         assert results[name] == {
+            **by_class,
             "accuracy_matrix": metrics.to_lists(matrix),
             **metrics.summarize(matrix, seen.shape[1] - 1),
         }
@@ -156,7 +158,8 @@ def slow_but(table, default):
 #: Tasks, training and test images.
 ALONE = {
     "CIFAR10": (5, 50, 20), "CIFAR100": (10, 200, 100), "MNIST": (5, 50, 20),
-    "FashionMNIST": (5, 50, 20), "SVHN": (5, 50, 20), "NotMNIST": (5, 40, 20),
+    "FashionMNIST": (5, 50, 20), "KMNIST": (5, 50, 20), "SVHN": (5, 50, 20),
+    "NotMNIST": (5, 40, 20),
     "Flowers102": (6, 204, 102), "CORe50": (3, 48, 18), "Imagenet-R": (3, 24, 6),
     "ImageFolder": (3, 18, 6), "digits": (5, 1437, 360),
 }  # fmt: skip
@@ -333,6 +336,7 @@ FITTING = {
     "five_datasets_l2p_paper": "5x5",
     "imagenet_r_l2p": "3x3 --num_tasks 3",
     "joint": "10x1",
+    "small_datasets_l2p": "5x5 --batch-size 64",
 }  # fmt: skip
 PATHS = {name: configurations.CONFIG_DIR / f"{name}.yaml" for name in configurations.names()}
 OVERLAYS = [name for name, path in PATHS.items() if path.read_text().startswith("# Overlay: ")]

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 import engine
-from experiment import build, checkpoints, evaluate_checkpoints, precision
+from experiment import checkpoints, evaluate_checkpoints, network, precision
 from helpers import reference_run
 from helpers.golden_run import GOLDEN, RECORDED, GoldenRun, read
 from helpers.tiny_model import close_by_name, differing
@@ -161,7 +161,7 @@ def test_original_checkpoints_of_other_settings_evaluate_to_original_numbers(gol
     torch.save({"model": whole | golden.under("out.final."), "args": args}, path)
     checkpoint = checkpoints.load(path)
     settings = evaluate_checkpoints.adopt(golden.settings, checkpoint)
-    model = build.build_model(settings, golden.model.query_vit, golden.model.num_classes)
+    model = network.build_model(settings, golden.model.query_vit, golden.model.num_classes)
     model.load_original_state(checkpoint.model, str(path))
     golden.run.model, golden.run.settings = model, settings
     engine.evaluate_till_now(golden.run, golden.tasks[1], last := TrainState(1))

@@ -160,7 +160,7 @@ def test_command_line_runs_on_cuda(tmp_path, flags):
 @pytest.mark.parametrize(
     ("place", "number", "flags", "saved"),
     [
-        ("experiment.build.build_model", 1, "", False),
+        ("experiment.network.build_model", 1, "", False),
         ("continual_datasets.pipeline.store", 1, "", False),
         ("training.update.sum_gradients", 25, "", True),
         ("training.update.sum_gradients", 25, "--data_on_device false --num_workers 1", True),

@@ -62,7 +62,11 @@ def test_results_follow_the_interface(trained):
         rows = results[name]["accuracy_matrix"]
         matrix = metrics.from_lists(rows)
         assert np.isnan(matrix).tolist() == [[False, False], [True, False]]
-        assert results[name] == {"accuracy_matrix": rows, **metrics.summarize(matrix, 1)}
+        by_class = {n: results[name][n] for n in ("accuracy_by_class", "confusion_matrix")}
+        numbers = {"accuracy_matrix": rows, **metrics.summarize(matrix, 1)}
+        assert results[name] == {**numbers, **by_class}
+        confusion = by_class["confusion_matrix"].values()
+        assert [sum(row.values()) for row in confusion] == [3] * 4
         assert set(results[name]) >= {
             "average_accuracy", "forgetting", "forgetting_literature", "backward_transfer",
             "learning_accuracy", "average_incremental_accuracy",
@@ -162,7 +166,8 @@ def test_names_of_folders_may_be_no_text(trained, tiny, image_folder, tmp_path):
     place = "--data-path", data, "--output_dir", out, "--device", "cpu"
     for again in ([*tiny, "--resume", "auto"], ["--eval"], [out / "config.yaml", "--no-plots"]):
         assert typed(*again, *place)[0] == 0
-        assert Run(out).results["instance"] == trained.results["instance"]
+        found, wanted = (run.results["instance"] for run in (Run(out), trained))
+        assert found["accuracy_matrix"] == wanted["accuracy_matrix"]
 
 
 # Options that change the course of a run
@@ -187,6 +192,30 @@ def test_every_option_changes_what_is_learned(trained, train):
         other = train(f"--eval_every 2 {flags}", to=flags.replace(" ", "_")).model
         shared = [k for k in plain if k in other and plain[k].shape == other[k].shape]
         assert any(not torch.equal(plain[k], other[k]) for k in shared), flags
+
+
+#: A model of each family, and what files hold of its `--norm model`.
+FAMILIES = {
+    "vit_small_patch16_dinov3": "imagenet", "eva02_tiny_patch14_224.mim_in22k":
+    "0.48145466,0.4578275,0.40821073,0.26862954,0.26130258,0.27577711",
+    "beitv2_base_patch16_224": "imagenet", "vit_base_patch16_siglip_224": "half",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_trains_evaluates_and_resumes(train, name):
+    flags = f"--model {name} --norm model"
+    run = train(flags)
+    assert run.results["config"]["norm"] == FAMILIES[name]
+    assert run.log.count("(prompts 128, keys 64, head 68)") == 1
+    told, out = evaluate(run.folder, "--norm", "model")
+    assert out.count("Reproduces the stored accuracies") == 4
+    states = [run.folder / "checkpoint" / f"{name}.pth" for name in ("last", "last_but_one")]
+    shutil.move(states[1], states[0])
+    again = train(f"{flags} --resume auto")
+    assert again.results["instance"] == run.results["instance"] == told["instance"]
+    assert not differing(again.model, run.model)
 
 
 # Evaluation of checkpoints
@@ -215,8 +244,12 @@ def test_eval_of_one_checkpoint_writes_into_its_run_beside_it_or_as_wanted(train
         (checkpoints.task_path(copy, 2), ("--output_dir", tmp_path / "there"),
          tmp_path / "there" / "eval_results_task2_checkpoint.json", [1]),
     ):  # fmt: skip
-        assert typed("--eval", "--checkpoint", path, *HERE, *more)[0] == 0
+        flags = "--eval", "--checkpoint", path, "--save_predictions", *HERE, *more
+        assert typed(*flags)[0] == 0
         found = read(written)["batch"]
+        assert sum(map(len, found["confusion_matrix"].values())) > 0
+        name = written.name.replace("results", "predictions").replace(".json", ".csv")
+        assert len(written.with_name(name).read_text().splitlines()) == 1 + 6 * (1 + columns[0])
         assert found["forgetting"] is None  # a column is missing
         assert found["accuracy_matrix"] == [
             [value if column in columns else None for column, value in enumerate(row)]
@@ -403,6 +436,21 @@ def test_speed_test_measures_compiled_passes(tiny, tmp_path):
     assert "GMACs: " in (tmp_path / "speed_macs.txt").read_text()
 
 
+# What can be chosen
+
+
+def test_list_models_names_what_takes_prompts_and_the_weights_of_timm():
+    code, out, err = typed("--list_models", "*_base_patch16_dinov3", "beit3_*", "resnet*")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, err) == (0, "")
+    assert lines.pop("vit_base_patch16_dinov3") == "lvd1689m"
+    assert lines["beit3_giant_patch14_224"] == "(no weights)"
+    assert all(name.startswith("beit3_") for name in lines)
+    every = {line.split()[0] for line in typed("--list_models")[1].splitlines()}
+    assert every > {*lines, "vit_base_patch16_224", "eva02_tiny_patch14_224"}
+    assert "--list_models resnet* matches no model: give" in rejected("--list_models", "resnet*")
+
+
 # What is rejected
 
 WRONG_AT_ONCE = """
@@ -427,7 +475,8 @@ PROBLEMS = """
 WRONG = """
 --freeze blocs -> --freeze blocs matches no parameter
 --model vit_tny_patch16_224 -> did you mean vit_tiny_patch16_224
---model resnet18 -> as a plain ViT
+--model resnet18 -> takes no prompts: it is of timm's resnet
+--model vit_base_patch16_siglip_224 --head_type token -> has none: use --head_type prompt or gap
 --model-kwargs bogus=1 -> bogus
 --model-kwargs depth=1 act_layer=glu -> act_layer is 'glu': must be one of gelu,
 --model-kwargs embed_dim=65536 mlp_ratio=64 depth=1 num_heads=2 -> GB of memory: give smaller ones
@@ -436,7 +485,8 @@ WRONG = """
 --shared_prompt_key --no-prompt_key -> --shared_prompt_key needs --prompt_key: leave it on
 --diversify mask --no-prompt_pool --head_type token -> --diversify needs --prompt_pool: leave
 --pretrained gone.npz -> neither true, false, nor a file that exists
---num_tasks 20 --classes_per_task 10 -> = 200 exceeds the 100 classes
+--num_tasks 20 --classes_per_task 10 -> are 200 classes, more than the 100: give
+--first_task_classes 50 --classes_per_task 15 -> are 60 classes, more than the 50 left by
 --class_order gone.txt -> there is no such file
 --opt adahessian -> needs second derivatives
 --opt-betas 0.9 -> --opt-betas 0.9: --opt adam takes 2
@@ -484,6 +534,8 @@ def test_wrong_command_line_is_rejected_with_the_reason(tmp_path, no_cuda, monke
     assert " (the default) does not exist: name the folder" in rejected("cifar100_l2p")
     given = rejected("cifar100_l2p", "--data-path", "/nowhere")
     assert "/nowhere does not exist: name the folder" in given
+    small = rejected("small_datasets_l2p", "--data-path", "/nowhere")
+    assert "KMNIST,SVHN, or an empty one to download it into" in small
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,10 +121,22 @@ def test_evaluation_in_several_processes_equals_one(alone, pictures, tmp_path):
     folder = tmp_path / "run"
     expected = Run(shutil.copytree(alone(12, 3), folder)).results
     flags = ["--eval", "--output_dir", folder, "--device", "cpu", "--num_workers", "0"]
-    done = run(tmp_path, 4, flags)
+    done = run(tmp_path, 4, [*flags, "--save_predictions"])
     assert done.codes == [0] * 4, done.text
     assert done.texts[0].count("Reproduces the stored accuracies") == 4
     assert done.texts[1:] == [""] * 3
+    table = (folder / "predictions.csv").read_text()
+    assert (folder / "eval_predictions.csv").read_text() == table
+    header, *rows = (line.split(",") for line in table.splitlines())
+    names = "test_set,image,target,batch,instance,batch_prompts,instance_prompts"
+    assert header == names.split(",")
+    assert [row[0] for row in rows] == ["task1"] * 7 + ["task2"] * 7
+    assert all(row[1].startswith(f"val/{row[2]}/") for row in rows)
+    for column, name in enumerate(SELECTIONS, 3):
+        parts = (rows[:7], rows[7:])
+        hits = [100 * sum(row[2] == row[column] for row in part) / 7 for part in parts]
+        assert hits == [row[1] for row in expected[name]["accuracy_matrix"]]
+    assert any(row[5].split() != sorted(row[6].split()) for row in rows)
     found = read(folder / "eval_results.json")
     assert [found[name] for name in SELECTIONS] == [expected[name] for name in SELECTIONS]
     assert_equal_usage(found["prompt_usage"], expected["prompt_usage"])
