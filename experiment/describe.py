@@ -12,6 +12,7 @@ from cli.parser import command_words, shown, words_of
 from cli.paths import command
 from cli.settings import Settings, names_of
 from cli.terminal import printable
+from continual_datasets.images import join_names
 from continual_datasets.scenarios import find_scenario
 from experiment import hardware, run_record
 from model import backbone
@@ -78,7 +79,7 @@ def conclude(
     logger.info("Compare runs:   %s OTHER_FOLDER ...", command("summarize.py", output_dir))
     logger.info("Predict:        %s IMAGES ...", command("predict.py", output_dir))
     more = ("--continue_from", output_dir, "--data-path")
-    logger.info("Learn more:     %s NEW_DATA ...", command("main.py", *more))
+    logger.info("Learn more:     %s NEW_DATA --output_dir NEW_FOLDER", command("main.py", *more))
     computed = [name for name in names_of("compute") if name in settings.given.explicit]
     flags = {**{name: settings[name] for name in computed}, "output_dir": output_dir}
     words = [word for name, value in flags.items() for word in (f"--{name}", *words_of(value))]
@@ -167,11 +168,13 @@ def _order(run: Run) -> str:
 
 
 def _earlier(run: Run) -> str:
-    """What the run continues."""
+    """What the run continues, and which test sets of that it cannot evaluate."""
     if not run.stream.earlier:
         return ""
     parent, tasks = run.stream.earlier[-1], _count(run.stream.num_earlier, "task")
-    return f"{parent.checkpoint}, sha256 {parent.sha256[:12]}, {tasks}"
+    missing = [row.name for row in run.stream.test_sets if not len(row.data)]
+    absent = f"; not at hand: the images of {join_names(missing)}" if missing else ""
+    return f"{parent.checkpoint}, sha256 {parent.sha256[:12]}, {tasks}{absent}"
 
 
 def _replay(run: Run) -> str:

@@ -107,6 +107,7 @@ def test_third_generation_says_what_is_missing(first, second, tmp_path):
         argv += ["--data-path", tmp_path / "data"]
         run, out = learned(tmp_path / "third", *argv)
         assert "test sets task1, task2" in out
+        assert "not at hand: the images of task1, task2" in run.log
         assert re.search("in 2 test sets\n  Tasks: +1 more of 1 class, .*; classes gnu\n", out)
         assert "The replay buffer starts empty" in out
         columns = np.array(run.results["instance"]["accuracy_matrix"], float)

@@ -138,7 +138,8 @@ def test_end_tells_where_everything_is_and_an_evaluation_what_it_evaluates(
     called = paths.command("main.py")
     assert f"{called} '{folder}'/config.yaml runs it again" in end
     assert f"\nPredict:        {paths.command('predict.py', folder)} IMAGES ...\n" in end
-    assert f"{called} --continue_from '{folder}' --data-path NEW_DATA ...\n" in end
+    more = f"{called} --continue_from '{folder}' --data-path NEW_DATA --output_dir NEW_FOLDER\n"
+    assert more in end
     again = end.rpartition(f"Evaluate again: {called} ")[2]
     assert again.startswith(f"--eval --output_dir '{folder}' --device cpu ")
     assert main.main(shlex.split(again)) == 0
