@@ -43,7 +43,7 @@ TESTS = {
     "continual_datasets/task_splits": "continual_datasets/test_task_splits.py "
     "continual_datasets/test_scenarios.py",
     "experiment/checkpoints": "experiment/test_checkpoints.py experiment/test_resume.py",
-    "experiment/resume": "experiment/test_resume.py",
+    "experiment/resume": "experiment/test_resume.py experiment/test_continuation.py",
 }
 
 SWAPPED: dict[Any, Any] = {
