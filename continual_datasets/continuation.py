@@ -115,7 +115,9 @@ def _renumbered(
 ) -> list[Task]:
     """The tasks of a stream under the numbers and class ids of a longer one."""
     ids = _ids(stream.train, classes)
-    sources: dict[int, ImageSource] = {}
+    sources = {
+        id(one): ConcatSource([one], classes, [_ids(one, classes)]) for one in stream.test_sources
+    }
     rows: dict[int, TestSet] = {}
 
     def changed(part: Any, first: int) -> dict[str, Any]:
@@ -124,9 +126,7 @@ def _renumbered(
         return {"index": part.index + first, "name": name, "classes": ids_of_part}
 
     for row in stream.test_sets:
-        source = row.data.source
-        renamed = ConcatSource([source], classes, [_ids(source, classes)])
-        data = Subset(sources.setdefault(id(source), renamed), row.data.indices)
+        data = Subset(sources[id(row.data.source)], row.data.indices)
         rows[row.index] = replace(row, data=data, **changed(row, first_row))
     return [
         replace(

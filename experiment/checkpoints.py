@@ -89,6 +89,11 @@ class StoredModel:
     earlier: list[Earlier] = field(default_factory=list)  # runs that this one continues
     path: Path = Path()  # of the file that it was read from
 
+    @property
+    def num_earlier(self) -> int:
+        """How many of the tasks were learned in earlier runs."""
+        return sum(len(one.tasks) for one in self.earlier)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(StoredModel):

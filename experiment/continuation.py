@@ -128,8 +128,7 @@ def lineage(
     """
     if stored is None:
         return None, ()
-    num_earlier = sum(len(one.tasks) for one in stored.earlier)
-    own = stored.class_order and stored.class_order[num_earlier:]
+    own = stored.class_order and stored.class_order[stored.num_earlier :]
     if settings.run.eval:
         return own, stored.earlier
     matrix = metrics.from_lists(stored.accuracy["instance"])
@@ -142,7 +141,7 @@ def lineage(
         sha256=digest,
         config=stored.config,
         class_names=stored.class_names or [],
-        tasks=(own or [])[: stored.task - num_earlier],
+        tasks=(own or [])[: stored.task - stored.num_earlier],
         test_sets=(stored.test_sets or [])[first:last],
     )
     return None, [*stored.earlier, parent]

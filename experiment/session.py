@@ -87,7 +87,7 @@ class Session:
         if settings.run.eval and not problems:
             self.checkpoints, self.first = evaluate_checkpoints.find(settings)
             settings = evaluate_checkpoints.adopt(settings, self.first)
-            num_earlier = sum(len(one.tasks) for one in self.first.earlier)
+            num_earlier = self.first.num_earlier
         elif settings.run.continue_from is not None and not problems:
             self.ancestor = continuation.find(settings)
             settings, problems = continuation.adopt(settings, self.ancestor)
